@@ -1,0 +1,120 @@
+"""Storage formats as surgery: the cache formats and weight formats that a plan asks for, layer by layer."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from chai_jax.compress.slice import cluster_order, take, take_heads
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+from chai_jax.model.opt import Params
+from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf, quantize as quantize_array
+from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clusters
+
+# The contracted axes of each kernel of a layer: int8 weights have one scale per output channel.
+CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
+
+
+def quantize(model: Model, plan: Plan) -> Model:
+    """Apply the plan's storage formats to cache and weights (CHAI-Quant).
+
+    The model may be clustered by this plan or still dense; a clustered head's cache format is that of the plan's cluster.
+
+    Raises:
+        InputError: the plan is for another shape of model, or would store one cached head in two formats.
+    """
+    plan.check()
+    plan.check_model(model.config.num_layers, model.config.num_heads)
+    layers = dict(model.params["layers"])
+    spec = model.spec
+    for index, wanted in enumerate(plan.layers):
+        new, params = _store_layer(index, spec.layers[index], layers[str(index)], wanted)
+        layers[str(index)] = store_weights(params, wanted.weights)
+        spec = spec.with_layer(index, dataclasses.replace(new, weights=wanted.weights))
+    return model.replace(spec=spec, params={**model.params, "layers": layers}, plan=plan)
+
+
+def _store_layer(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan) -> tuple[LayerSpec, Params]:
+    """Give each cluster its cache format, and reorder clusters and their heads so that groups are contiguous."""
+    format_of = {head: cluster.storage for cluster in wanted.clusters for head in cluster.heads}
+    storages = []
+    for heads in layer.clusters:
+        formats = sorted({format_of[head] for head in heads})
+        if len(formats) > 1:
+            raise InputError(
+                f"layer {index}: heads {list(heads)} share one cached head, the plan stores them as {' and '.join(formats)}; "
+                "expected the plan the model was clustered by"
+            )
+        storages.append(formats[0])
+    order = cluster_order(layer.share, layer.clusters, storages)
+    clusters = tuple(layer.clusters[at] for at in order)
+    groups = group_clusters(layer.share, clusters, [storages[at] for at in order])
+    return dataclasses.replace(layer, clusters=clusters, groups=groups), reorder(layer, params, order)
+
+
+def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:
+    """Permute a layer's clusters: each takes its query, key, value and output heads along."""
+    if order == list(range(len(order))):
+        return params
+
+    def heads(width: dict[int, int]) -> list[int]:
+        starts = [sum(width[before] for before in range(at)) for at in range(len(order))]
+        return [starts[at] + step for at in order for step in range(width[at])]
+
+    shapes = [(group.queries, group.values) for group in layer.groups for _ in range(group.clusters)]
+    queries = {at: q for at, (q, _) in enumerate(shapes)}
+    values = {at: v for at, (_, v) in enumerate(shapes)}
+    outputs = {at: q * v for at, (q, v) in enumerate(shapes)}
+    return {
+        **params,
+        "query": take_heads(params["query"], heads(queries)),
+        "key": take_heads(params["key"], order),
+        "value": take_heads(params["value"], heads(values)),
+        "output": {**params["output"], "kernel": take(params["output"]["kernel"], heads(outputs), axis=-3)},
+    }
+
+
+def store_weights(params: Params, weights: str) -> Params:
+    """A layer's parameters with its kernels in the format `weights`: as loaded, bfloat16, or int8 per output channel."""
+    if weights == "loaded":
+        return params
+    stored = dict(params)
+    for name, axes in CONTRACTED.items():
+        kernel = params[name]["kernel"]
+        stored[name] = {**params[name], "kernel": _store_kernel(kernel, axes, weights)}
+    return stored
+
+
+def _store_kernel(kernel: Leaf, axes: tuple[int, ...], weights: str) -> Leaf:
+    if isinstance(kernel, QuantizedArray):
+        return kernel  # as small as it gets; a second rounding would only cost accuracy
+    if weights == "int8":
+        return quantize_array(kernel, axes, scale_dtype=jnp.dtype(jnp.float32))
+    # A float16 kernel is as small as a bfloat16 one and finer.
+    return kernel if kernel.dtype.itemsize <= 2 else kernel.astype(jnp.bfloat16)
+
+
+def with_storage(model: Model, storage: str) -> Model:
+    """The same model with its whole cache stored in one format.
+
+    Raises:
+        InputError: `storage` is none of float32, bfloat16, int8.
+    """
+    if storage not in STORAGES:
+        raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
+
+    def layer(old: LayerSpec) -> LayerSpec:
+        return dataclasses.replace(old, groups=group_clusters(old.share, old.clusters, [storage] * old.key_heads))
+
+    return model.replace(spec=Spec(tuple(layer(old) for old in model.spec.layers)))
+
+
+def dequantize_weights(params: Any) -> Any:
+    """A parameter tree without quantized leaves: int8 kernels become float32, all else stays as it is."""
+
+    def plain(leaf: Leaf) -> Leaf:
+        return dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
+
+    return jax.tree.map(plain, params, is_leaf=is_leaf)

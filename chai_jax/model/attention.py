@@ -1,0 +1,79 @@
+"""Attention of clusters: one function for dense, qk, qkv and kv layers.
+
+A group is C clusters. Each caches one key head that `q` query heads read and `v` value heads (one of q, v is 1), so
+each cluster computes its attention matrix once and hands q * v heads to the output projection.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
+
+
+def scores_of(
+    query: Float[Array, "B C q T R"], keys: Leaf, allowed: Bool[Array, "B T S"], scale: float
+) -> Float[Array, "B C q T S"]:
+    """Scaled pre-softmax scores in float32; pairs that are not allowed hold the lowest finite float32.
+
+    An int8 key's scale multiplies its score, so that the stored array goes into the dot as it is.
+    """
+    stored = keys.values if isinstance(keys, QuantizedArray) else keys
+    scores = jnp.einsum(
+        "bcqtk,bcsk->bcqts", query * scale, stored.astype(query.dtype), preferred_element_type=jnp.float32
+    )
+    if isinstance(keys, QuantizedArray):
+        scores = scores * keys.scale.astype(jnp.float32)[:, :, None, None, :]
+    return jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
+
+
+def mix_values(
+    probabilities: Float[Array, "B C q T S"], values: Leaf, value_heads: int, dtype: jnp.dtype
+) -> Float[Array, "B C q v T R"]:
+    """Weighted sums of the values [B, C * v, S, R] under each cluster's attention.
+
+    With one query row (decoding) the probabilities are spread over the cluster's value heads and an int8 value's scale
+    multiplies them; with many rows they never are: the values are read back instead, and all value heads of a cluster go
+    through one matmul.
+    """
+    batch, clusters, _, rows, columns = probabilities.shape
+    split = (batch, clusters, value_heads, columns)
+    if rows > 1:
+        read = dequantize(values, dtype).reshape(*split, -1)
+        equation = "bcqts,bcvsr->bcqvtr"
+    else:
+        probabilities = probabilities[:, :, :, None]
+        if isinstance(values, QuantizedArray):
+            probabilities = probabilities * values.scale.astype(jnp.float32).reshape(split)[:, :, None, :, None]
+            values = values.values
+        read = values.astype(dtype).reshape(*split, -1)
+        shape = (*probabilities.shape[:3], value_heads, rows, columns)
+        probabilities = jnp.broadcast_to(probabilities, shape)
+        equation = "bcqvts,bcvsr->bcqvtr"
+    mixed = jnp.einsum(equation, probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
+    return mixed.astype(dtype)
+
+
+def attend(
+    query: Float[Array, "B C q T R"],
+    keys: Leaf,
+    values: Leaf,
+    allowed: Bool[Array, "B T S"],
+    scale: float,
+    value_heads: int,
+) -> tuple[Float[Array, "B heads T R"], Float[Array, "B C q T S"], Float[Array, "B C q T S"]]:
+    """Outputs of the group's heads (clusters outermost), with the scores and probabilities they came from.
+
+    Args:
+        query: one group's query heads.
+        keys: stored [B, C, S, R], plain or quantized.
+        values: stored [B, C * value_heads, S, R], plain or quantized.
+        allowed: which columns a row may read (causal, and no padding).
+        scale: 1 / sqrt(head dimension of the dense model).
+        value_heads: cached value heads of each cluster.
+    """
+    scores = scores_of(query, keys, allowed, scale)
+    probabilities = jax.nn.softmax(scores, axis=-1)
+    mixed = mix_values(probabilities, values, value_heads, query.dtype)
+    batch, clusters, queries, heads, rows, rank = mixed.shape
+    return mixed.reshape(batch, clusters * queries * heads, rows, rank), scores, probabilities

@@ -1,0 +1,87 @@
+"""`Model`: configuration, spec, parameters and tokenizer as one immutable value."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from chai_jax.errors import InputError
+from chai_jax.model.cache import measured_bytes_per_token
+from chai_jax.model.opt import OPTConfig, Params, forward, unembed
+from chai_jax.spec import Plan, Spec
+
+
+def compute_dtype() -> Any:
+    """float32 on a CPU, where it is the fast one; bfloat16 on TPUs and GPUs. Never decides what is stored."""
+    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """An OPT, dense or compressed. Every stage returns a new one and leaves the caller's usable.
+
+    Attributes:
+        spec: what each layer now is.
+        params: nested dict of arrays and quantized arrays (see `chai_jax.model.opt.declare`).
+        source: hub id or folder the weights came from.
+        plan: the plan it was compressed by, if any.
+    """
+
+    config: OPTConfig
+    spec: Spec
+    params: Params = field(repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    source: str = ""
+    plan: Plan | None = field(default=None, repr=False)
+
+    def __call__(self, tokens: Any, mask: Any = None) -> Float[Array, "B T V"]:
+        """float32 logits [B, T, V] of tokens int32 [B, T]; mask bool [B, T] is True at real tokens (all, if not given).
+
+        Raises:
+            InputError: more tokens than the position table has rows, a token outside the vocabulary, shapes that differ.
+        """
+        tokens = np.asarray(tokens, np.int32)
+        mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)
+        if tokens.ndim != 2 or mask.shape != tokens.shape:
+            raise InputError(f"tokens {tokens.shape} and mask {mask.shape} must be equal [batch, length] shapes")
+        self.check_length(tokens.shape[1])
+        if tokens.size and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
+            raise InputError(f"token ids run from {tokens.min()} to {tokens.max()}; expected 0 to {self.config.vocab_size - 1}")
+        return _logits(self.config, self.spec, compute_dtype(), self.params, tokens, mask)
+
+    def check_length(self, length: int) -> None:
+        """Raise InputError where `length` tokens do not fit the position table."""
+        if length > self.config.max_positions:
+            raise InputError(f"{length} tokens do not fit the model's {self.config.max_positions} positions: shorten the text")
+
+    def replace(self, **changes: Any) -> "Model":
+        """A new model with some attributes changed."""
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights as stored, scales included."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Cache bytes per token, summed from really allocated arrays, scales included."""
+        return measured_bytes_per_token(self.spec)
+
+    def save(self, path: str | Path) -> None:
+        """Write the model as a folder (see `chai_jax.files.store.save`)."""
+        from chai_jax.files.store import save  # files and model are one level; at import time this would be a circle
+
+        save(self, path)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _logits(config: OPTConfig, spec: Spec, dtype: Any, params: Params, tokens: Array, mask: Array) -> Array:
+    output = forward(config, spec, params, tokens, mask, dtype=dtype)
+    return unembed(config, params, output.hidden)

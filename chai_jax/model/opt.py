@@ -1,0 +1,376 @@
+"""OPT (Zhang et al. 2022, arXiv 2205.01068) as a Flax NNX module, dense and clustered in one forward pass.
+
+Follows transformers' `OPTForCausalLM`: learned positions counted over the mask with an offset of 2, biases on all
+projections, pre-norm (125m, 1.3b, ...) or post-norm (350m, with 512-wide embeddings projected in and out), softmax in
+float32. Dropout is not applied, in training neither. The spec and the types of the leaves say what each layer is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int32
+
+from chai_jax.model.attention import attend
+from chai_jax.model.cache import Cache, GroupCache, append, store, through_storage
+from chai_jax.model.quantized import Leaf, dequantize, einsum
+from chai_jax.spec import Group, LayerSpec, Spec
+
+POSITION_OFFSET = 2  # the position table's first two rows are padding's
+NORM_EPSILON = 1e-5
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "relu": jax.nn.relu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "silu": jax.nn.silu,
+}
+
+Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class OPTConfig:
+    """The shape of an OPT; names as in the field, values as in the checkpoint's config.json."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    ffn_dim: int
+    max_positions: int
+    embed_dim: int
+    pre_norm: bool = True
+    remove_final_norm: bool = False
+    bias: bool = True
+    activation: str = "relu"
+    norm_affine: bool = True
+    tied: bool = True
+    bos_token_id: int = 2
+    eos_token_id: int = 2
+    pad_token_id: int = 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def final_norm(self) -> bool:
+        """Post-norm models end in their last layer's norm; pre-norm ones have one more, unless it was removed."""
+        return self.pre_norm and not self.remove_final_norm
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a layer's attention did, for `observe`: all float32 but `x` and `heads`, nothing of it computed unless used."""
+
+    x: Float[Array, "B T D"]
+    scores: Float[Array, "B Q T S"]
+    probabilities: Float[Array, "B Q T S"]
+    allowed: Bool[Array, "B T S"]
+    heads: Float[Array, "B outputs T R"]
+
+
+jax.tree_util.register_dataclass(Seen)
+Observe = Callable[[int, Seen, Params], Any]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Hidden states before the vocabulary head, the cache after these tokens, and what `observe` returned per layer."""
+
+    hidden: Float[Array, "B T D"]
+    cache: Cache
+    observed: list[Any]
+
+
+jax.tree_util.register_dataclass(Output)
+
+
+def _param(value: Leaf | None) -> nnx.Param | None:
+    return None if value is None else nnx.Param(value)
+
+
+def _value(param: nnx.Param) -> Any:
+    return param.get_value()
+
+
+class Projection(nnx.Module):
+    """A linear map given by an einsum; its kernel may be quantized."""
+
+    def __init__(self, equation: str, params: Params):
+        self.equation = equation
+        self.kernel = _param(params["kernel"])
+        self.bias = _param(params.get("bias"))
+
+    def __call__(self, x: Array) -> Array:
+        y = einsum(self.equation, x, _value(self.kernel))
+        return y if self.bias is None else y + dequantize(_value(self.bias), x.dtype)
+
+
+class Heads(Projection):
+    """Project the width to heads: [B, T, D] -> [B, heads, T, R]."""
+
+    def __init__(self, params: Params):
+        super().__init__("btd,dhr->bthr", params)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B heads T R"]:
+        return jnp.swapaxes(super().__call__(x), 1, 2)
+
+
+class Norm(nnx.Module):
+    """Layer norm over the width, in float32."""
+
+    def __init__(self, params: Params):
+        self.scale = _param(params.get("scale"))
+        self.bias = _param(params.get("bias"))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + NORM_EPSILON)
+        if self.scale is not None:
+            y = y * dequantize(_value(self.scale))
+        if self.bias is not None:
+            y = y + dequantize(_value(self.bias))
+        return y.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Self-attention of one layer, group by group."""
+
+    def __init__(self, config: OPTConfig, layer: LayerSpec, params: Params):
+        self.spec = layer
+        self.scale = config.head_dim**-0.5
+        self.query = Heads(params["query"])
+        self.key = Heads(params["key"])
+        self.value = Heads(params["value"])
+        self.output = Projection("bhtr,hrd->btd", params["output"])
+
+    def _groups(self, x: Array) -> list[tuple[Group, Array, Array, Array]]:
+        """Split the projected heads by group: (group, query [B,C,q,T,R], key [B,C,T,R], value [B,C*v,T,R])."""
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        parts = []
+        at_query = at_key = at_value = 0
+        for group in self.spec.groups:
+            queries, values = group.clusters * group.queries, group.clusters * group.values
+            mine = query[:, at_query : at_query + queries]
+            mine = mine.reshape(mine.shape[0], group.clusters, group.queries, *mine.shape[2:])
+            parts.append((group, mine, key[:, at_key : at_key + group.clusters], value[:, at_value : at_value + values]))
+            at_query, at_key, at_value = at_query + queries, at_key + group.clusters, at_value + values
+        return parts
+
+    def __call__(
+        self, x: Float[Array, "B T D"], allowed: Bool[Array, "B T S"], past: tuple[GroupCache, ...] | None, start: Array
+    ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
+        heads, scores, probabilities, caches = [], [], [], []
+        for index, (group, query, key, value) in enumerate(self._groups(x)):
+            new = GroupCache(store(key, group.storage), store(value, group.storage))
+            if past is None:
+                keys, values = through_storage(key, group.storage), through_storage(value, group.storage)
+            else:
+                new = append(past[index], new, start)
+                keys, values = new.keys, new.values
+            out, score, probability = attend(query, keys, values, allowed, self.scale, group.values)
+            heads.append(out)
+            scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))
+            probabilities.append(probability.reshape(scores[-1].shape))
+            caches.append(new)
+        joined = jnp.concatenate(heads, axis=1)
+        seen = Seen(x, jnp.concatenate(scores, axis=1), jnp.concatenate(probabilities, axis=1), allowed, joined)
+        return self.output(joined), tuple(caches), seen
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each with its norm before (pre-norm) or after the residual sum (post-norm)."""
+
+    def __init__(self, config: OPTConfig, layer: LayerSpec, params: Params):
+        self.pre_norm = config.pre_norm
+        self.activation = ACTIVATIONS[config.activation]
+        self.attention_norm = Norm(params.get("attention_norm", {}))
+        self.attention = Attention(config, layer, params)
+        self.mlp_norm = Norm(params.get("mlp_norm", {}))
+        self.up = Projection("btd,df->btf", params["up"])
+        self.down = Projection("btf,fd->btd", params["down"])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], allowed: Bool[Array, "B T S"], past: tuple[GroupCache, ...] | None, start: Array
+    ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
+        y, cache, seen = self.attention(self.attention_norm(x) if self.pre_norm else x, allowed, past, start)
+        x = x + y if self.pre_norm else self.attention_norm(x + y)
+        y = self.down(self.activation(self.up(self.mlp_norm(x) if self.pre_norm else x)))
+        return x + y if self.pre_norm else self.mlp_norm(x + y), cache, seen
+
+
+class OPT(nnx.Module):
+    """The decoder: `OPT(config, spec, params)(tokens, mask)`; `params` is a plain tree (see `init`)."""
+
+    def __init__(self, config: OPTConfig, spec: Spec, params: Params):
+        self.tokens = nnx.Param(params["embed"]["tokens"])
+        self.positions = nnx.Param(params["embed"]["positions"])
+        wide = config.embed_dim != config.hidden_size
+        self.project_in = Projection("bte,ed->btd", params["project_in"]) if wide else None
+        self.project_out = Projection("btd,de->bte", params["project_out"]) if wide else None
+        self.final_norm = Norm(params.get("final_norm", {})) if config.final_norm else None
+        self.head = None if config.tied else nnx.Param(params["head"]["kernel"])
+        self.blocks = nnx.List(
+            [Block(config, layer, params["layers"][str(i)]) for i, layer in enumerate(spec.layers)]
+        )
+
+    def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        x = _value(self.tokens)[tokens].astype(dtype)
+        if self.project_in is not None:
+            x = self.project_in(x)
+        return x + _value(self.positions)[positions].astype(dtype)
+
+    def __call__(
+        self,
+        tokens: Int32[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        cache: Cache | None = None,
+        dtype: Any = jnp.float32,
+    ) -> tuple[Float[Array, "B T D"], Cache, list[Seen]]:
+        """Hidden states after the last norm, the cache after these tokens, and what each layer saw."""
+        positions, allowed, start, all_mask = _visible(mask, cache)
+        x = self.embed(tokens, positions, dtype)
+        layers, seen = [], []
+        for index, block in enumerate(self.blocks):
+            with jax.named_scope(f"layer_{index}"):
+                x, stored, record = block(x, allowed, None if cache is None else cache.layers[index], start)
+            layers.append(stored)
+            seen.append(record)
+        if self.final_norm is not None:
+            x = self.final_norm(x)
+        return x, Cache(tuple(layers), all_mask, start + tokens.shape[1]), seen
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """float32 logits of hidden states."""
+        flat = hidden.reshape(1, -1, hidden.shape[-1])
+        if self.project_out is not None:
+            flat = self.project_out(flat)
+        table = _value(self.tokens if self.head is None else self.head)
+        logits = jnp.einsum("bte,ve->btv", flat, table.astype(flat.dtype), preferred_element_type=jnp.float32)
+        return logits.reshape(*hidden.shape[:-1], -1)
+
+
+def _visible(mask: Array, cache: Cache | None) -> tuple[Array, Array, Array, Array]:
+    """Positions [B,T], allowed pairs [B,T,S], the first column written, and the mask [B,S] after these tokens."""
+    rows = mask.shape[1]
+    counts = mask.astype(jnp.int32)
+    if cache is None:
+        start, before, all_mask = jnp.zeros((), jnp.int32), 0, mask
+    else:
+        start = cache.length
+        before = cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
+        all_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
+    positions = (jnp.cumsum(counts, axis=1, dtype=jnp.int32) + before) * counts - 1 + POSITION_OFFSET
+    columns = jnp.arange(all_mask.shape[1], dtype=jnp.int32)
+    causal = columns[None, :] <= start + jnp.arange(rows, dtype=jnp.int32)[:, None]
+    return positions, causal[None] & all_mask[:, None, :], start, all_mask
+
+
+def forward(
+    config: OPTConfig,
+    spec: Spec,
+    params: Params,
+    tokens: Int32[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    *,
+    cache: Cache | None = None,
+    dtype: Any = jnp.float32,
+    observe: Observe | None = None,
+) -> Output:
+    """Run the decoder over a parameter tree: the one forward pass of everything.
+
+    Without a cache this is prefill (and scoring, and training): the cache it returns holds exactly these T columns. With a
+    cache, T further tokens are written behind its `length` used columns. Positions are counted over the mask, so
+    padding may stand left or right. Pure; jit it with `config`, `spec`, `dtype` and `observe` static.
+
+    Args:
+        mask: True where a token is real.
+        dtype: of the activations; weights are cast to it where they are used.
+        observe: called per layer as `observe(layer, seen, layer_params)`; what it returns is handed back.
+    """
+    hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype)
+    observed = [] if observe is None else [observe(i, record, params["layers"][str(i)]) for i, record in enumerate(seen)]
+    return Output(hidden, after, observed)
+
+
+def unembed(config: OPTConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+    """float32 logits [..., V] of hidden states [..., D]."""
+    return OPT(config, Spec(()), params).logits(hidden)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a leaf of the parameter tree must be: its shape and the logical name of each axis."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    kind: str = "kernel"  # kernel | bias | scale | embedding: how it is initialised
+
+
+def declare(config: OPTConfig, spec: Spec) -> Params:
+    """The parameter tree of a model as `Declared` leaves: one source for initialising, loading and sharding."""
+    width, table = config.hidden_size, (config.vocab_size, config.embed_dim)
+
+    def norm() -> Params:
+        if not config.norm_affine:
+            return {}
+        return {"scale": Declared((width,), ("width",), "scale"), "bias": Declared((width,), ("width",), "bias")}
+
+    def linear(shape: tuple[int, ...], axes: tuple[str, ...], outputs: int, bias: bool = config.bias) -> Params:
+        leaves = {"kernel": Declared(shape, axes)}
+        if bias:
+            leaves["bias"] = Declared(shape[-outputs:], axes[-outputs:], "bias")
+        return leaves
+
+    def block(layer: LayerSpec) -> Params:
+        def heads(count: int, rank: int) -> Params:
+            return linear((width, count, rank), ("width", "heads", "rank"), 2)
+
+        ffn = config.ffn_dim
+        return {
+            "attention_norm": norm(),
+            "query": heads(layer.query_heads, layer.key_rank),
+            "key": heads(layer.key_heads, layer.key_rank),
+            "value": heads(layer.value_heads, layer.value_rank),
+            "output": linear((layer.output_heads, layer.value_rank, width), ("heads", "rank", "width"), 1),
+            "mlp_norm": norm(),
+            "up": linear((width, ffn), ("width", "ffn"), 1),
+            "down": linear((ffn, width), ("ffn", "width"), 1),
+        }
+
+    tree: Params = {
+        "embed": {
+            "tokens": Declared(table, ("vocab", "embed"), "embedding"),
+            "positions": Declared((config.max_positions + POSITION_OFFSET, width), ("position", "width"), "embedding"),
+        },
+        "layers": {str(index): block(layer) for index, layer in enumerate(spec.layers)},
+    }
+    if config.embed_dim != width:
+        tree["project_in"] = linear((config.embed_dim, width), ("embed", "width"), 1, bias=False)
+        tree["project_out"] = linear((width, config.embed_dim), ("width", "embed"), 1, bias=False)
+    if config.final_norm:
+        tree["final_norm"] = norm()
+    if not config.tied:
+        tree["head"] = {"kernel": Declared(table, ("vocab", "embed"), "embedding")}
+    return tree
+
+
+def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params:
+    """Random parameters as OPT's: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
+    declared, treedef = jax.tree.flatten(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))
+    keys = jax.random.split(key, len(declared))
+
+    def leaf(what: Declared, key: Array) -> Array:
+        if what.kind == "bias":
+            return jnp.zeros(what.shape)
+        if what.kind == "scale":
+            return jnp.ones(what.shape)
+        return std * jax.random.normal(key, what.shape)
+
+    return jax.tree.unflatten(treedef, [leaf(what, key) for what, key in zip(declared, keys, strict=True)])
+
