@@ -1,8 +1,21 @@
 """Settings of each stage as frozen dataclasses; the defaults are the paper's where it gives one."""
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from chai_jax.errors import InputError
 
 STAGES = ("distil", "quantize", "target")
+POLICIES = ("sensitive", "medium-low")
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise InputError(f"{name} is {value!r}; expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -11,13 +24,18 @@ class TrainConfig:
 
     Attributes:
         lr: peak (= first) learning rate.
-        batch: examples per update.
-        accumulation: microbatches an update is split into (1 where the batch does not divide).
+        batch: examples per update; the last of an epoch may be smaller.
+        accumulation: microbatches an update is split into, one in memory at a time; fewer where each device would get
+            less than one example of a microbatch. The result does not depend on it.
         epochs: passes over the examples.
         max_steps: stop after this many updates; the decay then ends there.
-        max_examples: use only the first this many examples (after a seeded shuffle).
+        max_examples: use only this many examples (the first after a seeded shuffle).
         weight_decay: of kernels and embeddings; biases and norms have none.
         clip: largest global norm of the gradient; None for no clipping.
+        seed: of the order of the examples.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     lr: float = 2e-5
@@ -29,6 +47,15 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float | None = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number from 0")
+        _require(self.clip is None or self.clip > 0, "clip", self.clip, "a positive number or none")
+        for name in ("batch", "accumulation", "epochs", "max_steps", "max_examples"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.seed >= 0, "seed", self.seed, "a whole number from 0")
 
 
 @dataclass(frozen=True)
@@ -46,16 +73,107 @@ class DistilConfig:
     temperature: float = 2.0
     alpha: float = 0.5
 
+    def __post_init__(self) -> None:
+        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a positive number")
+        _require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number from 0 to 1")
+
 
 @dataclass(frozen=True)
 class TargetConfig:
     """CHAI-Target: tune some layers, leave all else bit-identical.
 
     Attributes:
-        policy: `sensitive` (the `fraction` most sensitive layers; the paper's Algorithm 1) or `medium-low` (the layers of
-            the medium and low tiers; its section 3.3).
+        policy: `sensitive` (the `fraction` most sensitive layers; the paper's Algorithm 1) or `medium-low` (the layers
+            of the medium and low tiers; its section 3.3).
     """
 
     train: TrainConfig = field(default_factory=TrainConfig)
     policy: str = "sensitive"
     fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        _require(self.policy in POLICIES, "policy", self.policy, f"one of {', '.join(POLICIES)}")
+        _require(0 < self.fraction <= 1, "fraction", self.fraction, "a number above 0, up to 1")
+
+
+@dataclass(frozen=True)
+class TrainOverrides:
+    """Override the paper's training settings in every training stage of the run."""
+
+    lr: float | None = None
+    """Peak learning rate (paper: 2e-5)."""
+    batch: int | None = None
+    """Examples per update (paper: 128 distil, 64 target)."""
+    accumulation: int | None = None
+    """Microbatches per update (paper: 8)."""
+    epochs: int | None = None
+    """Passes over the training examples (default: 1 distil, 3 finetune and target)."""
+    max_steps: int | None = None
+    """Stop each training stage after this many updates."""
+    max_train_examples: int | None = None
+    """Use only this many training examples."""
+
+    def apply(self, train: TrainConfig) -> TrainConfig:
+        """`train` with what is set here."""
+        named = {"max_examples" if name == "max_train_examples" else name: value for name, value in vars(self).items()}
+        return replace(train, **{name: value for name, value in named.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """Which heads are merged, and what is stored how."""
+
+    share: Literal["qk", "qkv"] = "qkv"
+    """What the heads of a cluster share: `qk` keeps every value head, `qkv` one of each."""
+    layers: float = 0.5
+    """Fraction of layers to cluster (rounded up), most redundant first."""
+    clusters: str = "elbow"
+    """`elbow`, a number of clusters, or a ratio below 1 of the heads."""
+    kv_budget: float | None = None
+    """Cache bytes wanted, as a fraction of the dense bfloat16 cache; chooses layers and clusters."""
+    sensitivity: Literal["kl", "perturbation", "attention"] = "kl"
+    """How layers are scored for their tier."""
+    calibration: int = 128
+    """Examples (or text windows) for calibration, held out from training."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The main job: cluster, distil, quantize and tune an OPT model, evaluating after every stage.
+
+    Without MODEL it trains and compresses the built-in toy: no network, no weights. A run that was interrupted goes on
+    when the same command is given again.
+    """
+
+    model: Positional[str] = "toy"
+    """Hub id (facebook/opt-125m), a folder in Hugging Face layout, a folder that save() wrote, or `toy`."""
+    task: str | None = None
+    """sst2, rte or piqa."""
+    text: Path | None = None
+    """Instead of a task: calibrate, distil and measure perplexity on this text file."""
+    data_dir: Path | None = None
+    """Folder holding TASK/{train,validation}.jsonl[.gz]; without it, the data comes from the Hugging Face hub."""
+    order: str = "distil,quantize,target"
+    """Stages after clustering, comma-separated, in any order."""
+    plan: Path | None = None
+    """Use this plan.json instead of making one."""
+    teacher: str | None = None
+    """Teacher for distillation (hub id or folder, same vocabulary); default: the dense model of this run."""
+    finetune: Literal["auto", "always", "never"] = "auto"
+    """Tune the dense model on the task first: `auto` does if it is within two standard errors of the majority label."""
+    policy: Literal["sensitive", "medium-low"] = "sensitive"
+    """Layers tuned by `target`."""
+    select: Literal["last", "accuracy", "latency", "size"] = "last"
+    """Which compressed stage becomes `model/`: the last, or the best (accuracy is judged on held-out training rows)."""
+    storage: Literal["bfloat16", "float32"] = "bfloat16"
+    """Cache format of layers that are not quantized (yet)."""
+    out: Path | None = None
+    """Run folder (default: runs/MODEL-TASK)."""
+    seed: int = 0
+    """Seed of clustering, shuffling and splits."""
+    limit: int | None = None
+    """Evaluate on the first N validation examples only."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    planning: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainOverrides = field(default_factory=TrainOverrides)

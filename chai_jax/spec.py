@@ -107,7 +107,7 @@ class Spec:
 
     def with_layer(self, index: int, layer: LayerSpec) -> "Spec":
         """The same spec with layer `index` replaced."""
-        return Spec(self.layers[:index] + (layer,) + self.layers[index + 1 :])
+        return Spec((*self.layers[:index], layer, *self.layers[index + 1 :]))
 
     def to_json(self) -> dict[str, Any]:
         return {"layers": [dataclasses.asdict(layer) for layer in self.layers]}
@@ -131,11 +131,15 @@ class Spec:
                 known = set(layer.storages) <= set(STORAGES) and layer.share in SHARES and layer.weights in WEIGHTS
                 positive = isinstance(layer.key_rank, int) and isinstance(layer.value_rank, int)
                 if not (fits and known and positive and layer.key_rank > 0 and layer.value_rank > 0):
-                    raise InputError(f"spec layer {index} contradicts itself; expected what save() writes: save it again")
+                    raise InputError(
+                        f"spec layer {index} contradicts itself; expected what save() writes: save it again"
+                    )
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"not a spec ({error!r}); expected the spec.json that save() writes: save it again") from None
+            raise InputError(
+                f"not a spec ({error!r}); expected the spec.json that save() writes: save it again"
+            ) from None
         return spec
 
 
@@ -215,7 +219,9 @@ class Plan:
         _one_of("membership", self.membership, MEMBERSHIPS)
         _one_of("merge", self.merge, ("representative",))
         if self.sensitivity and len(self.sensitivity) != len(self.layers):
-            raise InputError(f"the plan has {len(self.sensitivity)} sensitivities for {len(self.layers)} layers; expected one each")
+            raise InputError(
+                f"the plan has {len(self.sensitivity)} sensitivities for {len(self.layers)} layers; expected one each"
+            )
         for index, layer in enumerate(self.layers):
             _check_layer(index, layer)
         if self.membership == "prompt":
@@ -257,6 +263,8 @@ def _layer_plan(index: int, entry: Any) -> LayerPlan:
             raise InputError(f"{where} cluster {number} is not an object with a list 'heads'")
         fields = _known(ClusterPlan, cluster, f"{where} cluster {number}")
         fields["heads"] = tuple(cluster["heads"])
+        if any(type(head) is not int for head in fields["heads"]):
+            raise InputError(f"{where} cluster {number} has heads {cluster['heads']}; expected head numbers")
         clusters.append(ClusterPlan(**{"keep": fields["heads"][0] if fields["heads"] else -1, **fields}))
     return LayerPlan(**{**_known(LayerPlan, entry, where), "clusters": tuple(clusters)})
 
@@ -266,6 +274,16 @@ def _known(kind: Any, value: Mapping[str, Any], where: str) -> dict[str, Any]:
     unknown = sorted(set(value) - names)
     if unknown:
         raise InputError(f"{where} has an unknown field {unknown[0]!r}; expected some of {sorted(names)}")
+    for field in dataclasses.fields(kind):
+        given = value.get(field.name, field.default)
+        # JSON's true and false are ints to Python.
+        right = (
+            isinstance(given, field.type) and isinstance(given, bool) == (field.type is bool)
+            if field.type in (str, int, bool)
+            else True
+        )
+        if field.name in value and not right:
+            raise InputError(f"{where} has {field.name} {given!r}; expected one {field.type.__name__}")
     return dict(value)
 
 
@@ -283,9 +301,13 @@ def _check_layer(index: int, layer: LayerPlan) -> None:
     for number, cluster in enumerate(layer.clusters):
         _one_of("storage", cluster.storage, STORAGES, f"{where} cluster {number}")
         if not cluster.heads or cluster.keep not in cluster.heads:
-            raise InputError(f"{where} cluster {number} keeps head {cluster.keep}, not one of its heads {list(cluster.heads)}")
+            raise InputError(
+                f"{where} cluster {number} keeps head {cluster.keep}, not one of its heads {list(cluster.heads)}"
+            )
     twice = [head for head in heads if heads.count(head) > 1]
     if twice:
         raise InputError(f"{where} has head {twice[0]} in two clusters; expected each head in exactly one")
     if sorted(heads) != list(range(len(heads))):
-        raise InputError(f"{where} clusters heads {sorted(heads)}; expected every head from 0 to {max(heads, default=0)} once")
+        raise InputError(
+            f"{where} clusters heads {sorted(heads)}; expected every head from 0 to {max(heads, default=0)} once"
+        )

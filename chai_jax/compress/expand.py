@@ -52,7 +52,10 @@ def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[Laye
     chosen = [0 if value is None else value for value in values]
     outputs = queries if layer.share == "kv" else chosen
     query, key = take_heads(params["query"], queries), take_heads(params["key"], keys)
-    value = {name: jnp.where(kept[:, None], leaf, jnp.zeros_like(leaf)) for name, leaf in take_heads(params["value"], chosen).items()}
+    value = {
+        name: jnp.where(kept[:, None], leaf, jnp.zeros_like(leaf))
+        for name, leaf in take_heads(params["value"], chosen).items()
+    }
     output = jnp.take(params["output"]["kernel"], jnp.asarray(outputs), axis=0)
     output = jnp.where(kept[:, None, None], output, jnp.zeros_like(output))
     storages = [storage for heads, storage in zip(layer.clusters, layer.storages, strict=True) for _ in heads]

@@ -43,7 +43,9 @@ def cluster(model: Model, plan: Plan) -> Model:
 def _check_plain(index: int, layer: LayerSpec, params: Params) -> None:
     kernels = [params[name]["kernel"] for name in ("query", "key", "value", "output")]
     if layer.share != "dense" or any(isinstance(kernel, QuantizedArray) for kernel in kernels):
-        raise InputError(f"layer {index} is clustered or quantized already; expected a dense float layer: start from the dense model")
+        raise InputError(
+            f"layer {index} is clustered or quantized already; expected a dense float layer: start from the dense model"
+        )
 
 
 def _slice_layer(layer: LayerSpec, params: Params, wanted: LayerPlan, share: str) -> tuple[LayerSpec, Params]:
@@ -67,7 +69,9 @@ def _slice_layer(layer: LayerSpec, params: Params, wanted: LayerPlan, share: str
     return new, params
 
 
-def _fold_values(value: Params, output: Params, kept: Sequence[int], members: Sequence[Sequence[int]]) -> tuple[Params, Params]:
+def _fold_values(
+    value: Params, output: Params, kept: Sequence[int], members: Sequence[Sequence[int]]
+) -> tuple[Params, Params]:
     """One value head per cluster, output projections summed; the value biases of all its heads go, exactly, into the
     output bias, because softmax rows sum to one."""
     kernel = output["kernel"].astype(jnp.float32)
@@ -105,4 +109,3 @@ def take(leaf: Leaf, indices: Sequence[int], axis: int) -> Leaf:
 def take_heads(projection: Params, heads: Sequence[int]) -> Params:
     """Select heads of a query, key or value projection: kernel [D, heads, R], bias [heads, R]."""
     return {name: take(leaf, heads, axis=-2) for name, leaf in projection.items()}
-

@@ -6,6 +6,7 @@ each cluster computes its attention matrix once and hands q * v heads to the out
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
@@ -28,7 +29,7 @@ def scores_of(
 
 
 def mix_values(
-    probabilities: Float[Array, "B C q T S"], values: Leaf, value_heads: int, dtype: jnp.dtype
+    probabilities: Float[Array, "B C q T S"], values: Leaf, value_heads: int, dtype: DTypeLike
 ) -> Float[Array, "B C q v T R"]:
     """Weighted sums of the values [B, C * v, S, R] under each cluster's attention.
 

@@ -6,10 +6,11 @@ training the same damage (with a straight-through gradient) that decoding reads 
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Float, Int32
 
 from chai_jax.model.quantized import Leaf, dequantize, quantize
 from chai_jax.spec import Group, LayerSpec, Spec
@@ -39,8 +40,9 @@ through_storage.defvjp(lambda x, storage: (through_storage(x, storage), None), l
 class GroupCache:
     """Stored keys [B, C, S, R] and values [B, C * values, S, R] of one group."""
 
-    keys: Leaf
-    values: Leaf
+    # Any, because tree operations put other things (shapes, shardings) in their places.
+    keys: Any
+    values: Any
 
     @property
     def nbytes(self) -> int:
@@ -53,8 +55,8 @@ class Cache:
     """What decoding needs of the past: `layers[layer][group]`, which columns hold real tokens, how many are used."""
 
     layers: tuple[tuple[GroupCache, ...], ...]
-    mask: Bool[Array, "B S"]
-    length: Int32[Array, ""]
+    mask: Any  # bool [B, S]
+    length: Any  # int32 []
 
     @property
     def nbytes(self) -> int:
@@ -113,4 +115,3 @@ def empty(spec: Spec, batch: int, capacity: int) -> Cache:
 def measured_bytes_per_token(spec: Spec) -> int:
     """`bytes_per_token` as summed from the real arrays of an allocated cache, scales included."""
     return empty(spec, batch=1, capacity=1).nbytes
-

@@ -51,14 +51,18 @@ class Model:
         if tokens.ndim != 2 or mask.shape != tokens.shape:
             raise InputError(f"tokens {tokens.shape} and mask {mask.shape} must be equal [batch, length] shapes")
         self.check_length(tokens.shape[1])
-        if tokens.size and not (0 <= tokens.min() and tokens.max() < self.config.vocab_size):
-            raise InputError(f"token ids run from {tokens.min()} to {tokens.max()}; expected 0 to {self.config.vocab_size - 1}")
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.config.vocab_size):
+            raise InputError(
+                f"token ids run from {tokens.min()} to {tokens.max()}; expected 0 to {self.config.vocab_size - 1}"
+            )
         return _logits(self.config, self.spec, compute_dtype(), self.params, tokens, mask)
 
     def check_length(self, length: int) -> None:
         """Raise InputError where `length` tokens do not fit the position table."""
         if length > self.config.max_positions:
-            raise InputError(f"{length} tokens do not fit the model's {self.config.max_positions} positions: shorten the text")
+            raise InputError(
+                f"{length} tokens do not fit the model's {self.config.max_positions} positions: shorten the text"
+            )
 
     def replace(self, **changes: Any) -> "Model":
         """A new model with some attributes changed."""

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend
@@ -64,13 +65,13 @@ class OPTConfig:
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer's attention did, for `observe`: all float32 but `x` and `heads`, nothing of it computed unless used."""
+    """What a layer's attention did, for `observe`; nothing of it is computed unless it is used."""
 
-    x: Float[Array, "B T D"]
-    scores: Float[Array, "B Q T S"]
-    probabilities: Float[Array, "B Q T S"]
-    allowed: Bool[Array, "B T S"]
-    heads: Float[Array, "B outputs T R"]
+    x: Any  # [B, T, D], the normed input
+    scores: Any  # [B, query heads, T, S], scaled, before the softmax
+    probabilities: Any  # [B, query heads, T, S]
+    allowed: Any  # bool [B, T, S]
+    heads: Any  # [B, output heads, T, R], before the output projection
 
 
 jax.tree_util.register_dataclass(Seen)
@@ -81,7 +82,7 @@ Observe = Callable[[int, Seen, Params], Any]
 class Output:
     """Hidden states before the vocabulary head, the cache after these tokens, and what `observe` returned per layer."""
 
-    hidden: Float[Array, "B T D"]
+    hidden: Any  # [B, T, D]
     cache: Cache
     observed: list[Any]
 
@@ -158,7 +159,9 @@ class Attention(nnx.Module):
             queries, values = group.clusters * group.queries, group.clusters * group.values
             mine = query[:, at_query : at_query + queries]
             mine = mine.reshape(mine.shape[0], group.clusters, group.queries, *mine.shape[2:])
-            parts.append((group, mine, key[:, at_key : at_key + group.clusters], value[:, at_value : at_value + values]))
+            parts.append(
+                (group, mine, key[:, at_key : at_key + group.clusters], value[:, at_value : at_value + values])
+            )
             at_query, at_key, at_value = at_query + queries, at_key + group.clusters, at_value + values
         return parts
 
@@ -215,11 +218,9 @@ class OPT(nnx.Module):
         self.project_out = Projection("btd,de->bte", params["project_out"]) if wide else None
         self.final_norm = Norm(params.get("final_norm", {})) if config.final_norm else None
         self.head = None if config.tied else nnx.Param(params["head"]["kernel"])
-        self.blocks = nnx.List(
-            [Block(config, layer, params["layers"][str(i)]) for i, layer in enumerate(spec.layers)]
-        )
+        self.blocks = nnx.List([Block(config, layer, params["layers"][str(i)]) for i, layer in enumerate(spec.layers)])
 
-    def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
         x = _value(self.tokens)[tokens].astype(dtype)
         if self.project_in is not None:
             x = self.project_in(x)
@@ -230,10 +231,10 @@ class OPT(nnx.Module):
         tokens: Int32[Array, "B T"],
         mask: Bool[Array, "B T"],
         cache: Cache | None = None,
-        dtype: Any = jnp.float32,
+        dtype: DTypeLike = jnp.float32,
     ) -> tuple[Float[Array, "B T D"], Cache, list[Seen]]:
         """Hidden states after the last norm, the cache after these tokens, and what each layer saw."""
-        positions, allowed, start, all_mask = _visible(mask, cache)
+        positions, allowed, start, all_mask = visible(mask, cache)
         x = self.embed(tokens, positions, dtype)
         layers, seen = [], []
         for index, block in enumerate(self.blocks):
@@ -255,7 +256,7 @@ class OPT(nnx.Module):
         return logits.reshape(*hidden.shape[:-1], -1)
 
 
-def _visible(mask: Array, cache: Cache | None) -> tuple[Array, Array, Array, Array]:
+def visible(mask: Array, cache: Cache | None) -> tuple[Array, Array, Array, Array]:
     """Positions [B,T], allowed pairs [B,T,S], the first column written, and the mask [B,S] after these tokens."""
     rows = mask.shape[1]
     counts = mask.astype(jnp.int32)
@@ -279,7 +280,7 @@ def forward(
     mask: Bool[Array, "B T"],
     *,
     cache: Cache | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     observe: Observe | None = None,
 ) -> Output:
     """Run the decoder over a parameter tree: the one forward pass of everything.
@@ -294,7 +295,9 @@ def forward(
         observe: called per layer as `observe(layer, seen, layer_params)`; what it returns is handed back.
     """
     hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype)
-    observed = [] if observe is None else [observe(i, record, params["layers"][str(i)]) for i, record in enumerate(seen)]
+    observed = (
+        [] if observe is None else [observe(i, record, params["layers"][str(i)]) for i, record in enumerate(seen)]
+    )
     return Output(hidden, after, observed)
 
 
@@ -373,4 +376,3 @@ def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params
         return std * jax.random.normal(key, what.shape)
 
     return jax.tree.unflatten(treedef, [leaf(what, key) for what, key in zip(declared, keys, strict=True)])
-

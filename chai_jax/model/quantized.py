@@ -2,10 +2,12 @@
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int8
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["axes"])
@@ -18,8 +20,9 @@ class QuantizedArray:
     come and go.
     """
 
-    values: Int8[Array, "..."]
-    scale: Float[Array, "..."]
+    # Any, because tree operations put other things (shapes, shardings) in their places.
+    values: Any  # int8 [...]
+    scale: Any  # bfloat16 or float32
     axes: tuple[int, ...]
 
     @property
@@ -44,12 +47,13 @@ def is_leaf(value: object) -> bool:
     return isinstance(value, QuantizedArray)
 
 
-def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: jnp.dtype = jnp.bfloat16) -> QuantizedArray:
+def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLike = jnp.bfloat16) -> QuantizedArray:
     """Quantize to int8, one scale per slice along `axes` (negative).
 
-    The scale is absmax / 127, rounded up in `scale_dtype` before it is used, so that no entry can exceed 127.
+    The scale is absmax / 127, rounded up in `scale_dtype` before it is used, so that no entry can exceed 127. No gradient
+    flows through it: training passes its gradient straight around (`chai_jax.model.cache.through_storage`).
     """
-    x = x.astype(jnp.float32)
+    x = jax.lax.stop_gradient(x.astype(jnp.float32))
     peak = jnp.max(jnp.abs(x), axis=axes)
     exact = jnp.where(peak == 0, 1.0, peak / 127)
     scale = exact.astype(scale_dtype)
@@ -58,7 +62,7 @@ def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: jnp.dty
     return QuantizedArray(values, scale, axes)
 
 
-def dequantize(x: Leaf, dtype: jnp.dtype = jnp.float32) -> Float[Array, "..."]:
+def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     """The array a leaf stands for, in `dtype`."""
     if isinstance(x, QuantizedArray):
         scale = jnp.expand_dims(x.scale.astype(jnp.float32), x.axes)

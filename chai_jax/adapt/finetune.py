@@ -1,0 +1,79 @@
+"""Cross-entropy tuning of every leaf on labelled examples or text, and the loss that the other stages build on."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int32
+
+from chai_jax.adapt.train import Log, Sums, train
+from chai_jax.adapt.updates import Batch
+from chai_jax.config import FinetuneConfig
+from chai_jax.data.batches import Encoded, Example
+from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.opt import OPTConfig, Params, forward
+from chai_jax.score import logits_at
+from chai_jax.spec import Spec
+
+HEAD_ROWS = 1024  # hidden states that meet the vocabulary head at once: 206 MB of float32 logits at V = 50,272
+
+
+def finetune(
+    model: Model,
+    examples: Sequence[Example | Encoded],
+    config: FinetuneConfig | None = None,
+    log: Log | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> Model:
+    """Minimise the cross-entropy of the examples' completions; every leaf trains. Returns a new model.
+
+    Raises:
+        InputError: see `chai_jax.adapt.train.train`.
+    """
+    config = config or FinetuneConfig()
+    loss = partial(completion_loss, model.config, model.spec, compute_dtype())
+    return train(model, examples, loss, config.train, stage="finetune", mesh=mesh, log=log)
+
+
+def completion_loss(
+    config: OPTConfig, spec: Spec, dtype: DTypeLike, params: Params, batch: Batch, extra: Any = None
+) -> Sums:
+    """Cross-entropy in nats, summed over the targets of a batch."""
+    hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype).hidden
+
+    def step(positions: Array, targets: Array, weights: Array) -> Sums:
+        return {"loss": (weights * cross_entropy(logits_at(config, params, hidden, positions), targets)).sum()}
+
+    return sum_over_targets(step, batch)
+
+
+def cross_entropy(logits: Float[Array, "*B V"], targets: Int32[Array, "*B"]) -> Float[Array, "*B"]:
+    """-log softmax(logits)[target] in nats."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def sum_over_targets(
+    step: Callable[[Int32[Array, "B N"], Int32[Array, "B N"], Float[Array, "B N"]], Sums], batch: Batch
+) -> Sums:
+    """Sum `step(positions, targets, weights)` over a batch's targets, N columns at a time.
+
+    The backward pass computes each step's logits again, so that [B, P, V] is never in memory at once.
+    """
+    rows, longest = batch.positions.shape
+    width = min(longest, 1 << (max(1, HEAD_ROWS // rows).bit_length() - 1))  # a power of two, as `longest` is
+
+    def columns(x: Array) -> Array:
+        return x.reshape(rows, longest // width, width).swapaxes(0, 1)
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    def body(part: tuple[Array, Array, Array]) -> Sums:
+        return step(*part)
+
+    sums = jax.lax.map(body, (columns(batch.positions), columns(batch.targets), columns(batch.weights)))
+    return {name: each.sum() for name, each in sums.items()}

@@ -1,0 +1,78 @@
+"""CHAI-Target: tune only the layers that need it; all else stays bit-identical."""
+
+import math
+from collections.abc import Collection, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from chai_jax.adapt.finetune import completion_loss
+from chai_jax.adapt.train import Log, train
+from chai_jax.config import TargetConfig
+from chai_jax.data.batches import Encoded, Example
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.opt import Params
+from chai_jax.model.quantized import is_leaf
+from chai_jax.spec import Plan
+
+
+def target(
+    model: Model,
+    plan: Plan,
+    examples: Sequence[Example | Encoded],
+    config: TargetConfig | None = None,
+    log: Log | None = None,
+    *,
+    mesh: Mesh | None = None,
+) -> Model:
+    """Minimise the cross-entropy of the completions by the plan's chosen layers alone.
+
+    Embeddings, final norm and all other layers come back as the very same arrays. An int8 kernel of a chosen layer has
+    a float32 master during the stage and is quantized again at its end.
+
+    Raises:
+        InputError: the plan does not fit the model or chooses no layer; and see `chai_jax.adapt.train.train`.
+    """
+    config = config or TargetConfig()
+    plan.check_model(model.config.num_layers, model.config.num_heads)
+    trainable = layer_mask(model.params, select_layers(plan, config))
+    loss = partial(completion_loss, model.config, model.spec, compute_dtype())
+    return train(model, examples, loss, config.train, stage="target", trainable=trainable, mesh=mesh, log=log)
+
+
+def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:
+    """The layers a policy chooses, in order.
+
+    `sensitive`: the ceil(fraction L) most sensitive, the first of equals (paper, Algorithm 1); `medium-low`: those of
+    the medium and low tiers (paper, section 3.3).
+
+    Raises:
+        InputError: the plan has no sensitivities, or no layer of these tiers.
+    """
+    count = len(plan.layers)
+    if config.policy == "medium-low":
+        layers = [index for index, layer in enumerate(plan.layers) if layer.tier in ("medium", "low")]
+    elif len(plan.sensitivity) == count:
+        # Rounded first: 0.07 * 100 is 7.000000000000001, and the ceiling of that is 8.
+        wanted = math.ceil(round(config.fraction * count, 9))
+        layers = sorted(range(count), key=lambda index: (-plan.sensitivity[index], index))[:wanted]
+    else:
+        raise InputError(
+            "the plan has no sensitivities, which the policy 'sensitive' ranks layers by; make one with chai-jax plan, "
+            "or use the policy 'medium-low'"
+        )
+    if not layers:
+        raise InputError(f"no layer of the plan falls under the policy {config.policy!r}; use the policy 'sensitive'")
+    return tuple(sorted(layers))
+
+
+def layer_mask(params: Params, layers: Collection[int]) -> Any:
+    """True for every leaf of these layers, False for all else: a tree of booleans shaped as the parameters."""
+
+    def chosen(path: tuple[Any, ...], _: Any) -> bool:
+        return path[0].key == "layers" and int(path[1].key) in layers
+
+    return jax.tree_util.tree_map_with_path(chosen, params, is_leaf=is_leaf)

@@ -1,0 +1,86 @@
+"""Which heads of a layer look at the same tokens: K-Means, the elbow, medoids. Pure functions of arrays.
+
+CHAI (Agarwal et al. 2024, arXiv 2403.08058, section 3.2) clusters the heads of each layer for every number of clusters
+and picks that number by eye, where the error levels off. Here the eye is the Kneedle algorithm (Satopaa et al. 2011).
+The features of a head are its row of the layer's head correlations (`chai_jax.analyse.probe.Probe.correlation`).
+"""
+
+import math
+import warnings
+
+import numpy as np
+from jaxtyping import Float
+from kneed import KneeLocator
+from sklearn.cluster import KMeans
+from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
+
+from chai_jax.errors import InputError
+
+Clusters = tuple[tuple[int, ...], ...]
+RESTARTS = 10  # of K-Means; the best of them counts
+
+
+def round_up(fraction: float, count: int) -> int:
+    """`fraction` of `count` things, rounded up; 0.28 of 25 is 7, though 0.28 * 25 > 7 in floating point."""
+    return math.ceil(round(fraction * count, 9))
+
+
+# So few points are clustered in 0.1 ms on one thread, and in up to 100 times that while OpenMP gathers a crowd of them.
+@threadpool_limits.wrap(limits=1, user_api="openmp")
+def _kmeans(features: Float[np.ndarray, "H F"], count: int, seed: int) -> KMeans:
+    with warnings.catch_warnings():
+        # Heads with equal features leave clusters empty: those are dropped, and there is nothing to warn of.
+        warnings.filterwarnings("ignore", message="Number of distinct clusters", category=ConvergenceWarning)
+        return KMeans(count, n_init=RESTARTS, random_state=seed).fit(features)
+
+
+def curve(features: Float[np.ndarray, "H F"], seed: int = 0) -> Float[np.ndarray, " H"]:
+    """Inertia (summed squared distance to the nearest centre) of the heads in 1, 2, ... H clusters."""
+    return np.asarray([_kmeans(features, count, seed).inertia_ for count in range(1, len(features) + 1)])
+
+
+def elbow(inertias: Float[np.ndarray, " H"]) -> int | None:
+    """The number of clusters where inertias of 1, 2, ... H clusters bend; None where they do not.
+
+    A bend at one cluster would be a curve that falls slowly at first: it is none.
+    """
+    counts = np.arange(1, len(inertias) + 1)
+    with warnings.catch_warnings():
+        # A flat curve or a single point is divided by its range, zero, on the way to "no knee".
+        warnings.filterwarnings("ignore", category=RuntimeWarning, module="kneed|numpy")
+        knee = KneeLocator(counts, inertias, curve="convex", direction="decreasing").knee
+    return None if knee is None or knee == 1 else int(knee)
+
+
+def assign(features: Float[np.ndarray, "H F"], count: int, seed: int = 0) -> Clusters:
+    """The heads in `count` clusters (fewer where features coincide): heads ascend in each, clusters by first head."""
+    if count == len(features):
+        return tuple((head,) for head in range(count))
+    labels = _kmeans(features, count, seed).labels_
+    members = [tuple(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)]
+    return tuple(sorted(members))
+
+
+def medoid(features: Float[np.ndarray, "H F"], heads: tuple[int, ...]) -> int:
+    """The head of a cluster with the smallest summed distance to the others; the lowest of several."""
+    points = features[list(heads)]
+    distances = np.linalg.norm(points[:, None] - points[None], axis=-1).sum(axis=1)
+    # Equal up to rounding is equal: without this, a pair's medoid could be either.
+    return heads[int(np.flatnonzero(distances <= distances.min() * (1 + 1e-12))[0])]
+
+
+def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"], seed: int = 0) -> int:
+    """Resolve a number of clusters: `"elbow"` (H where there is none), a number of heads, or a ratio below 1 of H.
+
+    Raises:
+        InputError: anything else, or more clusters than heads.
+    """
+    heads = len(features)
+    if wanted == "elbow":
+        return elbow(curve(features, seed)) or heads
+    if isinstance(wanted, int) and not isinstance(wanted, bool) and 1 <= wanted <= heads:
+        return wanted
+    if isinstance(wanted, float) and 0 < wanted < 1:
+        return round_up(wanted, heads)
+    raise InputError(f"clusters is {wanted!r}; expected elbow, a number from 1 to {heads} (the heads), or a ratio between 0 and 1")

@@ -1,0 +1,213 @@
+"""What the attention heads of a dense model do on calibration text: running sums, one jitted pass per batch.
+
+Mean softmax attention is 1/S for every head and says nothing, so heads are compared by the *deviations* of their
+attention rows (CHAI, Agarwal et al. 2024, arXiv 2403.08058, sections 3.1 and 3.2): each row is centred over the keys
+it may read, without the first token, on which most heads rest when they have nothing to do (Xiao et al. 2023, arXiv 2309.17453).
+"""
+
+import dataclasses
+import hashlib
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int32
+
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import new_file
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig, Params, Seen, forward
+from chai_jax.model.quantized import dequantize
+from chai_jax.progress import track
+from chai_jax.spec import Spec
+
+Sums = dict[str, Array]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """Statistics of every layer's heads, in the model's original head order, and the text they come from.
+
+    Attributes:
+        attention: G[h, g] = sum over query rows of the dot product of the centred attention rows of heads h and g.
+        outputs: sum over tokens of the dot product of what heads h and g add to the layer's output (after the output
+            projection, without its bias): the squared output norm of a cluster is the sum of its block.
+        scores: mean absolute pre-softmax score, after 1/sqrt(K), over allowed pairs and heads.
+        tokens: the calibration windows, padded on the right.
+        mask: True where a token is real.
+        fingerprint: of the probed model (see `fingerprint`).
+    """
+
+    attention: Float[np.ndarray, "L H H"]
+    outputs: Float[np.ndarray, "L H H"]
+    scores: Float[np.ndarray, " L"]
+    tokens: Int32[np.ndarray, "N W"]
+    mask: Bool[np.ndarray, "N W"]
+    fingerprint: str
+
+    @property
+    def rows(self) -> int:
+        """Query rows (real tokens) summed over."""
+        return int(self.mask.sum())
+
+    @property
+    def correlation(self) -> Float[np.ndarray, "L H H"]:
+        """G / sqrt(G_hh G_gg): 1 where two heads always attend alike, 0 for a head that is flat on all rows."""
+        norm = np.sqrt(np.einsum("lhh->lh", self.attention))
+        scale = norm[:, :, None] * norm[:, None, :]
+        return np.divide(self.attention, scale, out=np.zeros_like(self.attention), where=scale > 0)
+
+    @property
+    def importance(self) -> Float[np.ndarray, "L H"]:
+        """Mean over tokens of the squared norm of what each head adds to the layer's output."""
+        return np.einsum("lhh->lh", self.outputs) / self.rows
+
+    def save(self, path: str | Path) -> None:
+        """Write the probe as an .npz file."""
+        with new_file(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, **dataclasses.asdict(self))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Probe":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: no such file, or not one that `save` wrote.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                fields = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            raise InputError(f"cannot read the probe {path} ({error}); expected a file that Probe.save wrote: probe again") from None
+        return cls(**{**fields, "fingerprint": str(fields["fingerprint"])})
+
+
+def probe(
+    model: Model, texts: Sequence[str] | Sequence[Sequence[int]], *, window: int = 256, batch_size: int = 8
+) -> Probe:
+    """Look at a dense model's heads on calibration text (never the text that is evaluated).
+
+    Args:
+        texts: strings, each cut into windows that start with `</s>`; or windows of token ids, taken as they are.
+        window: tokens of a window at most; never more than the model has positions.
+        batch_size: windows of one forward pass.
+
+    Raises:
+        InputError: a model that is clustered, a window of ids that is too long, or too little text.
+    """
+    if not model.spec.is_dense:
+        raise InputError("the model's heads are merged already; expected a dense model: probe the one it was made from")
+    window = min(window, model.config.max_positions)
+    tokens, mask = _stack(_windows(model, texts, window), model.config.pad_token_id)
+    sums = _accumulate(model, _batches(tokens, mask, batch_size))
+    pairs = sum(count * (count + 1) // 2 for count in mask.sum(axis=1).tolist())
+    return Probe(
+        attention=_in_head_order(model.spec, sums["attention"]),
+        outputs=_in_head_order(model.spec, sums["outputs"]),
+        scores=sums["scores"] / (pairs * model.config.num_heads),
+        tokens=tokens,
+        mask=mask,
+        fingerprint=fingerprint(model),
+    )
+
+
+def _windows(model: Model, texts: Sequence[str] | Sequence[Sequence[int]], window: int) -> list[list[int]]:
+    """Token windows of two tokens or more; a text's windows do not overlap."""
+    if isinstance(texts, str):
+        raise InputError("texts is one string; expected a list of strings: put it in brackets")
+    start = model.config.bos_token_id
+    windows: list[list[int]] = []
+    for text in texts:
+        if isinstance(text, str):
+            body = list(model.tokenizer(text)["input_ids"])
+            body = body[1:] if body[:1] == [start] else body
+            windows += [[start, *body[at : at + window - 1]] for at in range(0, len(body), window - 1)]
+        elif len(text) <= window:
+            windows.append([int(token) for token in text])
+        else:
+            raise InputError(f"a window of {len(text)} tokens is longer than {window}: cut it")
+    windows = [tokens for tokens in windows if len(tokens) > 1]
+    if not any(len(tokens) > 2 for tokens in windows):
+        raise InputError("the calibration text has no window of three tokens; expected some sentences: give more text")
+    return windows
+
+
+def _stack(windows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [N, W] padded on the right, and their mask."""
+    lengths = np.asarray([len(tokens) for tokens in windows])
+    mask = np.arange(lengths.max()) < lengths[:, None]
+    tokens = np.full(mask.shape, pad, np.int32)
+    tokens[mask] = np.concatenate([np.asarray(window, np.int32) for window in windows])
+    return tokens, mask
+
+
+def _batches(tokens: np.ndarray, mask: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Batches of one shape: rows that are missing from the last are masked out."""
+    room = ((0, -len(tokens) % size), (0, 0))
+    tokens, mask = np.pad(tokens, room), np.pad(mask, room)
+    return [(tokens[at : at + size], mask[at : at + size]) for at in range(0, len(tokens), size)]
+
+
+def fingerprint(model: Model) -> str:
+    """A hash of a model's configuration and of every byte of its weights."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for path, leaf in jax.tree_util.tree_leaves_with_path(model.params):
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(array.view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def head_sums(layer: int, seen: Seen, params: Params) -> Sums:
+    """One layer's sums over a batch, as an `observe` function of the forward pass; padding may stand on either side."""
+    # A token may read itself unless it is padding, so the diagonal is the mask.
+    real = jnp.diagonal(seen.allowed, axis1=1, axis2=2)
+    first = real & (jnp.cumsum(real, axis=1, dtype=jnp.int32) == 1)
+    pairs = seen.allowed & real[:, :, None]
+    keys = (pairs & ~first[:, None, :])[:, None]
+    counts = jnp.maximum(keys.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
+    rows = jnp.where(keys, seen.probabilities, 0.0)
+    rows = jnp.where(keys, rows - rows.sum(axis=-1, keepdims=True) / counts, 0.0)
+
+    heads = jnp.where(real[:, None, :, None], seen.heads, 0.0).astype(jnp.float32)
+    kernel = dequantize(params["output"]["kernel"])
+    # sum_t <o_h W_h, o_g W_g> from second moments: head outputs in the width, [B, H, T, D], need never exist.
+    moment = jnp.einsum("bhtr,bgtq->hrgq", heads, heads, precision="highest")
+    metric = jnp.einsum("hrd,gqd->hrgq", kernel, kernel, precision="highest")
+    return {
+        "attention": jnp.einsum("bhts,bgts->hg", rows, rows, precision="highest"),
+        "outputs": jnp.sum(moment * metric, axis=(1, 3)),
+        "scores": jnp.sum(jnp.where(pairs[:, None], jnp.abs(seen.scores), 0.0)),
+    }
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _layer_sums(
+    config: OPTConfig, spec: Spec, params: Params, tokens: Int32[Array, "B T"], mask: Bool[Array, "B T"]
+) -> list[Sums]:
+    # float32 whatever the device computes in otherwise: the same model gets the same plan everywhere.
+    return forward(config, spec, params, tokens, mask, dtype=jnp.float32, observe=head_sums).observed
+
+
+def _accumulate(model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Sum over batches in float64; each statistic is stacked over layers."""
+    totals: dict[str, np.ndarray] = {}
+    for tokens, mask in track(batches, "Probing the heads"):
+        layers = jax.device_get(_layer_sums(model.config, model.spec, model.params, tokens, mask))
+        for name in layers[0]:
+            totals[name] = totals.get(name, 0) + np.stack([layer[name] for layer in layers]).astype(np.float64)
+    return totals
+
+
+def _in_head_order(spec: Spec, stored: Float[np.ndarray, "L H H"]) -> Float[np.ndarray, "L H H"]:
+    """Undo the order in which each layer stores its heads (quantizing a dense model may have sorted them by format)."""
+    out = np.empty_like(stored)
+    for index, layer in enumerate(spec.layers):
+        heads = [heads[0] for heads in layer.clusters]
+        out[index][np.ix_(heads, heads)] = stored[index]
+    return out

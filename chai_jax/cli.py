@@ -1,0 +1,233 @@
+"""`chai-jax`: one thin subcommand per thing a person does.
+
+Results go to stdout (the last line is one JSON object), progress and messages to stderr. Bad input gives one line on
+stderr and exit status 2.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional, subcommand
+
+from chai_jax.config import PlanConfig, RunConfig
+from chai_jax.errors import InputError
+from chai_jax.progress import console
+
+# Heavy libraries are imported inside the commands, so that --help answers at once.
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Decide which heads to merge and what to store how; writes a plan.json a person can edit."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("plan.json")
+    """Where to write the plan."""
+    task: str | None = None
+    """Calibrate on this task's training prompts (sst2, rte, piqa)."""
+    text: Path | None = None
+    """Calibrate on this text file instead."""
+    data_dir: Path | None = None
+    """Folder holding TASK/train.jsonl[.gz]."""
+    seed: int = 0
+    """Seed of the clustering."""
+    planning: PlanConfig = field(default_factory=PlanConfig)
+
+    def run(self) -> Any:
+        from chai_jax.analyse.planner import explain
+        from chai_jax.files.atomic import check_writable, write_json
+        from chai_jax.pipeline import load_any, make_plan, open_work
+
+        check_writable(self.out.parent)
+        config = RunConfig(
+            self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=self.planning
+        )
+        model = load_any(self.model)
+        plan, _ = make_plan(model, open_work(config, model), config)
+        write_json(self.out, plan.to_json())
+        table, summary = explain(plan, model.config)
+        print_table(table)
+        return {"plan": str(self.out), **summary}
+
+
+@dataclass(frozen=True)
+class ExplainCommand:
+    """Print a plan as a table: per layer tier, clusters, formats and cache bytes."""
+
+    plan: Positional[Path]
+    """A plan.json."""
+
+    def run(self) -> Any:
+        from chai_jax.analyse.planner import explain
+        from chai_jax.spec import Plan
+
+        table, summary = explain(Plan.read(self.plan))
+        print_table(table)
+        return summary
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Score a model on tasks (as the lm-evaluation-harness does) or its perplexity on a text file."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    task: str | None = None
+    """sst2, rte, piqa, toy; several with commas."""
+    text: Path | None = None
+    """Token perplexity of this file."""
+    data_dir: Path | None = None
+    """Folder holding TASK/validation.jsonl[.gz]; without it, the Hugging Face hub."""
+    split: Literal["validation", "train"] = "validation"
+    """Which split to score."""
+    baseline: str | None = None
+    """Another model, for paired differences and flips."""
+    limit: int | None = None
+    """Score the first N examples only."""
+    samples: Path | None = None
+    """Folder for one JSONL file of per-example results per task."""
+    revision: str | None = None
+    """Revision of a hub model."""
+
+    def run(self) -> Any:
+        from chai_jax.pipeline import evaluate_command
+
+        return evaluate_command(self)
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continue a prompt; text streams to the terminal."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    prompt: str = ""
+    """What to continue."""
+    max_new_tokens: int = 40
+    """How many tokens at the most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens with this probability (nucleus)."""
+    seed: int = 0
+    """Seed of the sampling."""
+
+    def run(self) -> Any:
+        from chai_jax.pipeline import load_any
+        from chai_jax.serve.generate import generate
+
+        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
+        model = load_any(self.model)
+        print(self.prompt, end="", flush=True)
+        stream = lambda piece: print(piece, end="", flush=True)  # noqa: E731
+        text = generate(model, [self.prompt], max_new_tokens=self.max_new_tokens, on_text=stream, **sampling)[0]
+        print()
+        return {"prompt": self.prompt, "completion": text}
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a model as an ordinary OPT in Hugging Face layout, which torch loads; clustered heads are expanded."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    out: Positional[Path]
+    """A new folder."""
+
+    def run(self) -> Any:
+        from chai_jax.compress.expand import expand
+        from chai_jax.files.atomic import claim_folder
+        from chai_jax.files.hf import export
+        from chai_jax.pipeline import load_any
+
+        claim_folder(self.out)
+        model = load_any(self.model)
+        export(expand(model), self.out)
+        return {"out": str(self.out), "files": sorted(path.name for path in self.out.iterdir())}
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Compare two models: the largest logit difference and the KL of their next-token distributions."""
+
+    first: Positional[str]
+    """Hub id, folder, or `toy`."""
+    second: Positional[str]
+    """Likewise."""
+
+    def run(self) -> Any:
+        from chai_jax.measure.verify import verify
+        from chai_jax.pipeline import load_any
+
+        return verify(load_any(self.first), load_any(self.second))
+
+
+@dataclass(frozen=True)
+class EnvCommand:
+    """Print versions, devices and what this machine computes in."""
+
+    def run(self) -> Any:
+        from chai_jax.pipeline import environment
+
+        return environment()
+
+
+def run_job(config: RunConfig) -> Any:
+    """The main job."""
+    from chai_jax.pipeline import run
+
+    return run(config)
+
+
+Command = (
+    Annotated[RunConfig, subcommand("run")]
+    | Annotated[PlanCommand, subcommand("plan")]
+    | Annotated[ExplainCommand, subcommand("explain")]
+    | Annotated[EvaluateCommand, subcommand("evaluate")]
+    | Annotated[GenerateCommand, subcommand("generate")]
+    | Annotated[VerifyCommand, subcommand("verify")]
+    | Annotated[ExportCommand, subcommand("export")]
+    | Annotated[EnvCommand, subcommand("env")]
+)
+
+
+def print_table(table: Any) -> None:
+    """Print a rich table on stdout, wide enough not to be cut where stdout is no terminal."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its result is the last line of stdout. Returns the exit status."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    command = tyro.cli(
+        OmitArgPrefixes[Command],  # type: ignore[valid-type]
+        args=argv,
+        prog="chai-jax",
+        description="Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",
+    )
+    try:
+        result = run_job(command) if isinstance(command, RunConfig) else command.run()
+    except InputError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last finished stage", markup=False)
+        return 130
+    print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

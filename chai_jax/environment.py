@@ -1,0 +1,37 @@
+"""What a number was measured on: versions, devices, dtype."""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import jax
+import numpy as np
+
+from chai_jax.model.model import compute_dtype
+
+PACKAGES = ("chai_jax", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "scikit-learn", "kneed")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide the numbers."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def where_computed() -> dict[str, Any]:
+    """Device and dtype of the computation."""
+    devices = jax.devices()
+    return {
+        "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "compute_dtype": str(np.dtype(compute_dtype())),
+    }
+
+
+def environment() -> dict[str, Any]:
+    """All of it, for `chai-jax env`."""
+    return {"versions": versions(), **where_computed(), "machine": platform.machine(), "system": platform.system()}

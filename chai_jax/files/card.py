@@ -1,0 +1,131 @@
+"""README.md of the folders we write: what the model is, how to load it, and under whose licence it stands."""
+
+import json
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from chai_jax.files.hub import cached
+from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.model import Model
+from chai_jax.model.quantized import QuantizedArray, is_leaf
+from chai_jax.spec import LayerSpec, Spec
+
+OPT_IDS = "facebook/opt-"
+OPT_LICENCE = {
+    "license": "other",
+    "license_name": "opt-175b",
+    "license_link": "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md",
+}
+# Its section 3 asks for this sentence and for a copy of the licence with every copy of the model.
+OPT_NOTICE = (
+    "OPT-175B is licensed under the OPT-175B license, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
+    "It grants use for non-commercial research only, and wants a copy of it to go with every copy of the model."
+)
+USE = """```python
+import chai_jax as chai
+
+model = chai.load("this folder")
+```"""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from: a hub id ("" if unknown), the licence fields of its card, its licence files."""
+
+    base_model: str
+    licence: dict[str, str]
+    files: tuple[Path, ...]
+
+
+def origin(source: str) -> Origin:
+    """What is known here, without network, of the model at `source` (a folder or a hub id)."""
+    path = Path(source).expanduser()
+    folder = path if source and path.is_dir() else cached(source) if source.count("/") == 1 else None
+    front = front_matter(folder / "README.md") if folder else {}
+    base = front.get("base_model") or ("" if folder == path else source)
+    licence = {name: value for name, value in front.items() if name in OPT_LICENCE}
+    if base.startswith(OPT_IDS) and set(licence) <= {"license"}:
+        licence = OPT_LICENCE
+    files = sorted(folder.glob("LICENSE*")) if folder else []
+    return Origin(base, licence or {"license": "unknown"}, tuple(file for file in files if file.is_file()))
+
+
+def front_matter(card: Path) -> dict[str, str]:
+    """The plain `name: text` fields of a model card's front matter; anything nested is left out."""
+    try:
+        lines = card.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return {}
+    if lines[:1] != ["---"] or "---" not in lines[1:]:
+        return {}
+    pairs = (re.fullmatch(r"(\w+):\s+(\S.*?)\s*", line) for line in lines[1 : lines.index("---", 1)])
+    return {pair[1]: pair[2].strip("\"'") for pair in pairs if pair}
+
+
+def write_card(folder: Path, model: Model, *, exported: bool) -> None:
+    """Write README.md, and copy the licence files of the model that `model` was made from.
+
+    Args:
+        exported: whether the folder holds an ordinary OPT, which transformers reads too.
+    """
+    known = origin(model.source)
+    for file in known.files:
+        shutil.copyfile(file, folder / file.name)
+    fields = {
+        "library_name": "transformers" if exported else "chai_jax",
+        "pipeline_tag": "text-generation",
+        **({"base_model": known.base_model} if known.base_model else {}),
+        **known.licence,
+    }
+    # A JSON string is a YAML string.
+    front = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
+    name = (known.base_model or model.source).rstrip("/").rpartition("/")[2] or "OPT"
+    parts = [
+        f"---\n{front}\ntags:\n- opt\n---",
+        f"# {name}, by chai_jax",
+        _ordinary(model) if exported else _compressed(model),
+        f"## Licence\n\n{_terms(known)}\n",
+    ]
+    (folder / "README.md").write_text("\n\n".join(parts), encoding="utf-8")
+
+
+def _size(model: Model) -> str:
+    config = model.config
+    return f"{config.num_layers} layers of {config.num_heads} heads, width {config.hidden_size}"
+
+
+def _ordinary(model: Model) -> str:
+    leaves = jax.tree.leaves(model.params, is_leaf=is_leaf)
+    rounded = sum(isinstance(leaf, QuantizedArray) for leaf in leaves)
+    note = f" {rounded} tensors were int8 and are written as the float32 numbers they stand for." if rounded else ""
+    return f"An ordinary OPT ({_size(model)}), for transformers and for chai_jax.{note}\n\n{USE}"
+
+
+def _compressed(model: Model) -> str:
+    config = model.config
+    dense = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
+    rows = "\n".join(_row(index, layer) for index, layer in enumerate(model.spec.layers))
+    return (
+        f"A compressed OPT ({_size(model)}). Its weights take {model.nbytes:,} bytes, its K,V cache "
+        f"{model.kv_bytes_per_token:,} bytes per token ({dense:,} for the same model dense in bfloat16). transformers "
+        f"cannot read it; `chai-jax export` makes a folder that it can.\n\n{USE}\n\n"
+        "| layer | share | cached K heads | cached V heads | cache | weights |\n| --- | --- | --- | --- | --- | --- |\n"
+        + rows
+    )
+
+
+def _row(index: int, layer: LayerSpec) -> str:
+    storage = ", ".join(sorted(set(layer.storages)))
+    return f"| {index} | {layer.share} | {layer.key_heads} | {layer.value_heads} | {storage} | {layer.weights} |"
+
+
+def _terms(known: Origin) -> str:
+    stated = ", ".join(f"{name}: {value}" for name, value in known.licence.items())
+    of = f" of {known.base_model}" if known.base_model else " of the model it was made from"
+    files = f" Its text is in {', '.join(file.name for file in known.files)}." if known.files else ""
+    notice = f"\n\n{OPT_NOTICE}" if known.base_model.startswith(OPT_IDS) else ""
+    return f"The licence{of} applies ({stated}).{files}{notice}"

@@ -1,0 +1,86 @@
+"""config.json of a Hugging Face OPT <-> `OPTConfig`, refusing what our model would silently get wrong."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from chai_jax.errors import InputError
+from chai_jax.model.opt import ACTIVATIONS, OPTConfig
+
+FIELDS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+    "ffn_dim": "ffn_dim",
+    "max_position_embeddings": "max_positions",
+    "word_embed_proj_dim": "embed_dim",
+    "do_layer_norm_before": "pre_norm",
+    "_remove_final_layer_norm": "remove_final_norm",
+    "enable_bias": "bias",
+    "activation_function": "activation",
+    "layer_norm_elementwise_affine": "norm_affine",
+    "tie_word_embeddings": "tied",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "pad_token_id": "pad_token_id",
+}
+ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu", "swish": "silu"}
+LARGEST = 1 << 24  # no size of any OPT comes near; keeps a mistyped one from filling the memory
+MOST_LAYERS = 1 << 12
+
+
+def parse_config(fields: Mapping[str, Any], where: str) -> OPTConfig:
+    """The `OPTConfig` that a config.json describes.
+
+    Sizes must be given (transformers would take 125m's in their place); what else is missing has transformers' default.
+
+    Args:
+        where: what the fields came from, for messages.
+
+    Raises:
+        InputError: naming the field that is missing, of the wrong type, out of range, or at odds with another.
+    """
+    kinds = get_type_hints(OPTConfig)
+    defaults = {f.name: f.default for f in dataclasses.fields(OPTConfig) if f.default is not dataclasses.MISSING}
+    given = dict(fields)
+    if given.get("word_embed_proj_dim") is None:
+        given["word_embed_proj_dim"] = given.get("hidden_size")
+    values: dict[str, Any] = {}
+    for theirs, ours in FIELDS.items():
+        value = given.get(theirs, defaults.get(ours))
+        if value is None:
+            raise InputError(f"{where} has no {theirs}; expected OPT's sizes and token ids: restore the file")
+        if type(value) is not kinds[ours]:
+            raise InputError(f"{where} has {theirs} {value!r}; expected {kinds[ours].__name__}: mend the file")
+        values[ours] = value
+    values["activation"] = ALIASES.get(values["activation"], values["activation"])
+    config = OPTConfig(**values)
+    _check(config, where)
+    return config
+
+
+def _check(config: OPTConfig, where: str) -> None:
+    for theirs, ours in FIELDS.items():
+        value = getattr(config, ours)
+        most = MOST_LAYERS if ours == "num_layers" else LARGEST
+        if ours.endswith("token_id"):
+            if not 0 <= value < config.vocab_size:
+                raise InputError(
+                    f"{where} has {theirs} {value}; expected an id below vocab_size {config.vocab_size}: mend the file"
+                )
+        elif type(value) is int and not 1 <= value <= most:
+            raise InputError(f"{where} has {theirs} {value}; expected 1 to {most}: mend the file")
+    if config.hidden_size % config.num_heads:
+        raise InputError(
+            f"{where} has hidden_size {config.hidden_size}, no multiple of its {config.num_heads} num_attention_heads: "
+            "mend the file"
+        )
+    if config.activation not in ACTIVATIONS:
+        known = ", ".join(sorted(ACTIVATIONS.keys() | ALIASES.keys()))
+        raise InputError(f"{where} has activation_function {config.activation!r}; expected one of {known}")
+
+
+def config_fields(config: OPTConfig) -> dict[str, Any]:
+    """The fields of config.json that describe `config`; `parse_config` of them gives it back."""
+    return {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}

@@ -1,0 +1,136 @@
+"""Models as folders: `load` reads a Hugging Face OPT or a folder of ours, `save` writes ours."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from chai_jax.errors import InputError
+from chai_jax.files import compressed, hf
+from chai_jax.files.atomic import claim_folder, new_folder, write_json
+from chai_jax.files.card import write_card
+from chai_jax.files.convert import flatten, to_params
+from chai_jax.files.folder import read_json
+from chai_jax.files.hf_config import parse_config
+from chai_jax.files.hub import resolve
+from chai_jax.files.stored import FLOATS
+from chai_jax.files.tokenizer import load_tokenizer
+from chai_jax.files.weights import open_weights
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig
+from chai_jax.model.quantized import QuantizedArray
+from chai_jax.spec import STORAGES, Plan, Spec
+
+
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: Any = None,
+    storage: str | None = None,
+    tokenizer: bool = True,
+) -> Model:
+    """Load an OPT from a folder (a Hugging Face one, or one that `Model.save` wrote) or from the Hugging Face hub.
+
+    Weights are read one at a time from safetensors, a Flax msgpack or a PyTorch .bin, whichever is there first in this
+    order, whole or in shards; the last by a reader that runs nothing of it. Weights keep their dtype.
+
+    Args:
+        source: folder or hub id.
+        revision: branch, tag or commit of a hub id.
+        dtype: float32, bfloat16 or float16, to cast the weights of an ordinary OPT to.
+        storage: cache format of an ordinary OPT: float32 (if not said otherwise), bfloat16 or int8.
+        tokenizer: whether to load the tokenizer too; a folder without one gives None.
+
+    Raises:
+        InputError: no such model; not an OPT; files that are missing, cut, tampered with, or at odds with one another;
+            weights that are not finite; `dtype` or `storage` for a compressed model, whose formats are its own.
+    """
+    if storage is not None and storage not in STORAGES:
+        raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
+    wanted = None if dtype is None else _dtype_name(dtype)
+    folder = resolve(source, revision)
+    fields, ordinary = _read_kind(folder)
+    if not ordinary and (wanted or storage):
+        raise InputError(
+            f"{folder} holds a compressed model, which keeps the formats it was saved in: leave out dtype and storage"
+        )
+    config = parse_config(fields, str(folder / "config.json"))
+    spec, axes = _read_spec(folder, config, ordinary, storage)
+    if wanted:
+        spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
+    plan = Plan.read(folder / "plan.json") if (folder / "plan.json").is_file() else None
+    if plan is not None:
+        plan.check_model(config.num_layers, config.num_heads)
+    tensors = open_weights(folder)
+    params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, axes)
+    compressed.check_formats(spec, params)
+    return Model(config, spec, params, load_tokenizer(folder, config) if tokenizer else None, str(source), plan)
+
+
+def _read_kind(folder: Path) -> tuple[dict[str, Any], bool]:
+    """The fields of config.json, and whether they describe an ordinary OPT (or else a compressed one)."""
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder} has no config.json; expected a model folder: check the path")
+    fields = read_json(folder / "config.json")
+    kind, kinds = fields.get("model_type"), (hf.MODEL_TYPE, compressed.MODEL_TYPE)
+    if kind not in kinds:
+        raise InputError(f"{folder} holds a model of type {kind!r}; expected an OPT: {' or '.join(kinds)}")
+    ordinary = kind == hf.MODEL_TYPE
+    if ordinary and fields.get("quantization_config"):
+        raise InputError(f"{folder} holds quantized weights; expected float ones: load the model it was made from")
+    return fields, ordinary
+
+
+def _read_spec(folder: Path, config: OPTConfig, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:
+    """The folder's spec.json, which an ordinary OPT need not have, and the axes of its quantized arrays by name."""
+    if ordinary and (storage is not None or not (folder / "spec.json").is_file()):
+        return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage or "float32"), {}
+    spec, axes = compressed.read_spec(folder / "spec.json", config)
+    if ordinary and not spec.is_dense:
+        raise InputError(f"{folder} has an ordinary OPT in config.json, a clustered one in spec.json: save it again")
+    return spec, axes
+
+
+def _dtype_name(dtype: Any) -> str:
+    try:
+        name = str(jnp.dtype(dtype))
+    except TypeError:
+        name = str(dtype)
+    if name not in FLOATS:
+        raise InputError(f"dtype {name} cannot hold weights; expected one of {', '.join(FLOATS)}")
+    return name
+
+
+def is_ordinary(model: Model) -> bool:
+    """Whether a Hugging Face folder says all there is to say of a model: dense, float weights, float cache."""
+    storages = {storage for layer in model.spec.layers for storage in layer.storages}
+    quantized = any(isinstance(leaf, QuantizedArray) for _, leaf in flatten(model.params)[0])
+    return model.spec.is_dense and not quantized and "int8" not in storages
+
+
+def save(model: Model, path: str | Path) -> None:
+    """Write `model` as the folder `path`, whole or not at all; `chai_jax.load` gives it back bit for bit.
+
+    Files: config.json, spec.json, plan.json (of a model that has one), model.safetensors, the tokenizer's, README.md
+    with the base model's licence.
+
+    Args:
+        path: a new or empty folder.
+
+    Raises:
+        InputError: `path` is taken or not writable.
+    """
+    with new_folder(claim_folder(Path(path))) as folder:
+        ordinary = is_ordinary(model)
+        if ordinary:
+            hf.write(folder, model)
+        else:
+            compressed.write(folder, model)
+        compressed.write_spec(folder, model)
+        if model.tokenizer is not None:
+            model.tokenizer.save_pretrained(str(folder))
+        if model.plan is not None:
+            write_json(folder / "plan.json", model.plan.to_json())
+        write_card(folder, model, exported=ordinary)

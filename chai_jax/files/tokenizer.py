@@ -1,0 +1,42 @@
+"""Loading a folder's tokenizer with transformers, from local files only and without code from the folder."""
+
+from pathlib import Path
+from typing import Any
+
+from chai_jax.errors import InputError
+from chai_jax.model.opt import OPTConfig
+
+WHOLE = "tokenizer.json"
+PARTS = ("vocab.json", "merges.txt")
+
+
+def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
+    """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
+
+    Raises:
+        InputError: some of the files are missing or cannot be read; it has more tokens than the model.
+    """
+    there = [name for name in (WHOLE, *PARTS) if (folder / name).is_file()]
+    if not there:
+        return None
+    if WHOLE not in there and len(there) < len(PARTS):
+        raise InputError(f"{folder} has {there[0]} alone of the tokenizer; expected {' and '.join(PARTS)}, or {WHOLE}")
+    # Importing transformers takes seconds, so only where it is used.
+    from transformers import AutoTokenizer
+    from transformers import OPTConfig as HFConfig
+
+    try:
+        # With a configuration given, the folder's own is not read: "chai_opt" means nothing to transformers.
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), config=HFConfig(), local_files_only=True, trust_remote_code=False
+        )
+    # transformers and tokenizers raise all kinds, bare Exception among them.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"the tokenizer in {folder} cannot be read ({reason:.200}): restore its files") from None
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}; expected no more "
+            "than the model: restore the tokenizer's files"
+        )
+    return tokenizer

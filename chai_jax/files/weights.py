@@ -1,0 +1,153 @@
+"""Weight files as lazily read tensors: find them in a folder, whatever their format, and write safetensors.
+
+A reader opens one file and returns its tensors by name with shape and dtype, so that everything can be checked before
+any weight is read, and weights are then read one at a time. All readers give torch's names and layouts.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import write_json
+from chai_jax.files.flax_msgpack import read_flax, torch_name
+from chai_jax.files.folder import beside, read_json
+from chai_jax.files.stored import Stored
+from chai_jax.files.torch_pickle import read_torch
+from chai_jax.progress import track
+
+MAX_SHARD_BYTES = 5_000_000_000
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+
+
+def read_safetensors(path: Path) -> dict[str, Stored]:
+    """Open a safetensors file; the library checks that the header, the offsets and the file's size agree."""
+    try:
+        file = safe_open(path, framework="np")
+        names = {code: name for name, code in SAFETENSORS_DTYPES.items()}
+        tensors = {}
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            part = file.get_slice(name)
+            code = part.get_dtype()
+            tensors[name] = Stored(tuple(part.get_shape()), names.get(code, code), path.name, _reader(file, name))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file ({error}); expected one as it was saved: fetch it again"
+        ) from None
+    return tensors
+
+
+def _reader(file: safe_open, name: str) -> Callable[[], np.ndarray]:
+    return lambda: file.get_tensor(name)
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way weights come: the name of a whole file, how to open it, and how its index spells a tensor's name."""
+
+    file: str
+    read: Callable[[Path], dict[str, Stored]]
+    name: Callable[[str], str]
+
+
+FORMATS = (  # in order of preference
+    Format("model.safetensors", read_safetensors, str),
+    Format("flax_model.msgpack", read_flax, lambda name: torch_name(name.split("/"))),
+    Format("pytorch_model.bin", read_torch, str),
+)
+
+
+def open_weights(folder: Path) -> dict[str, Stored]:
+    """All tensors of a folder, from one file or from shards, in the format we like best of those that are there.
+
+    Raises:
+        InputError: no weights; a file that is missing, cut or tampered with; an index that contradicts its shards.
+    """
+    for kind in FORMATS:
+        if (folder / kind.file).is_file():
+            return kind.read(folder / kind.file)
+        index = folder / f"{kind.file}.index.json"
+        if index.is_file():
+            return _open_shards(index, kind)
+    names = ", ".join(kind.file for kind in FORMATS)
+    raise InputError(f"{folder} holds no weights; expected one of {names}, or its .index.json: check the folder")
+
+
+def _open_shards(index: Path, kind: Format) -> dict[str, Stored]:
+    files = read_json(index).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"{index} has no weight_map; expected tensor names with their files: fetch it again")
+    paths = {file: beside(index, file) for file in files.values()}
+    tensors: dict[str, Stored] = {}
+    for file, path in paths.items():
+        for name, stored in kind.read(path).items():
+            if name in tensors:
+                raise InputError(
+                    f"{name!r:.100} is in {tensors[name].file} and in {file}; expected it once: fetch the model again"
+                )
+            tensors[name] = stored
+    listed = {kind.name(name): file for name, file in files.items()}
+    for name in sorted(listed.keys() | tensors.keys()):
+        held = tensors[name].file if name in tensors else "no shard"
+        if listed.get(name) != held:
+            where = listed.get(name, "nowhere")
+            raise InputError(
+                f"{index} puts {name!r:.100} in {where!r:.100}, but it is in {held}: fetch the model again"
+            )
+    return tensors
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+    """Write `tensors`, reading one at a time (the safetensors library would want all of them in memory at once).
+
+    The format: the header's length as little-endian uint64, the header as JSON padded to 8 bytes, the tensors without
+    gaps; wide dtypes first, so that all are aligned.
+    """
+    order = sorted(tensors, key=lambda name: (-jnp.dtype(tensors[name].dtype).itemsize, name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        code = SAFETENSORS_DTYPES[tensors[name].dtype]
+        header[name] = {"dtype": code, "shape": list(tensors[name].shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name in track(order, f"writing {path.name}"):
+            file.write(np.ascontiguousarray(tensors[name].read()).reshape(-1).view(np.uint8).data)
+
+
+def write_weights(
+    folder: Path, tensors: Mapping[str, Stored], metadata: Mapping[str, str], max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
+    """Write model.safetensors, or shards with an index where that file would pass `max_shard_bytes`."""
+    shards = list(_split(tensors, max_shard_bytes))
+    if len(shards) == 1:
+        write_safetensors(folder / "model.safetensors", tensors, metadata)
+        return
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors(folder / file, {name: tensors[name] for name in names}, metadata)
+        weight_map.update(dict.fromkeys(names, file))
+    total = sum(stored.nbytes for stored in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _split(tensors: Mapping[str, Stored], most: int) -> Iterator[list[str]]:
+    """Names in shards of at most `most` bytes, a larger tensor alone."""
+    shard: list[str] = []
+    size = 0
+    for name, stored in tensors.items():
+        if shard and size + stored.nbytes > most:
+            yield shard
+            shard, size = [], 0
+        shard.append(name)
+        size += stored.nbytes
+    yield shard

@@ -1,0 +1,239 @@
+"""A run: the dense model, its clustering, and the stages in the order asked for, each evaluated, recorded and resumable."""
+
+import dataclasses
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from chai_jax.adapt.distil import distil
+from chai_jax.adapt.finetune import finetune
+from chai_jax.adapt.target import target
+from chai_jax.adapt.toy import toy_model
+from chai_jax.analyse.planner import plan as make_plan
+from chai_jax.analyse.probe import probe
+from chai_jax.compress.quantize import quantize, with_storage
+from chai_jax.compress.slice import cluster
+from chai_jax.config import STAGES, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
+from chai_jax.environment import versions, where_computed
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import new_folder, write_json, write_text
+from chai_jax.files.store import load
+from chai_jax.measure.bench import latency
+from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.model import Model
+from chai_jax.progress import console
+from chai_jax.report.tables import as_csv, markdown, terminal
+from chai_jax.run_folder import Record, RunFolder
+from chai_jax.spec import Plan, Spec
+from chai_jax.work import Work, open_work
+
+TOY = "toy"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A named step from one model to the next; its folder is `stages/INDEX-NAME`."""
+
+    name: str
+    apply: Callable[[Model], Model]
+
+
+def load_any(source: str, revision: str | None = None, seed: int = 0) -> Model:
+    """The built-in toy, or a model from a folder or the hub."""
+    return toy_model(seed) if source == TOY else load(source, revision=revision)
+
+
+def run(config: RunConfig) -> Record:
+    """The main job; writes the run folder and returns its summary.
+
+    Raises:
+        InputError: anything that cannot be used, found out before the work starts where that is possible.
+    """
+    order = parse_order(config.order)
+    plan = Plan.read(config.plan) if config.plan else None
+    out = config.out or Path("runs") / f"{Path(config.model).name}-{'text' if config.text else config.task or TOY}"
+    folder = RunFolder(out, resolved(config, out))
+    source = load_any(config.model, config.revision, config.seed)
+    if not source.spec.is_dense:
+        raise InputError(f"{config.model} is clustered already; expected a dense model: start from the one it was made from")
+    if plan is not None:
+        plan.check_model(source.config.num_layers, source.config.num_heads)
+    job = Job(config, folder, open_work(config, source), source)
+    for index, stage in enumerate(job.stages(order, plan)):
+        job.do(index, stage)
+    return job.report()
+
+
+def parse_order(order: str) -> tuple[str, ...]:
+    """The stages of `--order`.
+
+    Raises:
+        InputError: an unknown stage, or one that is named twice.
+    """
+    names = tuple(name.strip() for name in order.split(",") if name.strip())
+    for name in names:
+        if name not in STAGES:
+            raise InputError(f"--order has the unknown stage {name!r}; expected some of {', '.join(STAGES)}")
+        if names.count(name) > 1:
+            raise InputError(f"--order has the stage {name!r} twice; expected each at most once")
+    return names
+
+
+def resolved(config: RunConfig, out: Path) -> Record:
+    """The configuration as JSON, with the defaults that were chosen; paths as given."""
+    fields = dataclasses.asdict(dataclasses.replace(config, out=out))
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+
+
+class Job:
+    """One run under way: the current model and what has been recorded of the stages before it."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, work: Work, source: Model):
+        self.config, self.folder, self.work = config, folder, work
+        self.dense = with_storage(source, config.storage)
+        self.model = self.dense
+        self.done: list[str] = []
+
+    def stages(self, order: tuple[str, ...], plan: Plan | None) -> list[Stage]:
+        """Dense first, then clustering, then the stages asked for."""
+        later = {
+            "distil": self._distil,
+            "quantize": lambda model: quantize(model, self._plan()),
+            "target": self._target,
+        }
+        if plan is not None:
+            self._keep_plan(plan)
+        return [
+            Stage("dense", self._dense),
+            Stage("cluster", lambda model: cluster(model, self._plan())),
+            *(Stage(name, later[name]) for name in order),
+        ]
+
+    def do(self, index: int, stage: Stage) -> None:
+        """Run a stage and record it, or take up what an earlier, interrupted run recorded."""
+        if not self.folder.finished(index, stage.name):
+            console.print(f"[bold]{stage.name}[/bold]", highlight=False)
+            began = time.monotonic()
+            model = stage.apply(self.model)
+            spent = time.monotonic() - began
+            baseline = self.folder.predictions(0, "dense") if index else None
+            metrics, predictions = self.work.measure(model, baseline)
+            record = self._record(stage.name, model, metrics, spent)
+            self.folder.finish(index, stage.name, model, record, predictions)
+        # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
+        self.model = load(str(self.folder.stage_path(index, stage.name) / "model"))
+        if index == 0:
+            self.dense = self.model
+        self.done.append(stage.name)
+
+    def _dense(self, model: Model) -> Model:
+        wanted = self.config.finetune
+        if wanted == "auto" and self.work.at_chance(model):
+            console.print("the model is at chance on held-out training rows: tuning it on the task first", style="yellow")
+            wanted = "always"
+        if wanted == "always" and self.work.labelled:
+            settings = FinetuneConfig(self._train(FinetuneConfig().train))
+            model = finetune(model, self.work.training, settings, log=self.folder.logger("finetune"))
+        if self.work.at_chance(model):
+            console.print(
+                "warning: the dense model is no better than the majority label; every later number is meaningless",
+                style="bold red",
+            )
+        return model
+
+    def _distil(self, model: Model) -> Model:
+        teacher = load(self.config.teacher) if self.config.teacher else self.dense
+        settings = dataclasses.replace(DistilConfig(), train=self._train(DistilConfig().train))
+        return distil(model, teacher, self.work.training, settings, log=self.folder.logger("distil"))
+
+    def _target(self, model: Model) -> Model:
+        settings = TargetConfig(self._train(TargetConfig().train), self.config.policy)
+        return target(model, self._plan(), self.work.training, settings, log=self.folder.logger("target"))
+
+    def _train(self, train: TrainConfig) -> TrainConfig:
+        preset = dataclasses.replace(train, **self.work.preset)
+        return dataclasses.replace(self.config.train.apply(preset), seed=self.config.seed)
+
+    def _plan(self) -> Plan:
+        """The plan of this run: given, made by an earlier attempt, or made now from the dense model."""
+        path = self.folder.path / "plan.json"
+        if not path.exists():
+            self._keep_plan(plan_for(self.dense, self.work, self.config))
+        return Plan.read(path)
+
+    def _keep_plan(self, plan: Plan) -> None:
+        scores = {"method": plan.method, "layers": list(plan.sensitivity), "tiers": [layer.tier for layer in plan.layers]}
+        write_json(self.folder.path / "sensitivity.json", scores)
+        write_json(self.folder.path / "plan.json", plan.to_json())
+
+    def _record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
+        config = model.config
+        dense = {s: bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, s)) for s in ("bfloat16", "float32")}
+        stored = model.kv_bytes_per_token
+        return {
+            "stage": stage,
+            "task": self.work.name,
+            "metrics": metrics,
+            "kv_bytes_per_token": stored,
+            "kv_bytes_per_token_formula": bytes_per_token(model.spec),
+            "kv_bytes_per_token_dense_bfloat16": dense["bfloat16"],
+            "kv_bytes_per_token_dense_float32": dense["float32"],
+            "kv_reduction": 1 - stored / dense["bfloat16"],
+            "model_bytes": model.nbytes,
+            "seconds": round(seconds, 2),
+            "seed": self.config.seed,
+            **where_computed(),
+            "versions": versions(),
+        }
+
+    def report(self) -> Record:
+        """Time all stages side by side, write results.json, model/ and report/, and print the table."""
+        path = self.folder.path
+        results = path / "results.json"
+        if not results.exists():
+            models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
+            timed = latency(models, **self.work.shape)
+            records = [
+                {**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)
+            ]
+            chosen = self._chosen(records, models)
+            write_text(path / "report" / "results.md", markdown(records))
+            write_text(path / "report" / "results.csv", as_csv(records))
+            shutil.rmtree(path / "model", ignore_errors=True)
+            with new_folder(path / "model") as copy:
+                shutil.copytree(self.folder.stage_path(*chosen) / "model", copy, dirs_exist_ok=True)
+            write_json(results, records)
+        records = read_results(results)
+        print_records(records, f"{self.config.model} on {self.work.name}")
+        return {"out": str(path), "results": [summary(record) for record in records]}
+
+    def _chosen(self, records: list[Record], models: dict[str, Model]) -> tuple[int, str]:
+        """Index and name of the compressed stage that becomes `model/`; ties go to the later stage."""
+        costs: dict[str, Callable[[Record], float]] = {
+            "last": lambda record: -self.done.index(record["stage"]),
+            "latency": lambda record: record["latency"]["decode_ms_per_token"]["median"],
+            "size": lambda record: record["kv_bytes_per_token"],
+            "accuracy": lambda record: self.work.held_out_loss(models[record["stage"]]),
+        }
+        candidates = list(enumerate(records))[1:]
+        index, record = min(reversed(candidates), key=lambda candidate: costs[self.config.select](candidate[1]))
+        return index, record["stage"]
+
+
+def plan_for(model: Model, work: Work, config: RunConfig) -> Plan:
+    """Look at the dense model on the work's calibration text and decide."""
+    wanted = config.planning
+    seen = probe(model, work.calibration)
+    return make_plan(
+        model,
+        seen,
+        share=wanted.share,
+        layers=wanted.layers,
+        clusters=wanted.clusters,
+        sensitivity=wanted.sensitivity,
+        seed=config.seed,
+    )

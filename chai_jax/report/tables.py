@@ -1,0 +1,93 @@
+"""A run's records as a table: for the terminal, as Markdown and as CSV, from one list of columns."""
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rich.table import Table
+
+Record = dict[str, Any]
+Column = tuple[str, Callable[[Record], str]]
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _score(record: Record) -> str:
+    metrics = record["metrics"]
+    if "acc" in metrics:
+        return f"{100 * metrics['acc']:.1f} ± {100 * metrics['acc_stderr']:.1f} %"
+    return f"ppl {metrics['perplexity']:.2f} ± {metrics['perplexity_stderr']:.2f}"
+
+
+def _difference(record: Record) -> str:
+    paired = record["metrics"].get("difference")
+    if paired is None:
+        return "-"
+    scale, unit = (100, " pts") if "acc" in record["metrics"] else (1, " nats")
+    low, high = (scale * bound for bound in record["metrics"]["difference_interval"])
+    return f"{scale * paired:+.{1 if scale == 100 else 3}f}{unit} [{low:+.2f}, {high:+.2f}]"
+
+
+def _flips(record: Record) -> str:
+    flips = record["metrics"].get("flips")
+    return "-" if flips is None else f"{flips['right_to_wrong']} lost, {flips['wrong_to_right']} won"
+
+
+def _latency(record: Record) -> str:
+    latency = record.get("latency")
+    if not latency:
+        return "-"
+    return f"{latency['score_ms_per_example']:.2f} / {latency['decode_ms_per_token']:.2f}"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("stage", lambda record: record["stage"]),
+    ("score ± s.e.", _score),
+    ("paired difference [95 %]", _difference),
+    ("flips", _flips),
+    ("KV B/token", lambda record: f"{record['kv_bytes_per_token']:,}"),
+    ("KV reduction", lambda record: percent(record["kv_reduction"])),
+    ("model bytes", lambda record: f"{record['model_bytes']:,}"),
+    ("ms/example, ms/token", _latency),
+)
+
+
+def terminal(records: Sequence[Record], title: str) -> Table:
+    """The table for a terminal."""
+    table = Table(title=title, title_justify="left")
+    for name, _ in COLUMNS:
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    for record in records:
+        table.add_row(*(cell(record) for _, cell in COLUMNS))
+    return table
+
+
+def markdown(records: Sequence[Record]) -> str:
+    """The table as GitHub Markdown."""
+    lines = [" | ".join(name for name, _ in COLUMNS), " | ".join("---" for _ in COLUMNS)]
+    lines += [" | ".join(cell(record) for _, cell in COLUMNS) for record in records]
+    return "".join(f"| {line} |\n" for line in lines)
+
+
+def as_csv(records: Sequence[Record]) -> str:
+    """Every number of every record, one row a stage, nested names joined by dots."""
+    flat = [_flatten(record) for record in records]
+    names = list(dict.fromkeys(name for row in flat for name in row))
+    out = io.StringIO()
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _flatten(value: Record, prefix: str = "") -> Record:
+    flat: Record = {}
+    for name, entry in value.items():
+        if isinstance(entry, dict):
+            flat |= _flatten(entry, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = entry
+    return flat

@@ -1,0 +1,90 @@
+"""The folder of a run: what is done stays done, what was interrupted is done again, nothing is half written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import check_writable, new_folder, write_json, write_text
+from chai_jax.model.model import Model
+
+Record = dict[str, Any]
+
+
+class RunFolder:
+    """`config.json`, `plan.json`, `sensitivity.json`, `metrics.jsonl`, `stages/`, `results.json`, `model/`, `report/`.
+
+    A stage's folder (model, record, predictions) appears by one rename when the stage is done; a run that was killed is
+    opened again with the same configuration and skips the stages it finds.
+    """
+
+    def __init__(self, path: Path, config: Record):
+        """Claim `path` for a run of this configuration.
+
+        Raises:
+            InputError: `path` cannot be written, holds something that is no run, or a run with another configuration.
+        """
+        self.path = path
+        if path.exists() and not path.is_dir():
+            raise InputError(f"{path} is a file; expected a folder for the run: choose another --out")
+        if path.is_dir() and any(path.iterdir()):
+            self._check_same(config)
+        check_writable(path)
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(path / "config.json", config)
+
+    def _check_same(self, config: Record) -> None:
+        try:
+            before = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            raise InputError(
+                f"{self.path} holds something that is not a run; expected a new or empty folder: choose another --out"
+            ) from None
+        wanted = json.loads(json.dumps(config))
+        for name in sorted({*before, *wanted}):
+            if before.get(name) != wanted.get(name):
+                raise InputError(
+                    f"{self.path} holds a run with {name} = {before.get(name)!r}, not {wanted.get(name)!r}; "
+                    "repeat its command to resume it, or choose another --out"
+                )
+
+    def stage_path(self, index: int, name: str) -> Path:
+        return self.path / "stages" / f"{index}-{name}"
+
+    def finished(self, index: int, name: str) -> bool:
+        """Whether this stage was completed by an earlier, interrupted run."""
+        return (self.stage_path(index, name) / "record.json").is_file()
+
+    def finish(self, index: int, name: str, model: Model, record: Record, predictions: list[Record]) -> None:
+        """Write a completed stage: its model, its record, and one JSON line per evaluated example."""
+        with new_folder(self.stage_path(index, name)) as folder:
+            model.save(folder / "model")
+            lines = "".join(json.dumps(entry) + "\n" for entry in predictions)
+            (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+            (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    def record(self, index: int, name: str) -> Record:
+        return json.loads((self.stage_path(index, name) / "record.json").read_text(encoding="utf-8"))
+
+    def predictions(self, index: int, name: str) -> list[Record]:
+        lines = (self.stage_path(index, name) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines]
+
+    def logger(self, stage: str) -> Callable[[Record], None]:
+        """Append records of `stage` to metrics.jsonl; what an interrupted attempt left of this stage is dropped first."""
+        path = self.path / "metrics.jsonl"
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                if json.loads(line).get("run_stage") != stage:
+                    kept.append(line + "\n")
+            except json.JSONDecodeError:
+                continue  # the line a kill cut short
+        write_text(path, "".join(kept))
+
+        def log(record: Record) -> None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"run_stage": stage, **record}) + "\n")
+
+        return log

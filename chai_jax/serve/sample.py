@@ -1,0 +1,74 @@
+"""How the next token is chosen from its logits: greedy, temperature, top-k, top-p."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32, Key
+
+from chai_jax.errors import InputError
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"])
+@dataclass(frozen=True)
+class Sampling:
+    """Greedy unless there is a temperature; another temperature or `top_p` needs no recompilation, another `top_k` does.
+
+    Attributes:
+        temperature: divides the logits; None is greedy.
+        top_k: only the k likeliest tokens.
+        top_p: of these, only the nucleus (see `nucleus`).
+    """
+
+    temperature: float | Float[Array, ""] | None = None
+    top_k: int | None = None
+    top_p: float | Float[Array, ""] | None = None
+
+    @classmethod
+    def checked(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> "Sampling":
+        """From what a person asks for, where temperature 0 is greedy.
+
+        Raises:
+            InputError: a value out of range, or `top_k` or `top_p` for greedy decoding, where they do nothing.
+        """
+        if not (temperature >= 0 and math.isfinite(temperature)):
+            raise InputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number, such as 0.8")
+        if top_k is not None and top_k < 1:
+            raise InputError(f"top_k is {top_k}; expected at least 1, or none for the whole vocabulary")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise InputError(f"top_p is {top_p}; expected a number above 0 and at most 1, such as 0.9")
+        if temperature == 0:
+            if top_k is not None or top_p is not None:
+                raise InputError("top_k and top_p do nothing at temperature 0 (greedy); give a temperature, such as 1")
+            return cls()
+        return cls(temperature, top_k, top_p)
+
+
+def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Bool[Array, "B V"]:
+    """The smallest set of likeliest tokens that holds at least `top_p` of the probability.
+
+    `logits` must fall along each row. Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
+    """
+    probabilities = jax.nn.softmax(logits, axis=-1)
+    return jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+
+
+def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int32[Array, "B"]:
+    """One token per row; temperature first, then top-k, then top-p, as in transformers.
+
+    Each row has its own key, so that what is drawn for it depends on no other row.
+    """
+    if sampling.temperature is None:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # Relative to the peak, a tiny temperature gives -inf and never inf - inf.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    draw = jax.vmap(jax.random.categorical)
+    if sampling.top_k is None and sampling.top_p is None:
+        return draw(keys, scaled).astype(jnp.int32)
+    vocabulary = logits.shape[-1]
+    scaled, ids = jax.lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))
+    if sampling.top_p is not None:
+        scaled = jnp.where(nucleus(scaled, sampling.top_p), scaled, -jnp.inf)
+    return jnp.take_along_axis(ids, draw(keys, scaled)[:, None], axis=1)[:, 0]

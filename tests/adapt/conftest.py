@@ -1,0 +1,60 @@
+"""A tiny OPT that compiles in a second or two, and examples whose answers differ in length."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from chai_jax.data.batches import Encoded
+from chai_jax.model.model import Model
+from chai_jax.model.opt import Declared, OPTConfig, declare
+from chai_jax.model.quantized import quantize
+from chai_jax.model.sharding import make_mesh
+from chai_jax.spec import Spec
+
+CONFIG = OPTConfig(
+    vocab_size=53, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16
+)
+CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Model]:
+    """`tiny(seed, dtype, int8=layers, storage, **config)`: a random model."""
+
+    def build(
+        seed: int = 0, dtype: Any = jnp.float32, int8: tuple[int, ...] = (), storage: str = "float32", **changes: Any
+    ) -> Model:
+        config = dataclasses.replace(CONFIG, **changes)
+        spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
+        random = np.random.default_rng(seed)
+
+        def leaf(what: Declared) -> jax.Array:
+            return jnp.asarray((what.kind == "scale") + 0.3 * random.standard_normal(what.shape), dtype)
+
+        params = jax.tree.map(leaf, declare(config, spec), is_leaf=lambda x: isinstance(x, Declared))
+        for layer in int8:
+            for name, axes in CONTRACTED.items():
+                part = params["layers"][str(layer)][name]
+                part["kernel"] = quantize(part["kernel"], axes, jnp.float32)
+        return Model(config, spec, params)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def examples() -> list[Encoded]:
+    """Sixteen; answers of 1 to 6 tokens, inputs of at most 16."""
+    random = np.random.default_rng(0)
+    shapes = [(int(length), int(length - random.integers(1, min(length, 7)))) for length in random.integers(3, 18, 16)]
+    return [Encoded(tuple(random.integers(4, 53, length).tolist()), start) for length, start in shapes]
+
+
+@pytest.fixture(scope="session")
+def one_device() -> Mesh:
+    return make_mesh(data=1)

@@ -1,0 +1,265 @@
+"""The training step: what must not change a result, what may not move, and what the optimizer is."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from chai_jax import score
+from chai_jax.adapt import train as training
+from chai_jax.adapt.finetune import completion_loss, finetune
+from chai_jax.adapt.target import layer_mask
+from chai_jax.adapt.updates import Batch, pack
+from chai_jax.config import FinetuneConfig, TrainConfig
+from chai_jax.data.batches import Encoded
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+from chai_jax.model.opt import declare
+from chai_jax.model.quantized import QuantizedArray, dequantize, is_leaf
+from chai_jax.model.sharding import make_mesh, place, shardings
+
+Build = Callable[..., Model]
+SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)
+
+
+def loss_of(model: Model, dtype: Any = jnp.float32) -> training.Loss:
+    return partial(completion_loss, model.config, model.spec, dtype)
+
+
+def gradients(model: Model, batch: Batch, mesh: Mesh | None = None) -> tuple[Any, Any]:
+    params = model.params
+    if mesh is not None:
+        params = place(params, shardings(declare(model.config, model.spec), mesh))
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
+    masters, frozen = training.split(params, training.everything(params))
+    return jax.jit(partial(training.gradients, loss_of(model)))(masters, frozen, None, batch)
+
+
+def assert_close(one: Any, other: Any, atol: float = 1e-5) -> None:
+    jax.tree.map(partial(np.testing.assert_allclose, atol=atol, rtol=1e-5), one, other)
+
+
+def assert_identical(one: Any, other: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Build, examples: list[Encoded]) -> tuple[Any, Any]:
+    """Gradient and means of all sixteen examples in one microbatch on one device; every answer's length differs."""
+    return gradients(tiny(), pack(examples, (1, 16), 32, 6))
+
+
+def test_accumulation_changes_nothing(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
+    assert_close(gradients(tiny(), pack(examples, (8, 2), 32, 6)), whole)
+
+
+def test_empty_rows_change_nothing(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
+    assert_close(gradients(tiny(), pack(examples, (3, 8), 32, 6)), whole)
+
+
+@pytest.mark.parametrize("model_axis", [1, 2])
+def test_devices_change_nothing(
+    tiny: Build, examples: list[Encoded], whole: tuple[Any, Any], model_axis: int
+) -> None:
+    mesh = make_mesh(model=model_axis)
+    found = gradients(tiny(), pack(examples, (2, 8), 32, 6), mesh)
+    assert len(jax.tree.leaves(found)[0].sharding.device_set) == 8
+    assert_close(found, whole)
+
+
+def test_mean_is_over_targets(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
+    np.testing.assert_allclose(whole[1]["loss"], score.mean_loss(tiny(), examples), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def run(tiny: Build, examples: list[Encoded], one_device: Mesh) -> tuple[Model, Model, Any, list[dict[str, Any]]]:
+    """A model, what six updates made of it, its parameters as they were before, and the log."""
+    model, log = tiny(), []
+    before = jax.tree.map(np.array, model.params)
+    return model, finetune(model, examples, FinetuneConfig(SHORT), log.append, mesh=one_device), before, log
+
+
+def test_callers_model_stays_usable(run: Any) -> None:
+    model, tuned, before, _ = run
+    assert_identical(model.params, before)
+    tokens = np.array([[2, 5, 6]])
+    assert np.isfinite(model(tokens)).all()
+    assert not np.array_equal(model(tokens), tuned(tokens))
+    moved = jax.tree.map(lambda new, old: bool((new != old).any()), tuned.params, before)
+    assert all(jax.tree.leaves(moved))
+
+
+def test_learning_rate_decays_linearly_to_zero(run: Any) -> None:
+    *_, log = run
+    np.testing.assert_allclose([entry["lr"] for entry in log], 1e-3 * (1 - np.arange(6) / 6), rtol=1e-6)
+    assert float(training.learning_rate(SHORT, 6)(6)) == 0
+
+
+def test_log_has_one_entry_per_update(run: Any) -> None:
+    *_, log = run
+    names = {"stage", "step", "steps", "lr", "loss", "grad_norm", "tokens_per_s"}
+    assert [set(entry) for entry in log] == [names] * 6
+    assert [(entry["step"], entry["steps"], entry["stage"]) for entry in log] == [(n, 6, "finetune") for n in range(1, 7)]
+    assert all(entry["tokens_per_s"] > 0 and entry["grad_norm"] > 0 for entry in log)
+
+
+def test_same_seed_same_bits(run: Any, tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+    *_, first = run
+    log: list[dict[str, Any]] = []
+    again = finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, mesh=one_device)
+    assert_identical(again.params, run[1].params)
+    assert [entry["loss"] for entry in log] == [entry["loss"] for entry in first]
+
+
+def test_devices_see_the_same_examples(run: Any, tiny: Build, examples: list[Encoded]) -> None:
+    """The losses of all updates agree; the parameters need not, since AdamW amplifies gradients near zero."""
+    *_, first = run
+    log: list[dict[str, Any]] = []
+    finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, mesh=make_mesh())
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([entry[name] for entry in log], [entry[name] for entry in first], rtol=1e-4)
+
+
+def test_few_programs(tiny: Build, one_device: Mesh) -> None:
+    """One trace per shape of batch, however many updates."""
+    model, traced = tiny(num_layers=1), []
+    examples = [Encoded((5,) * length, length - 1) for length in (4, 9, 12, 20, 25, 30)]
+
+    def loss(params: Any, batch: Batch, extra: Any) -> training.Sums:
+        traced.append(batch.tokens.shape)
+        return loss_of(model)(params, batch, extra)
+
+    config = TrainConfig(batch=3, accumulation=1, epochs=4)
+    training.train(model, examples, loss, config, stage="test", mesh=one_device)
+    assert sorted(traced) == [(3, 16), (3, 32)]
+
+
+def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
+    for model in (tiny(dtype=jnp.bfloat16, int8=(1,)), tiny(dtype=jnp.float16), tiny()):
+        masters, frozen = training.split(model.params, training.everything(model.params))
+        assert jax.tree.leaves(frozen) == []
+        assert {leaf.dtype for leaf in jax.tree.leaves(masters)} == {jnp.dtype(jnp.float32)}
+        shifted = jax.tree.map(lambda x: x * 1.01 + 1e-4, masters)
+        stored = training.store(shifted, model.params)
+        assert jax.tree.structure(stored) == jax.tree.structure(model.params)
+        for new, old in zip(jax.tree.leaves(stored), jax.tree.leaves(model.params), strict=True):
+            assert (new.dtype, new.shape) == (old.dtype, old.shape)
+        assert_identical(training.rounded(shifted, model.params), jax.tree.map(dequantize, stored, is_leaf=is_leaf))
+
+
+def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+    """int8 and bfloat16 weights, int8 cache: each update's loss is the score of what the stage would return there."""
+    model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
+    everything = training.everything(model.params)
+    step, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, everything, one_device)
+    batch = jax.device_put(pack(examples, (2, 8), 32, 6), NamedSharding(one_device, PartitionSpec()))
+    for _ in range(2):
+        stored = model.replace(params=training.store(state.masters, model.params))
+        assert isinstance(stored.params["layers"]["0"]["up"]["kernel"], QuantizedArray)
+        expected = score.mean_loss(stored, examples)
+        state, means = step(state, frozen, None, batch)
+        np.testing.assert_allclose(means["loss"], expected, atol=2e-4)
+
+
+def test_a_format_coarser_than_the_updates_still_learns(
+    tiny: Build, examples: list[Encoded], one_device: Mesh
+) -> None:
+    """One update is far below a step of int8; the float32 masters add them up."""
+    model, config = tiny(num_layers=1, int8=(0,)), TrainConfig(lr=2e-4, batch=16, accumulation=1, epochs=30)
+    log: list[dict[str, Any]] = []
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append, mesh=one_device)
+    old, new = (each.params["layers"]["0"]["up"]["kernel"] for each in (model, tuned))
+    assert new.values.dtype == jnp.int8
+    assert new.axes == old.axes
+    assert new.scale.dtype == old.scale.dtype
+    assert (new.values != old.values).any()
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Mesh) -> None:
+    model = tiny(int8=(0,))
+    chosen = layer_mask(model.params, {1})
+    _, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, chosen, one_device)
+    count = len(jax.tree.leaves(model.params["layers"]["1"]))
+    assert len(jax.tree.leaves(state.masters)) == count
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert len(moments) == 2 * count
+    assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(model.params)) - count
+    assert_identical(training.join(state.masters, frozen), model.params)
+
+
+def frozen_updates(tx: optax.GradientTransformation, masters: Any, trainable: Any) -> Any:
+    """What `tx` would add to the frozen leaves if they had gradients, all of them 1."""
+    changes, _ = tx.update(jax.tree.map(jnp.ones_like, masters), tx.init(masters), masters)
+    return jax.tree.leaves(jax.tree.map(lambda change, trains: None if trains else change, changes, trainable))
+
+
+def test_optimizer_leaves_frozen_leaves_alone_even_with_gradients(tiny: Build) -> None:
+    masters = tiny().params
+    chosen = layer_mask(masters, {1})
+    ours = frozen_updates(training.optimizer(SHORT, 10, chosen), masters, chosen)
+    assert len(ours) > 10
+    assert not any(change.any() for change in ours)
+    # The trap: a mask alone hands the gradient through as the update, which climbs.
+    with jax.numpy_dtype_promotion("standard"):
+        trap = frozen_updates(optax.masked(optax.adamw(1e-3), chosen), masters, chosen)
+    assert all((change == 1).all() for change in trap)
+
+
+def test_only_kernels_and_embeddings_decay(tiny: Build) -> None:
+    """With no gradient an update is -lr * decay * weight, or nothing."""
+    masters = tiny().params
+    tx = training.optimizer(TrainConfig(lr=0.5, weight_decay=0.1), 10, training.everything(masters))
+    changes, _ = tx.update(jax.tree.map(jnp.zeros_like, masters), tx.init(masters), masters)
+    layer = changes["layers"]["0"]
+    for part in (layer["query"]["bias"], layer["up"]["bias"], *layer["mlp_norm"].values(), *changes["final_norm"].values()):
+        assert not part.any()
+    for change, weight in (
+        (layer["query"]["kernel"], masters["layers"]["0"]["query"]["kernel"]),
+        (changes["embed"]["tokens"], masters["embed"]["tokens"]),
+    ):
+        np.testing.assert_allclose(change, -0.05 * weight, rtol=1e-5)
+
+
+def test_clip_is_of_the_trainable_leaves_norm() -> None:
+    """AdamW's first moment after one update is a tenth of the gradient it was given."""
+    masters, chosen = {"kernel": jnp.zeros(4), "frozen": jnp.zeros(4)}, {"kernel": True, "frozen": False}
+    gradient = {"kernel": jnp.full(4, 3.0), "frozen": jnp.full(4, 1e6)}
+    for clip, expected in ((1.0, 0.05), (None, 0.3), (100.0, 0.3)):
+        tx = training.optimizer(TrainConfig(clip=clip), 10, chosen)
+        _, state = tx.update(gradient, tx.init(masters), masters)
+        moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
+        np.testing.assert_allclose(moments[0], expected, rtol=1e-6)
+
+
+def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+    model, log = tiny(num_layers=1), []
+    model.params["final_norm"]["scale"] = model.params["final_norm"]["scale"].at[0].set(jnp.nan)
+    with pytest.raises(InputError, match=r"finetune stopped at update 1 of 6: its \w+ is nan; .* lower the learning rate"):
+        finetune(model, examples, FinetuneConfig(SHORT), log.append, mesh=one_device)
+    assert log == []
+
+
+def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
+    model = tiny()
+    masters, frozen = training.split(model.params, training.everything(model.params))
+    step = jax.jit(partial(training.gradients, loss_of(model, jnp.bfloat16)))
+    gradient, means = step(masters, frozen, None, pack(examples, (2, 8), 32, 6))
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
+    np.testing.assert_allclose(means["loss"], whole[1]["loss"], rtol=0.05)
+    near = jax.tree.map(lambda a, b: float((a * b).sum() / (jnp.linalg.norm(a) * jnp.linalg.norm(b))), gradient, whole[0])
+    assert near["embed"]["tokens"] > 0.98
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("lr", 0.0), ("lr", float("nan")), ("batch", 0), ("max_steps", 0), ("clip", -1.0), ("seed", -1)]
+)
+def test_settings_out_of_range(setting: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{setting} is"):
+        TrainConfig(**{setting: value})

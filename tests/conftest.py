@@ -1,0 +1,57 @@
+"""Tests run on eight virtual CPU devices, under strict dtype promotion, offline, apart from the user's caches."""
+
+import os
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+SETTINGS = {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "8",
+    "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def isolate() -> tempfile.TemporaryDirectory[str]:
+    """Replace what the user set for JAX and Hugging Face; all caches go to a new folder, which is returned.
+
+    The libraries read these variables when they are imported, and the programs that tests start inherit them.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="chai_jax_tests_")
+    for name in list(os.environ):
+        if name.startswith(("JAX_", "XLA_", "HF_")):
+            del os.environ[name]
+    os.environ.update(SETTINGS, XDG_CACHE_HOME=folder.name, XDG_CONFIG_HOME=folder.name)
+    return folder
+
+
+# pytest-xdist starts its workers with the environment of the process that loaded this file first.
+caches = None if "PYTEST_XDIST_WORKER" in os.environ else isolate()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if caches is not None:
+        config.add_cleanup(caches.cleanup)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of data and weights that are too large for the repository."""
+    folder = Path(os.environ.get("CHAI_JAX_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        pytest.skip(f"no folder {folder}: set CHAI_JAX_SHARED")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torch() -> ModuleType:
+    """PyTorch, the oracle; it is not a dependency."""
+    module: ModuleType = pytest.importorskip("torch")
+    return module

@@ -1,0 +1,121 @@
+"""An exported folder is one that torch's OPTForCausalLM loads, with equal logits."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.errors import InputError
+from chai_jax.files.hf import export
+from chai_jax.files.store import load
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.quantized import QuantizedArray, quantize
+from chai_jax.spec import Group, LayerSpec, Spec
+
+TOKENS = np.array([[2, 5, 9, 17, 4, 4, 11], [2, 3, 3, 8, 1, 1, 1]], np.int32)
+MASK = TOKENS != 1
+PRE = OPTConfig(19, 12, 2, 3, 20, 16, 12)
+POST = dataclasses.replace(PRE, pre_norm=False, embed_dim=8)
+CONFIGS = {
+    "pre-norm": PRE,
+    "post-norm": POST,
+    "untied": dataclasses.replace(POST, tied=False),
+    "no biases": dataclasses.replace(PRE, bias=False),
+    "plain norms": dataclasses.replace(PRE, norm_affine=False),
+    "no final norm": dataclasses.replace(PRE, remove_final_norm=True),
+    "gelu": dataclasses.replace(PRE, activation="gelu_new"),
+}
+
+
+def random_model(config: OPTConfig, dtype: Any = jnp.float32) -> Model:
+    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params = init(config, spec, jax.random.key(0), std=0.3)
+    params = jax.tree.map(lambda leaf: (leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)).astype(dtype), params)
+    return Model(config, spec, params)
+
+
+def torch_logits(torch: ModuleType, folder: Path) -> np.ndarray:
+    from transformers import OPTForCausalLM
+
+    module, report = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not any(report.values()), report
+    with torch.no_grad():
+        return module.eval()(torch.tensor(TOKENS).long(), torch.tensor(MASK).long()).logits.numpy()
+
+
+def assert_exports(torch: ModuleType, model: Model, folder: Path, **options: Any) -> None:
+    export(model, folder, **options)
+    difference = np.abs(np.asarray(model(TOKENS, MASK)) - torch_logits(torch, folder))[MASK]
+    assert difference.max() < 1e-4
+    assert load(folder).config == model.config
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_torch_gives_equal_logits(torch: ModuleType, tmp_path: Path, case: str) -> None:
+    assert_exports(torch, random_model(CONFIGS[case]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_dtypes_are_kept(torch: ModuleType, tmp_path: Path, dtype: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    assert_exports(torch, random_model(POST, dtype), tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == getattr(torch, dtype)
+
+
+def test_mixed_dtypes_are_named_float32(torch: ModuleType, tmp_path: Path) -> None:
+    model = random_model(PRE, jnp.float16)
+    params = {**model.params, "final_norm": jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params["final_norm"])}
+    assert_exports(torch, model.replace(params=params), tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(load(tmp_path / "out").params)} == {"float16", "bfloat16"}
+
+
+def test_shards(torch: ModuleType, tmp_path: Path) -> None:
+    assert_exports(torch, random_model(PRE), tmp_path / "out", max_shard_bytes=2_000)
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_int8_weights_are_written_as_what_they_stand_for(torch: ModuleType, tmp_path: Path) -> None:
+    model = random_model(PRE)
+    layer = model.params["layers"]["0"]
+    up = {**layer["up"], "kernel": quantize(layer["up"]["kernel"], (-2,))}
+    out = {**layer["output"], "kernel": quantize(layer["output"]["kernel"], (-3, -2))}
+    layers = {**model.params["layers"], "0": {**layer, "up": up, "output": out}}
+    small = model.replace(params={**model.params, "layers": layers})
+    assert_exports(torch, small, tmp_path / "out")
+    assert "2 tensors were int8" in (tmp_path / "out/README.md").read_text()
+    leaves = jax.tree.leaves(load(tmp_path / "out").params, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
+    assert not any(isinstance(leaf, QuantizedArray) for leaf in leaves)
+
+
+def test_generation_config(torch: ModuleType, tmp_path: Path) -> None:
+    from transformers import GenerationConfig
+
+    export(random_model(dataclasses.replace(PRE, eos_token_id=7)), tmp_path / "out")
+    ids = GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (2, 7, 1)
+
+
+def test_a_clustered_model_has_no_such_form(tmp_path: Path) -> None:
+    model = random_model(PRE)
+    clustered = LayerSpec("qkv", ((0, 2), (1,)), (Group(2),), 4, 4)
+    with pytest.raises(InputError, match=r"the model is clustered, .* expand it first"):
+        export(model.replace(spec=model.spec.with_layer(1, clustered)), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    with pytest.raises(InputError, match="already holds something"):
+        export(random_model(PRE), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]

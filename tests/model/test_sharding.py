@@ -1,0 +1,101 @@
+"""The sharding table: what is split, what stays whole, and that neither changes a result."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from chai_jax.errors import InputError
+from chai_jax.model.opt import Declared, OPTConfig, declare, forward
+from chai_jax.model.quantized import QuantizedArray, dequantize, quantize
+from chai_jax.model.sharding import TABLE, make_mesh, partition_spec, place, shardings
+from chai_jax.spec import Spec
+
+CONFIG = OPTConfig(
+    vocab_size=48, hidden_size=16, num_layers=1, num_heads=4, ffn_dim=32, max_positions=16, embed_dim=16
+)
+SPEC = Spec.dense(1, 4, 4)
+
+
+def test_mesh_takes_all_devices_or_those_asked_for() -> None:
+    assert dict(make_mesh().shape) == {"data": 8, "model": 1}
+    assert dict(make_mesh(model=4).shape) == {"data": 2, "model": 4}
+    assert dict(make_mesh(data=3, model=2).shape) == {"data": 3, "model": 2}
+
+
+@pytest.mark.parametrize(("data", "model"), [(9, 1), (4, 4), (0, 1), (-1, -1), (None, 3), (None, 0)])
+def test_mesh_refuses_what_does_not_fit(data: int | None, model: int) -> None:
+    with pytest.raises(InputError, match="8 devices"):
+        make_mesh(data, model)
+
+
+def test_axes_are_split_by_the_table() -> None:
+    found = shardings(declare(CONFIG, SPEC), make_mesh(model=4))
+    layer = found["layers"]["0"]
+    assert layer["query"]["kernel"].spec == P(None, "model", None)
+    assert layer["query"]["bias"].spec == P("model", None)
+    assert layer["output"]["kernel"].spec == P("model", None, None)
+    assert layer["output"]["bias"].spec == P(None)
+    assert layer["down"]["kernel"].spec == P("model", None)
+    assert found["embed"]["tokens"].spec == P("model", None)
+    assert found["embed"]["positions"].spec == P(None, None)
+
+
+def test_an_axis_that_does_not_divide_stays_whole() -> None:
+    mesh = make_mesh(model=4)
+    assert partition_spec(("width", "heads", "rank"), (16, 6, 4), mesh) == P(None, None, None)
+    assert partition_spec(("batch", "heads"), (4, 8), mesh) == P("data", "model")
+    assert partition_spec(("batch", "heads"), (3, 8), mesh) == P(None, "model")
+
+
+def test_refuses_collisions_and_unknown_axes() -> None:
+    with pytest.raises(ValueError, match="two of the axes"):
+        partition_spec(("width", "ffn"), (16, 32), make_mesh(model=4), {**TABLE, "width": "model"})
+    with pytest.raises(ValueError, match="no axis 'colour'"):
+        partition_spec(("colour",), (16,), make_mesh())
+
+
+def test_every_declared_axis_is_in_the_table() -> None:
+    wide = OPTConfig(48, 16, 1, 4, 32, 16, embed_dim=8, pre_norm=False, tied=False)
+    shardings(declare(wide, SPEC), make_mesh(model=2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes", "spec", "scale"),
+    [((16, 4, 4), (-3,), P(None, "model"), P("model", None)), ((4, 4, 16), (-3, -2), P("model"), P(None))],
+)
+def test_a_scale_is_split_with_its_values(shape: tuple[int, ...], axes: tuple[int, ...], spec: P, scale: P) -> None:
+    array = quantize(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32), axes)
+    mesh = make_mesh(model=4)
+    placed = place({"kernel": array}, {"kernel": jax.NamedSharding(mesh, spec)})["kernel"]
+    assert isinstance(placed, QuantizedArray)
+    assert placed.values.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), len(shape))
+    assert placed.scale.sharding.spec == scale
+    np.testing.assert_array_equal(dequantize(placed), dequantize(array))
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_forward_is_the_same_on_eight_devices(model: int) -> None:
+    random = np.random.default_rng(0)
+    declared = declare(CONFIG, SPEC)
+    params = jax.tree.map(
+        lambda what: jnp.asarray(0.3 * random.standard_normal(what.shape), jnp.float32),
+        declared,
+        is_leaf=lambda x: isinstance(x, Declared),
+    )
+    params["layers"]["0"]["up"]["kernel"] = quantize(params["layers"]["0"]["up"]["kernel"], (-2,))
+    tokens = jnp.asarray(random.integers(4, 48, (8, 9)), jnp.int32)
+    mask = jnp.ones((8, 9), bool)
+
+    @jax.jit
+    def hidden(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+        return forward(CONFIG, SPEC, params, tokens, mask).hidden
+
+    mesh = make_mesh(model=model)
+    rows = jax.NamedSharding(mesh, P("data"))
+    split = hidden(
+        place(params, shardings(declared, mesh)), jax.device_put(tokens, rows), jax.device_put(mask, rows)
+    )
+    assert len(split.sharding.device_set) == 8
+    np.testing.assert_allclose(split, hidden(params, tokens, mask), atol=1e-5)
