@@ -125,16 +125,21 @@ class PlanConfig:
 
     share: Literal["qk", "qkv"] = "qkv"
     """What the heads of a cluster share: `qk` keeps every value head, `qkv` one of each."""
-    layers: float = 0.5
-    """Fraction of layers to cluster (rounded up), most redundant first."""
-    clusters: str = "elbow"
-    """`elbow`, a number of clusters, or a ratio below 1 of the heads."""
+    layers: float | None = None
+    """Fraction of layers to cluster (rounded up), most redundant first (default: 0.5; toy: 1)."""
+    clusters: str | None = None
+    """`elbow`, a number of clusters, or a ratio below 1 of the heads (default: elbow; toy: 2)."""
     kv_budget: float | None = None
     """Cache bytes wanted, as a fraction of the dense bfloat16 cache; chooses layers and clusters."""
     sensitivity: Literal["kl", "perturbation", "attention"] = "kl"
     """How layers are scored for their tier."""
     calibration: int = 128
     """Examples (or text windows) for calibration, held out from training."""
+
+    def filled(self, toy: bool) -> "PlanConfig":
+        """With the defaults of layers and clusters: the toy's heads are few and cheap, so more of them are merged."""
+        layers = (1.0 if toy else 0.5) if self.layers is None else self.layers
+        return replace(self, layers=layers, clusters=self.clusters or ("2" if toy else "elbow"))
 
 
 @dataclass(frozen=True)
@@ -177,3 +182,6 @@ class RunConfig:
     """Revision of a hub model."""
     planning: PlanConfig = field(default_factory=PlanConfig)
     train: TrainOverrides = field(default_factory=TrainOverrides)
+
+# The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.
+TOY_TRAIN = TrainOverrides(lr=1e-3, batch=32, accumulation=1, epochs=1, max_steps=200)

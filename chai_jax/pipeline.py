@@ -1,6 +1,7 @@
 """A run: the dense model, its clustering, and the stages in the order asked for, each evaluated, recorded and resumable."""
 
 import dataclasses
+import json
 import shutil
 import sys
 import time
@@ -8,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from chai_jax.adapt.distil import distil
 from chai_jax.adapt.finetune import finetune
@@ -17,7 +20,7 @@ from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import probe
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.compress.slice import cluster
-from chai_jax.config import STAGES, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
+from chai_jax.config import STAGES, TOY_TRAIN, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
 from chai_jax.environment import versions, where_computed
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_folder, write_json, write_text
@@ -55,6 +58,7 @@ def run(config: RunConfig) -> Record:
     """
     order = parse_order(config.order)
     plan = Plan.read(config.plan) if config.plan else None
+    config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
     out = config.out or Path("runs") / f"{Path(config.model).name}-{'text' if config.text else config.task or TOY}"
     folder = RunFolder(out, resolved(config, out))
     source = load_any(config.model, config.revision, config.seed)
@@ -120,10 +124,11 @@ class Job:
             began = time.monotonic()
             model = stage.apply(self.model)
             spent = time.monotonic() - began
-            baseline = self.folder.predictions(0, "dense") if index else None
-            metrics, predictions = self.work.measure(model, baseline)
-            record = self._record(stage.name, model, metrics, spent)
-            self.folder.finish(index, stage.name, model, record, predictions)
+            measured = self.work.measure(model)
+            if index:
+                measured = measured.against(self.work.recall(self.folder.predictions(0, "dense")))
+            record = self._record(stage.name, model, measured.metrics(), spent)
+            self.folder.finish(index, stage.name, model, record, measured.samples())
         # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
         self.model = load(str(self.folder.stage_path(index, stage.name) / "model"))
         if index == 0:
@@ -132,15 +137,16 @@ class Job:
 
     def _dense(self, model: Model) -> Model:
         wanted = self.config.finetune
-        if wanted == "auto" and self.work.at_chance(model):
-            console.print("the model is at chance on held-out training rows: tuning it on the task first", style="yellow")
-            wanted = "always"
-        if wanted == "always" and self.work.labelled:
+        chance = self.work.labelled and self.work.judge(model).metrics()["at_chance"]
+        if wanted == "always" or (wanted == "auto" and chance):
+            console.print("tuning the dense model on the task first" + (": it is at chance" if chance else ""))
             settings = FinetuneConfig(self._train(FinetuneConfig().train))
-            model = finetune(model, self.work.training, settings, log=self.folder.logger("finetune"))
-        if self.work.at_chance(model):
+            model = finetune(model, self.work.training, settings, log=self.folder.logger("dense"))
+            chance = self.work.labelled and self.work.judge(model).metrics()["at_chance"]
+        if chance:
             console.print(
-                "warning: the dense model is no better than the majority label; every later number is meaningless",
+                "warning: on held-out training rows the dense model is not above the majority label by two standard "
+                "errors; as a teacher and as a baseline it makes every later number meaningless",
                 style="bold red",
             )
         return model
@@ -155,7 +161,7 @@ class Job:
         return target(model, self._plan(), self.work.training, settings, log=self.folder.logger("target"))
 
     def _train(self, train: TrainConfig) -> TrainConfig:
-        preset = dataclasses.replace(train, **self.work.preset)
+        preset = TOY_TRAIN.apply(train) if self.config.model == TOY else train
         return dataclasses.replace(self.config.train.apply(preset), seed=self.config.seed)
 
     def _plan(self) -> Plan:
@@ -172,7 +178,8 @@ class Job:
 
     def _record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
         config = model.config
-        dense = {s: bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, s)) for s in ("bfloat16", "float32")}
+        shape = config.num_layers, config.num_heads, config.head_dim
+        dense = {storage: bytes_per_token(Spec.dense(*shape, storage)) for storage in ("bfloat16", "float32")}
         stored = model.kv_bytes_per_token
         return {
             "stage": stage,
@@ -196,10 +203,8 @@ class Job:
         results = path / "results.json"
         if not results.exists():
             models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
-            timed = latency(models, **self.work.shape)
-            records = [
-                {**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)
-            ]
+            timed = latency(models)
+            records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
             chosen = self._chosen(records, models)
             write_text(path / "report" / "results.md", markdown(records))
             write_text(path / "report" / "results.csv", as_csv(records))
@@ -207,9 +212,9 @@ class Job:
             with new_folder(path / "model") as copy:
                 shutil.copytree(self.folder.stage_path(*chosen) / "model", copy, dirs_exist_ok=True)
             write_json(results, records)
-        records = read_results(results)
-        print_records(records, f"{self.config.model} on {self.work.name}")
-        return {"out": str(path), "results": [summary(record) for record in records]}
+        records = json.loads(results.read_text(encoding="utf-8"))
+        print_table(terminal(records, f"{self.config.model} on {self.work.name}"))
+        return {"out": str(path), "stages": [summary(record) for record in records]}
 
     def _chosen(self, records: list[Record], models: dict[str, Model]) -> tuple[int, str]:
         """Index and name of the compressed stage that becomes `model/`; ties go to the later stage."""
@@ -217,23 +222,59 @@ class Job:
             "last": lambda record: -self.done.index(record["stage"]),
             "latency": lambda record: record["latency"]["decode_ms_per_token"]["median"],
             "size": lambda record: record["kv_bytes_per_token"],
-            "accuracy": lambda record: self.work.held_out_loss(models[record["stage"]]),
+            "accuracy": lambda record: self._held_out_cost(models[record["stage"]]),
         }
         candidates = list(enumerate(records))[1:]
         index, record = min(reversed(candidates), key=lambda candidate: costs[self.config.select](candidate[1]))
         return index, record["stage"]
 
 
+    def _held_out_cost(self, model: Model) -> float:
+        """1 - accuracy (or, of a text, the loss) on held-out training examples."""
+        metrics = self.work.judge(model).metrics()
+        return 1 - metrics["acc"] if "acc" in metrics else metrics["loss"]
+
+
+def summary(record: Record) -> Record:
+    """What the last line of stdout says of a stage."""
+    metrics = record["metrics"]
+    score = ("acc", "acc_stderr") if "acc" in metrics else ("perplexity", "perplexity_stderr")
+    sizes = ("kv_bytes_per_token", "kv_reduction", "model_bytes")
+    return {
+        "stage": record["stage"],
+        **{name: metrics[name] for name in (*score, "n")},
+        **{name: record[name] for name in sizes},
+    }
+
+
+def print_table(table: Any) -> None:
+    """Print a rich table on stdout, whole where stdout is no terminal."""
+    Console(width=None if sys.stdout.isatty() else 180).print(table)
+
+
 def plan_for(model: Model, work: Work, config: RunConfig) -> Plan:
-    """Look at the dense model on the work's calibration text and decide."""
+    """Look at a dense model on the work's calibration examples and decide."""
     wanted = config.planning
-    seen = probe(model, work.calibration)
     return make_plan(
         model,
-        seen,
+        probe(model, work.calibration, window=max(map(len, work.calibration))),
         share=wanted.share,
-        layers=wanted.layers,
-        clusters=wanted.clusters,
+        layers=wanted.layers or 0.0,
+        clusters=parse_clusters(wanted.clusters or "elbow"),
         sensitivity=wanted.sensitivity,
         seed=config.seed,
     )
+
+
+def parse_clusters(clusters: str) -> str | int | float:
+    """`--clusters`: elbow, a number, or a ratio below 1.
+
+    Raises:
+        InputError: none of these.
+    """
+    if clusters == "elbow":
+        return clusters
+    try:
+        return int(clusters) if clusters.lstrip("-").isdigit() else float(clusters)
+    except ValueError:
+        raise InputError(f"--clusters is {clusters!r}; expected elbow, a number, or a ratio below 1") from None

@@ -25,7 +25,7 @@ from chai_jax.progress import track
 from chai_jax.spec import Spec
 
 HEAD_ROWS = 256  # hidden states that meet the vocabulary head at once: 51 MB of float32 logits at V = 50,272
-PAIRS = 2**23  # B T^2 of one device's batch at most: 32 MB of float32 scores a head
+PAIRS = 2**21  # B T^2 of one device's batch at most: 8 MB of float32 scores a head
 SHORTEST = 16  # the smallest padded length
 Total = Any
 

@@ -2,7 +2,7 @@
 
     python experiments/agree_with_lm_eval.py $MODEL --data-dir $DATA --tasks sst2,rte,piqa --out runs/agreement
 
-Needs torch and chai_jax[eval]. The harness runs the dense OPT $MODEL with transformers in float32 on the CPU; its own
+Needs torch and lm-eval[hf]. The harness runs the dense OPT $MODEL with transformers in float32 on the CPU; its own
 tasks read the rows that `evaluate` reads. Expected: every prediction the same (but where the two best choices lie within
 1e-3 nats, which are listed), no log-likelihood further apart than 1e-3 nats, equal accuracies and standard errors.
 Writes agreement.json; exits with 1 where the two disagree. The last line on stdout is the record as JSON.
@@ -44,7 +44,7 @@ def run_harness(model: str, rows: dict[str, list[Any]], batch_size: int) -> Reco
             batch_size=batch_size,
             device="cpu",
             log_samples=True,
-            bootstrap_iters=0,
+            bootstrap_iters=1,  # 0 would turn standard errors off; those of means are closed forms
         )
 
 

@@ -59,9 +59,12 @@ def join(trained: Any, frozen: Any) -> Params:
 
 
 def store(masters: Any, like: Params) -> Any:
-    """Masters in the format of the leaves they stand for: dtype, or int8 with the same axes and type of scale."""
+    """Masters in the format of the leaves they stand for: dtype, or int8 with the same axes and type of scale.
 
-    def leaf(master: Array | None, old: Leaf) -> Leaf | None:
+    Of `like` only structure and dtypes are read.
+    """
+
+    def leaf(master: Array | None, old: Any) -> Leaf | None:
         if master is None:
             return None
         if isinstance(old, QuantizedArray):
@@ -161,7 +164,7 @@ def prepare(
     def update(state: State, frozen: Any, extra: Any, batch: Batch) -> tuple[State, Sums]:
         gradient, means = gradients(loss, rounded(state.masters, like), frozen, extra, batch)
         changes, after = tx.update(gradient, state.optimizer, state.masters)
-        means["grad_norm"] = optax.global_norm(gradient)
+        means["grad_norm"] = optax.tree.norm(gradient)
         return State(optax.apply_updates(state.masters, changes), after), means
 
     kept = jax.tree.map(lambda x: x.sharding, state)

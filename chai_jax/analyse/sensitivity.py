@@ -21,7 +21,7 @@ from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPT, Block, OPTConfig, Params, visible
+from chai_jax.model.opt import OPT, Block, OPTConfig, Params, unembed, visible
 from chai_jax.progress import track
 from chai_jax.score import HEAD_ROWS
 from chai_jax.spec import ClusterPlan, LayerPlan, LayerSpec, Plan, Spec
@@ -106,7 +106,7 @@ def perturb(model: Model, index: int, clusters: Sequence[ClusterPlan], share: st
 
 @partial(jax.jit, static_argnums=0)
 def _embed(config: OPTConfig, params: Params, tokens: Array, mask: Array) -> Float[Array, "N W D"]:
-    return OPT(config, Spec(()), {**params, "layers": {}}).embed(tokens, visible(mask, None)[0], jnp.float32)
+    return OPT(config, Spec(()), params).embed(tokens, visible(mask, None)[0], jnp.float32)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -124,12 +124,13 @@ def _compare(
     x: Float[Array, "M D"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean KL(truth || x) and mean rise of the loss over predictions, from hidden states after the last layer."""
-    module = OPT(config, Spec(()), {**params, "layers": {}})
+    norm = OPT(config, Spec(()), params).final_norm
+    if norm is not None:
+        truth, x = norm(truth[None])[0], norm(x[None])[0]
 
     def prediction(entry: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         target, *hidden = entry
-        hidden = hidden if module.final_norm is None else [module.final_norm(rows) for rows in hidden]
-        right, wrong = (jax.nn.log_softmax(module.logits(rows)) for rows in hidden)
+        right, wrong = (jax.nn.log_softmax(unembed(config, params, row)) for row in hidden)
         return jnp.sum(jnp.exp(right) * (right - wrong)), right[target] - wrong[target]
 
     # Some rows at a time: the logits [M, V] of both models would be the largest arrays by far.

@@ -1,4 +1,4 @@
-"""Examples as tokens (first version by the lead so that others can run; helper "data" owns and extends this file)."""
+"""Examples as text and as tokens."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,18 +23,37 @@ class Encoded:
 
 
 def encode(tokenizer: Any, context: str, completion: str, max_length: int | None = None) -> Encoded:
-    """Tokenize as the lm-evaluation-harness does (`TemplateLM._encode_pair`, `HFLM._loglikelihood_tokens`).
+    """Tokenize as the lm-evaluation-harness does (`TemplateLM.loglikelihood`, `HFLM._loglikelihood_tokens`; 0.4.13).
 
-    Trailing spaces of the context move to the completion; `max_length` keeps the last `max_length + 1` tokens.
+    Trailing spaces of the context move to the completion, whose tokens are those that the whole has beyond the
+    context's. `</s>` comes first, and stands alone for an empty context.
+
+    Args:
+        max_length: inputs the model takes. The last token is predicted, never fed, so the last `max_length + 1` are
+            kept: what is cut off is context, or the beginning of a text without context.
+
+    Raises:
+        InputError: the completion has no token of its own, or does not fit behind a context.
     """
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
-        context, completion = context[:-spaces], context[-spaces:] + completion
-    whole = tokenizer(context + completion)["input_ids"]
-    start = len(tokenizer(context)["input_ids"]) if context else 1
+    whole = _ids(tokenizer, context + completion)
+    # rstrip takes line breaks and tabs too: the harness says spaces and does the same.
+    start = len(_ids(tokenizer, context.rstrip()))
+    if not context and whole[:1] != [tokenizer.bos_token_id]:
+        whole, start = [tokenizer.bos_token_id, *whole], 1
     if start >= len(whole):
         raise InputError(f"the completion {completion!r} has no tokens of its own: give a longer one")
-    if max_length is not None and len(whole) > max_length + 1:
-        cut = len(whole) - max_length - 1
-        whole, start = whole[cut:], max(start - cut, 1)
-    return Encoded(tuple(whole), start)
+    cut = 0 if max_length is None else max(len(whole) - max_length - 1, 0)
+    if context and start - cut < 1:
+        raise InputError(
+            f"a completion has {len(whole) - start} tokens; expected at most the model's {max_length} positions: "
+            f"shorten {completion[:40]!r}..."
+        )
+    return Encoded(tuple(whole[cut:]), max(start - cut, 1))
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids with `</s>` first, but not twice where the text brings its own (as `HFLM.tok_encode`)."""
+    # verbose=False: that a text is longer than the model is no news here.
+    own = text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"]
+    return ids

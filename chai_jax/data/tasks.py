@@ -1,9 +1,9 @@
-"""SST-2, RTE and PIQA as the lm-evaluation-harness asks them: rows, prompts and choices.
+"""SST-2, RTE and PIQA as the lm-evaluation-harness asks them, and the toy: rows, prompts and choices.
 
-Prompts follow lm-evaluation-harness 0.4.13 (`lm_eval/tasks/{glue/sst2,glue/rte,piqa}`), zero-shot, target delimiter " ".
+Prompts follow lm-evaluation-harness 0.4.13 (`lm_eval/tasks/{glue/sst2,glue/rte,piqa}`): zero-shot, and an answer begins
+with a space.
 """
 
-import gzip
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,12 @@ from typing import Any
 import numpy as np
 
 from chai_jax.data.batches import Example
+from chai_jax.data.text import open_utf8
+from chai_jax.data.toy import ANSWERS, PROMPT, toy_rows
 from chai_jax.errors import InputError
 
 Row = dict[str, Any]
+SPLITS = ("train", "validation")  # the test splits of GLUE have no labels
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,10 @@ class Task:
         columns: text columns a row must have (beside `label`).
         context: the prompt of a row.
         choices: the answers of a row, without leading space; as many as there are labels.
+        labels: how many labels there are; a row's `label` counts from 0.
         hub: data set and configuration on the Hugging Face hub; empty for a task that is not there.
         normalised: whether the harness reports acc_norm (log-likelihood per character) too.
+        generate: makes the rows of a split, for a task that needs no files.
     """
 
     name: str
@@ -51,6 +56,7 @@ class Task:
     labels: int = 2
     hub: tuple[str, ...] = ()
     normalised: bool = False
+    generate: Callable[[str], list[Row]] | None = None
 
     def request(self, row: Row) -> Request:
         """The question a row asks."""
@@ -82,6 +88,13 @@ TASKS = {
             hub=("baber/piqa",),
             normalised=True,
         ),
+        Task(
+            "toy",
+            ("sentence",),
+            lambda row: PROMPT.format(**row),
+            lambda row: ANSWERS,
+            generate=toy_rows,
+        ),
     )
 }
 
@@ -100,22 +113,28 @@ def get_task(name: str) -> Task:
 def load_rows(task: Task, split: str, data_dir: str | Path | None = None, limit: int | None = None) -> list[Row]:
     """Rows of a split: from `data_dir/TASK/SPLIT.jsonl[.gz]` or, without a folder, from the Hugging Face hub.
 
+    The toy's are made, with or without a folder. A `limit` takes the first rows.
+
     Raises:
-        InputError: no such file, bad JSON, a missing column, a label out of range, no rows, or no way to the hub.
+        InputError: no such split or file, bad JSON, a missing column, a label out of range, no rows, no way to the hub.
     """
+    if split not in SPLITS:
+        raise InputError(f"split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1 example")
+    if task.generate is not None:
+        return task.generate(split)[:limit]
     if data_dir is None:
-        where, rows = f"{'/'.join(task.hub)} {split}", _from_hub(task, split)
+        where = f"{'/'.join(task.hub)} {split}"
+        rows = [(f"{where}, row {number}", row) for number, row in enumerate(_from_hub(task, split), 1)]
     else:
         path = _local_file(Path(data_dir), task.name, split)
         where, rows = str(path), _from_file(path)
-    rows = rows[:limit]
     if not rows:
         raise InputError(f"{where} holds no examples; expected at least one: check the file")
-    for number, row in enumerate(rows, 1):
-        _check_row(task, row, f"{where}, row {number}")
-    return rows
+    for place, row in rows[:limit]:
+        _check_row(task, row, place)
+    return [row for _, row in rows[:limit]]
 
 
 def _local_file(data_dir: Path, task: str, split: str) -> Path:
@@ -126,18 +145,12 @@ def _local_file(data_dir: Path, task: str, split: str) -> Path:
     raise InputError(f"{names[0]}[.gz] is missing; expected the task's rows there: check --data-dir")
 
 
-def _from_file(path: Path) -> list[Row]:
-    # A plain reader: `datasets` would report a bad line as an Arrow error without its number, and copy the file to a cache.
-    rows = []
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    try:
-        with opened as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_parse(line, f"{path}:{number}"))
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error}); expected UTF-8 JSON lines: restore the file") from None
-    return rows
+def _from_file(path: Path) -> list[tuple[str, Row]]:
+    """(file:line, row) of every line that is not blank."""
+    # A plain reader: `datasets` reports a bad line as an Arrow error without its number, and fills a cache with copies.
+    with open_utf8(path) as file:
+        lines = [(f"{path}:{number}", line) for number, line in enumerate(file, 1)]
+    return [(place, _parse(line, place)) for place, line in lines if line.strip()]
 
 
 def _parse(line: str, where: str) -> Row:
@@ -151,9 +164,7 @@ def _parse(line: str, where: str) -> Row:
 
 
 def _from_hub(task: Task, split: str) -> list[Row]:
-    if not task.hub:
-        raise InputError(f"task {task.name} is not on the hub; give its rows with --data-dir")
-    import datasets
+    import datasets  # takes a second, and most runs read a folder
 
     try:
         return list(datasets.load_dataset(*task.hub, split=split))
@@ -178,11 +189,17 @@ def _check_row(task: Task, row: Row, where: str) -> None:
 
 
 def held_out(rows: Sequence[Row], count: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
-    """Split training rows into (held out, rest), disjoint; the held-out ones serve calibration and choices.
+    """Split training rows into (held out, rest); the held-out ones serve calibration and choices.
 
-    At most half of the rows are held out.
+    At most half of the rows are held out. Rows of the rest whose text is held out too (SST-2 has phrases twice) are
+    dropped, so that nothing that is judged by was trained on.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
     count = min(count, len(rows) // 2)
-    chosen = set(order[:count].tolist())
-    return [rows[at] for at in order[:count]], [row for at, row in enumerate(rows) if at not in chosen]
+    held = [rows[at] for at in order[:count]]
+    texts = {_texts(row) for row in held}
+    return held, [rows[at] for at in np.sort(order[count:]) if _texts(rows[at]) not in texts]
+
+
+def _texts(row: Row) -> tuple[str, ...]:
+    return tuple(value for value in row.values() if isinstance(value, str))

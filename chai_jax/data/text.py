@@ -1,12 +1,27 @@
 """Plain text as windows of tokens: for calibration, for training, and for perplexity over a whole file."""
 
 import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
+
+
+@contextmanager
+def open_utf8(path: Path) -> Iterator[TextIO]:
+    """A UTF-8 file, gzipped if its name ends in .gz; what goes wrong while it is read becomes an InputError."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
+            yield file
+    # A damaged gzip file raises any of the four, depending on where it is damaged.
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise InputError(f"cannot read {path} ({reason}); expected UTF-8 text, gzipped if it ends in .gz") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -15,13 +30,8 @@ def read_text(path: str | Path) -> str:
     Raises:
         InputError: the file cannot be read, is not UTF-8, or holds nothing.
     """
-    path = Path(path)
-    try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path} ({error}); expected a UTF-8 text file: check the path") from None
+    with open_utf8(Path(path)) as file:
+        text = file.read()
     if not text.strip():
         raise InputError(f"{path} holds no text; expected some: give another file")
     return text
@@ -48,7 +58,13 @@ class Corpus:
 
 
 def split_corpus(tokenizer: Any, text: str, length: int, calibration: int) -> Corpus:
-    """The first tenth of the windows (at most `calibration`) to calibrate, the last tenth to measure, the rest to train.
+    """Cut a text into windows: the first tenth to calibrate, the last tenth to measure, and what is between to train.
+
+    The parts share no token, but a text that repeats itself repeats itself across them.
+
+    Args:
+        length: tokens of a window, `</s>` included.
+        calibration: the most windows to calibrate with; the rest of the first tenth is not used.
 
     Raises:
         InputError: the text is too short for three parts.
@@ -59,5 +75,4 @@ def split_corpus(tokenizer: Any, text: str, length: int, calibration: int) -> Co
             f"the text makes {len(every)} windows of {length} tokens; expected at least 10: give a longer text"
         )
     tenth = len(every) // 10
-    looked_at = min(calibration, tenth)
-    return Corpus(every[:looked_at], every[tenth:-tenth], every[-tenth:])
+    return Corpus(every[: min(calibration, tenth)], every[tenth:-tenth], every[-tenth:])

@@ -34,7 +34,8 @@ def read_flax(path: Path) -> dict[str, Stored]:
     """
     try:
         with path.open("rb") as file:
-            unpacker = msgpack.Unpacker(file, ext_hook=_array, max_buffer_size=0)
+            # A tree has no lists, and no dict near 65,536 entries; msgpack makes room for as many as it is told.
+            unpacker = msgpack.Unpacker(file, ext_hook=_array, max_buffer_size=0, max_array_len=0, max_map_len=1 << 16)
             tree = unpacker.unpack()
             if unpacker.read_bytes(1):
                 raise ValueError("something follows the parameters")

@@ -11,6 +11,7 @@ import collections
 import io
 import os
 import pickle
+import pickletools
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from chai_jax.files.stored import Stored
 
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_VERSION = 1001
+MOST_OBJECTS = 1 << 20  # in a pickle; a state dict has some ten for each tensor
 DTYPES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
@@ -118,6 +120,17 @@ class _Unpickler(pickle.Unpickler):
         return new
 
 
+def _unpickle(file: io.BufferedIOBase, path: Path, known: dict[str, Storage]) -> Any:
+    """Load the pickle that begins here; the storages it names are added to `known`."""
+    start = file.tell()
+    for opcode, argument, _ in pickletools.genops(file):
+        # Python makes its table as long as the largest index, so that one flipped bit can ask for 64 GiB.
+        if opcode.name.endswith("PUT") and int(argument) > MOST_OBJECTS:
+            raise ValueError(f"object number {argument}")
+    file.seek(start)
+    return _Unpickler(file, path, known).load()
+
+
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
@@ -187,7 +200,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, int]]:
         info = archive.getinfo(program)
         _member_start(file, info, info.file_size)
         with archive.open(info) as pickled:
-            state = _Unpickler(pickled, path, known).load()
+            state = _unpickle(pickled, path, known)
         starts = {}
         for key, storage in known.items():
             starts[key] = _member_start(file, archive.getinfo(f"{root}data/{key}"), storage.nbytes)
@@ -216,11 +229,11 @@ def _read_stream(path: Path) -> tuple[Any, dict[str, int]]:
     known: dict[str, Storage] = {}
     starts = {}
     with path.open("rb") as file:
-        magic, version, _ = (_Unpickler(file, path, known).load() for _ in range(3))
+        magic, version, _ = (_unpickle(file, path, known) for _ in range(3))
         if (magic, version) != (STREAM_MAGIC, STREAM_VERSION):
             raise ValueError("no PyTorch magic number")
-        state = _Unpickler(file, path, known).load()
-        keys = _Unpickler(file, path, known).load()
+        state = _unpickle(file, path, known)
+        keys = _unpickle(file, path, known)
         if not isinstance(keys, list) or sorted(keys) != sorted(known):
             raise ValueError("the storages are not those of the tensors")
         size = os.fstat(file.fileno()).st_size

@@ -19,6 +19,7 @@ from chai_jax.serve.generate import generate_tokens
 
 try:
     import lm_eval
+    import lm_eval.models  # before ours: the harness fills its registry only where it finds it empty
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window

@@ -24,8 +24,16 @@ def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
 
 
 def calibration_error(confidence: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"], bins: int = BINS) -> float:
-    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599): over equal-width bins of the confidence in the
-    chosen answer, the mean of |accuracy - mean confidence|, weighted by how many examples fall into each."""
+    """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
+
+    |accuracy - mean confidence| in each of `bins` equal parts of [0, 1], weighted by how many examples fall into it.
+
+    An estimate from few examples is too high, since noise never cancels between bins (Kumar et al. 2019, arXiv
+    1909.10155); so is its bootstrap interval.
+
+    Args:
+        confidence: probability of the chosen answer among the choices.
+    """
     at = np.minimum((confidence * bins).astype(int), bins - 1)
     count = np.bincount(at, minlength=bins)
     gap = np.abs(np.bincount(at, right, bins) - np.bincount(at, confidence, bins))
@@ -49,7 +57,7 @@ def calibration_interval(
 class Paired:
     """Two models on the same examples: mean of (second - first), its standard error and 95 % interval.
 
-    Pairing removes the variance that the examples bring to both (Miller 2024, arXiv 2411.00640, section 4.2).
+    Pairing removes the variance that the examples bring to both (Miller 2024, arXiv 2411.00640).
     """
 
     difference: float

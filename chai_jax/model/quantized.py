@@ -55,7 +55,8 @@ def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLi
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
     peak = jnp.max(jnp.abs(x), axis=axes)
-    exact = jnp.where(peak == 0, 1.0, peak / 127)
+    # Below the smallest normal number XLA would flush the scale to 0; so small a slice is stored as zeros.
+    exact = jnp.where(peak / 127 < float(jnp.finfo(scale_dtype).tiny), 1.0, peak / 127)
     scale = exact.astype(scale_dtype)
     scale = jnp.where(scale.astype(jnp.float32) < exact, jnp.nextafter(scale, jnp.full_like(scale, jnp.inf)), scale)
     values = jnp.round(x / jnp.expand_dims(scale.astype(jnp.float32), axes)).astype(jnp.int8)

@@ -40,7 +40,7 @@ def _latency(record: Record) -> str:
     latency = record.get("latency")
     if not latency:
         return "-"
-    return f"{latency['score_ms_per_example']:.2f} / {latency['decode_ms_per_token']:.2f}"
+    return " / ".join(f"{latency[name]['median']:.2f}" for name in ("score_ms_per_example", "decode_ms_per_token"))
 
 
 COLUMNS: tuple[Column, ...] = (

@@ -4,7 +4,7 @@ Prompts of a batch are padded on the left, so that the last column is every sequ
 decoding. Batch, prompt length and capacity are rounded up to a few sizes, so that mixed requests seldom recompile.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -232,14 +232,16 @@ def generate_tokens(
 
 
 def encode_prompt(model: Model, prompt: str) -> list[int]:
-    """`</s>` and the prompt's tokens.
+    """`</s>`, unless the prompt begins with its own, and the prompt's tokens.
 
     Raises:
         InputError: the model has no tokenizer.
     """
     if model.tokenizer is None:
         raise InputError("the model has no tokenizer; expected one: load it with its tokenizer files, or use generate_tokens")
-    return [model.config.bos_token_id, *model.tokenizer(prompt, add_special_tokens=False)["input_ids"]]
+    tokens = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    bos = model.config.bos_token_id
+    return tokens if tokens[:1] == [bos] else [bos, *tokens]
 
 
 def generate(
@@ -251,14 +253,28 @@ def generate(
     top_p: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
+    on_text: Callable[[str], object] | None = None,
 ) -> list[str]:
     """The text that follows each prompt, without the prompt and without `</s>`; an empty prompt is a fresh text.
 
-    Greedy at temperature 0. Raises as `generate_tokens` does; also InputError for a model without a tokenizer, and for
-    one string in place of a list.
+    Args:
+        temperature: 0 is greedy; `top_k` and `top_p` as in `Sampling`.
+        on_text: for a single prompt, called with each piece of the text as it is decoded (see `stream`).
+
+    Raises:
+        InputError: as `generate_tokens`; also a model without a tokenizer, one string in place of a list, and `on_text`
+            with more than one prompt.
     """
     if isinstance(prompts, str):
         raise InputError("prompts is one string; expected a list of strings: write [prompt]")
+    if on_text is not None:
+        if len(prompts) != 1:
+            raise InputError(f"on_text with {len(prompts)} prompts; expected one: texts of a batch are made side by side")
+        pieces = []
+        for piece in stream(model, prompts[0], max_new_tokens, temperature, top_k, top_p, seed):
+            on_text(piece)
+            pieces.append(piece)
+        return ["".join(pieces)]
     encoded = [encode_prompt(model, prompt) for prompt in prompts]
     made = generate_tokens(model, encoded, max_new_tokens, temperature, top_k, top_p, seed, batch_size=batch_size)
     return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]

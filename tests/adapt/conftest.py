@@ -18,7 +18,7 @@ from chai_jax.model.sharding import make_mesh
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(
-    vocab_size=53, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16
+    vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16
 )
 CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
 

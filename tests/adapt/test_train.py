@@ -59,16 +59,12 @@ def test_accumulation_changes_nothing(tiny: Build, examples: list[Encoded], whol
     assert_close(gradients(tiny(), pack(examples, (8, 2), 32, 6)), whole)
 
 
-def test_empty_rows_change_nothing(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
-    assert_close(gradients(tiny(), pack(examples, (3, 8), 32, 6)), whole)
-
-
 @pytest.mark.parametrize("model_axis", [1, 2])
-def test_devices_change_nothing(
+def test_devices_and_empty_rows_change_nothing(
     tiny: Build, examples: list[Encoded], whole: tuple[Any, Any], model_axis: int
 ) -> None:
     mesh = make_mesh(model=model_axis)
-    found = gradients(tiny(), pack(examples, (2, 8), 32, 6), mesh)
+    found = gradients(tiny(), pack(examples, (3, 8), 32, 6), mesh)  # eight rows are empty
     assert len(jax.tree.leaves(found)[0].sharding.device_set) == 8
     assert_close(found, whole)
 
@@ -95,7 +91,7 @@ def test_callers_model_stays_usable(run: Any) -> None:
     assert all(jax.tree.leaves(moved))
 
 
-def test_learning_rate_decays_linearly_to_zero(run: Any) -> None:
+def test_the_rate_decays_linearly_to_zero(run: Any) -> None:
     *_, log = run
     np.testing.assert_allclose([entry["lr"] for entry in log], 1e-3 * (1 - np.arange(6) / 6), rtol=1e-6)
     assert float(training.learning_rate(SHORT, 6)(6)) == 0
@@ -128,7 +124,7 @@ def test_devices_see_the_same_examples(run: Any, tiny: Build, examples: list[Enc
 
 def test_few_programs(tiny: Build, one_device: Mesh) -> None:
     """One trace per shape of batch, however many updates."""
-    model, traced = tiny(num_layers=1), []
+    model, traced = tiny(), []
     examples = [Encoded((5,) * length, length - 1) for length in (4, 9, 12, 20, 25, 30)]
 
     def loss(params: Any, batch: Batch, extra: Any) -> training.Sums:
@@ -141,7 +137,7 @@ def test_few_programs(tiny: Build, one_device: Mesh) -> None:
 
 
 def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
-    for model in (tiny(dtype=jnp.bfloat16, int8=(1,)), tiny(dtype=jnp.float16), tiny()):
+    for model in (tiny(dtype=jnp.bfloat16, int8=(0,)), tiny(dtype=jnp.float16), tiny()):
         masters, frozen = training.split(model.params, training.everything(model.params))
         assert jax.tree.leaves(frozen) == []
         assert {leaf.dtype for leaf in jax.tree.leaves(masters)} == {jnp.dtype(jnp.float32)}
@@ -171,7 +167,7 @@ def test_a_format_coarser_than_the_updates_still_learns(
     tiny: Build, examples: list[Encoded], one_device: Mesh
 ) -> None:
     """One update is far below a step of int8; the float32 masters add them up."""
-    model, config = tiny(num_layers=1, int8=(0,)), TrainConfig(lr=2e-4, batch=16, accumulation=1, epochs=30)
+    model, config = tiny(int8=(0,)), TrainConfig(lr=2e-4, batch=16, accumulation=1, epochs=30)
     log: list[dict[str, Any]] = []
     tuned = finetune(model, examples, FinetuneConfig(config), log.append, mesh=one_device)
     old, new = (each.params["layers"]["0"]["up"]["kernel"] for each in (model, tuned))
@@ -183,7 +179,7 @@ def test_a_format_coarser_than_the_updates_still_learns(
 
 
 def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Mesh) -> None:
-    model = tiny(int8=(0,))
+    model = tiny(num_layers=2, int8=(0,))
     chosen = layer_mask(model.params, {1})
     _, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, chosen, one_device)
     count = len(jax.tree.leaves(model.params["layers"]["1"]))
@@ -200,11 +196,12 @@ def frozen_updates(tx: optax.GradientTransformation, masters: Any, trainable: An
     return jax.tree.leaves(jax.tree.map(lambda change, trains: None if trains else change, changes, trainable))
 
 
-def test_optimizer_leaves_frozen_leaves_alone_even_with_gradients(tiny: Build) -> None:
-    masters = tiny().params
+def test_optimizer_leaves_frozen_leaves_alone_even_with_gradients() -> None:
+    layer = {"up": {"kernel": jnp.full(4, 0.5), "bias": jnp.full(4, 0.5)}}
+    masters = {"embed": {"tokens": jnp.full(4, 0.5)}, "layers": {"0": layer, "1": layer}}
     chosen = layer_mask(masters, {1})
     ours = frozen_updates(training.optimizer(SHORT, 10, chosen), masters, chosen)
-    assert len(ours) > 10
+    assert len(ours) == 3
     assert not any(change.any() for change in ours)
     # The trap: a mask alone hands the gradient through as the update, which climbs.
     with jax.numpy_dtype_promotion("standard"):
@@ -216,15 +213,15 @@ def test_only_kernels_and_embeddings_decay(tiny: Build) -> None:
     """With no gradient an update is -lr * decay * weight, or nothing."""
     masters = tiny().params
     tx = training.optimizer(TrainConfig(lr=0.5, weight_decay=0.1), 10, training.everything(masters))
-    changes, _ = tx.update(jax.tree.map(jnp.zeros_like, masters), tx.init(masters), masters)
-    layer = changes["layers"]["0"]
-    for part in (layer["query"]["bias"], layer["up"]["bias"], *layer["mlp_norm"].values(), *changes["final_norm"].values()):
-        assert not part.any()
-    for change, weight in (
-        (layer["query"]["kernel"], masters["layers"]["0"]["query"]["kernel"]),
-        (changes["embed"]["tokens"], masters["embed"]["tokens"]),
-    ):
-        np.testing.assert_allclose(change, -0.05 * weight, rtol=1e-5)
+
+    @jax.jit
+    def change(masters: Any) -> Any:
+        return tx.update(jax.tree.map(jnp.zeros_like, masters), tx.init(masters), masters)[0]
+
+    declared = declare(tiny().config, tiny().spec)
+    for what, update, weight in zip(*map(jax.tree.leaves, (declared, change(masters), masters)), strict=True):
+        decay = {"kernel": 0.05, "embedding": 0.05, "bias": 0, "scale": 0}[what.kind]
+        np.testing.assert_allclose(update, -decay * weight, rtol=1e-5)
 
 
 def test_clip_is_of_the_trainable_leaves_norm() -> None:
@@ -239,7 +236,7 @@ def test_clip_is_of_the_trainable_leaves_norm() -> None:
 
 
 def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
-    model, log = tiny(num_layers=1), []
+    model, log = tiny(), []
     model.params["final_norm"]["scale"] = model.params["final_norm"]["scale"].at[0].set(jnp.nan)
     with pytest.raises(InputError, match=r"finetune stopped at update 1 of 6: its \w+ is nan; .* lower the learning rate"):
         finetune(model, examples, FinetuneConfig(SHORT), log.append, mesh=one_device)

@@ -49,6 +49,7 @@ def test_arrays_in_pieces(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"a": {"kernel": np.zeros(2, "<U4")}}, "an array of 'str128'"),
         ({"a": {"kernel": np.zeros(2)}}, "an array of 'float64'"),
         ({"a": 1 + 2j}, "extension 2"),
+        ({"a": [KERNEL]}, "exceeds max_array_len"),
         (KERNEL, "'' is a ndarray, not an array"),
     ],
 )

@@ -178,6 +178,12 @@ def test_a_huge_view_is_not_read_before_it_is_checked(path: Path) -> None:
     assert read_torch(path)["w"].shape == (10**9, 10**9)
 
 
+def test_a_huge_object_number_takes_no_memory(path: Path) -> None:
+    archive(path, b"\x80\x02}r" + (2**31).to_bytes(4, "little") + b".")
+    with pytest.raises(InputError, match="object number 2147483648"):
+        read_torch(path)
+
+
 def test_compressed_archive(path: Path) -> None:
     archive(path, state(tensor(0, (1,), (1,))), compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="archive/data/0 is compressed"):

@@ -155,6 +155,24 @@ def test_cut_files(fields: dict[str, Any], arrays: Arrays, write: Write, kind: s
         open_weights(folder)
 
 
+@pytest.mark.parametrize("kind", FORMATS)
+def test_flipped_bytes_give_an_error_or_tensors(
+    fields: dict[str, Any], arrays: Arrays, write: Write, kind: str
+) -> None:
+    folder = write(fields, arrays, kind)
+    path = next(path for path in folder.iterdir() if path.name != "config.json")
+    content, random = path.read_bytes(), np.random.default_rng(0)
+    errors = []
+    for at in random.integers(0, 3000, 60):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << random.integers(8)]) + content[at + 1 :])
+        try:
+            assert all(isinstance(stored, Stored) for stored in open_weights(folder).values())
+        except InputError as error:
+            errors.append(str(error))
+    assert errors
+    assert not any("\n" in error for error in errors)
+
+
 def test_missing_shard(fields: dict[str, Any], arrays: Arrays, write: Write) -> None:
     folder = write(fields, arrays, shards=3)
     (folder / "model-00002-of-00003.safetensors").unlink()

@@ -1,0 +1,53 @@
+"""The built-in toy model: a small OPT trained on the spot on the toy's training rows, kept for the next run."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from chai_jax.adapt.finetune import finetune
+from chai_jax.config import FinetuneConfig, TrainConfig
+from chai_jax.data.tasks import TASKS, load_rows
+from chai_jax.data.toy import POSITIONS, toy_tokenizer
+from chai_jax.files.store import load
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig, init
+from chai_jax.progress import console
+from chai_jax.spec import Spec
+
+VERSION = 1  # raise it with anything that changes what is trained
+LAYERS, HEADS, WIDTH = 4, 8, 64
+TRAIN = TrainConfig(lr=2e-3, batch=32, accumulation=1, epochs=1, max_steps=600)
+# Larger than OPT's 0.02, which at this width leaves the first hundred steps without a gradient to speak of.
+STD = 0.08
+
+
+def toy_folder(seed: int) -> Path:
+    """Where the trained toy is kept: `$XDG_CACHE_HOME` (or ~/.cache) / chai_jax."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "chai_jax" / f"toy-{VERSION}-{seed}"
+
+
+def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
+    """The toy, trained now or by an earlier call.
+
+    Args:
+        seed: of its initial weights and of the order of its training rows.
+        keep: whether to look for, and leave, a trained copy in `toy_folder`.
+    """
+    folder = toy_folder(seed)
+    if keep and (folder / "config.json").is_file():
+        return load(folder)
+    console.print("training the built-in toy (kept for the next run)")
+    tokenizer = toy_tokenizer()
+    vocabulary = -(-len(tokenizer) // 8) * 8
+    config = OPTConfig(vocabulary, WIDTH, LAYERS, HEADS, 4 * WIDTH, POSITIONS, WIDTH)
+    spec = Spec.dense(LAYERS, HEADS, config.head_dim)
+    untrained = Model(config, spec, init(config, spec, jax.random.key(seed), std=STD), tokenizer, "toy")
+    task = TASKS["toy"]
+    examples = [task.request(row).example for row in load_rows(task, "train")]
+    settings = FinetuneConfig(TrainConfig(**{**vars(TRAIN), "seed": seed}))
+    model = finetune(untrained, examples, settings)
+    if keep:
+        model.save(folder)
+    return model

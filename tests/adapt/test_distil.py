@@ -1,0 +1,106 @@
+"""Distillation against the formula written out in numpy, and what it may not touch."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from chai_jax.adapt import train as training
+from chai_jax.adapt.distil import distil, distillation_loss
+from chai_jax.adapt.updates import pack
+from chai_jax.config import DistilConfig, TrainConfig
+from chai_jax.data.batches import Encoded
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+
+Build = Callable[..., Model]
+SHORT = TrainConfig(lr=3e-3, batch=16, accumulation=2, epochs=12)
+
+
+def gradients(
+    student: Model, teacher: Model, examples: list[Encoded], temperature: float, alpha: float
+) -> tuple[Any, training.Sums]:
+    configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
+    loss = partial(distillation_loss, configs, specs, jnp.float32, temperature, alpha)
+    masters, frozen = training.split(student.params, training.everything(student.params))
+    batch = pack(examples, (2, 8), 32, 6)
+    return jax.jit(partial(training.gradients, loss))(masters, frozen, teacher.params, batch)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exp = np.exp(logits - logits.max(-1, keepdims=True))
+    return np.asarray(exp / exp.sum(-1, keepdims=True))
+
+
+def test_loss_is_the_formula(tiny: Build, examples: list[Encoded]) -> None:
+    """alpha T^2 KL(teacher || student) + (1 - alpha) CE, one example at a time, in float64."""
+    temperature, alpha = 3.0, 0.3
+    student, teacher = tiny(0), tiny(1, hidden_size=24, num_heads=3, ffn_dim=40, embed_dim=24)
+    kl, ce = [], []
+    for example in examples:
+        tokens = np.array([example.tokens[:-1]])
+        p, q = (np.asarray(model(tokens), np.float64)[0, example.start - 1 :] for model in (teacher, student))
+        soft_p, soft_q = softmax(p / temperature), softmax(q / temperature)
+        kl += (soft_p * np.log(soft_p / soft_q)).sum(-1).tolist()
+        ce += (-np.log(softmax(q)[np.arange(len(q)), list(example.tokens[example.start :])])).tolist()
+    _, means = gradients(student, teacher, examples, temperature, alpha)
+    np.testing.assert_allclose(means["kl"], np.mean(kl), rtol=1e-4)
+    np.testing.assert_allclose(means["ce"], np.mean(ce), rtol=1e-4)
+    np.testing.assert_allclose(means["loss"], alpha * 9 * np.mean(kl) + (1 - alpha) * np.mean(ce), rtol=1e-4)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny: Build, examples: list[Encoded]) -> None:
+    model = tiny()
+    gradient, means = gradients(model, model, examples, 2.0, 1.0)
+    assert float(means["loss"]) == pytest.approx(0, abs=1e-6)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-6
+    assert float(means["ce"]) > 1
+
+
+def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+    student, teacher = tiny(0), tiny(1, hidden_size=24, num_heads=3, ffn_dim=40, embed_dim=24)
+    before = jax.tree.map(np.array, (student.params, teacher.params))
+    log: list[dict[str, Any]] = []
+    after = distil(student, teacher, examples, DistilConfig(SHORT, alpha=1.0), log.append, mesh=one_device)
+    assert log[-1]["kl"] < 0.5 * log[0]["kl"]
+    assert {"stage": "distil"}.items() <= log[0].items()
+    assert {"kl", "ce", "loss"} <= set(log[0])
+    jax.tree.map(np.testing.assert_array_equal, (student.params, teacher.params), before)
+    assert not np.array_equal(after.params["embed"]["tokens"], before[0]["embed"]["tokens"])
+
+
+def test_a_dense_model_can_teach_itself_quantized(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+    """The teacher of the default run is the student's own origin; their arrays are shared and must survive."""
+    teacher = tiny(0)
+    student = tiny(0, storage="int8", int8=(0,))
+    student = student.replace(params={**student.params, "embed": teacher.params["embed"]})
+    config = dataclasses.replace(SHORT, epochs=1)
+    distil(student, teacher, examples, DistilConfig(config), mesh=one_device)
+    assert np.isfinite(teacher(np.array([[2, 3]]))).all()
+    assert np.isfinite(student(np.array([[2, 3]]))).all()
+
+
+def test_refuses_another_vocabulary(tiny: Build, examples: list[Encoded]) -> None:
+    with pytest.raises(InputError, match="the student has 53 tokens, the teacher 60"):
+        distil(tiny(), tiny(vocab_size=60), examples)
+    words = [SimpleNamespace(get_vocab=lambda order=order: order) for order in ({"a": 0, "b": 1}, {"a": 1, "b": 0})]
+    with pytest.raises(InputError, match="number their tokens differently"):
+        distil(tiny().replace(tokenizer=words[0]), tiny().replace(tokenizer=words[1]), examples)
+
+
+def test_examples_must_fit_the_teacher_too(tiny: Build) -> None:
+    with pytest.raises(InputError, match="at most 9 tokens"):
+        distil(tiny(), tiny(max_positions=8), [Encoded((2,) * 12, 3)])
+
+
+@pytest.mark.parametrize(("setting", "value"), [("alpha", 1.5), ("alpha", -0.1), ("temperature", 0.0)])
+def test_settings_out_of_range(setting: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{setting} is"):
+        DistilConfig(**{setting: value})

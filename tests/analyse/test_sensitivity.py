@@ -1,0 +1,122 @@
+"""Scores agree with scoring the perturbed model as a whole; tiers and critical clusters have known answers."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.analyse.probe import probe
+from chai_jax.analyse.sensitivity import critical, damage, perturb, sensitivities, tiers
+from chai_jax.data.batches import Encoded
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig
+from chai_jax.score import answer_kl, mean_loss
+from chai_jax.spec import ClusterPlan
+
+Make = Callable[..., Model]
+PARTITION = (ClusterPlan((0, 3, 5), 3), ClusterPlan((1,), 1), ClusterPlan((2, 4), 2))
+
+
+def test_damage_is_that_of_the_whole_perturbed_model(
+    make: Make, config: OPTConfig, windows: list[list[int]]
+) -> None:
+    model, share = make(config), "qkv" if config.pre_norm else "qk"
+    found = probe(model, windows)
+    divergence, rise = damage(model, found.tokens, found.mask, [PARTITION] * 3, share)
+    text = [Encoded(tuple(window), 1) for window in windows]
+    weights = [len(window) - 1 for window in windows]
+    for index in range(3):
+        perturbed = perturb(model, index, PARTITION, share)
+        wanted = np.average(answer_kl(model, perturbed, text), weights=weights)
+        assert wanted > 0.01
+        assert divergence[index] == pytest.approx(wanted, rel=1e-4)
+        assert rise[index] == pytest.approx(mean_loss(perturbed, text) - mean_loss(model, text), abs=1e-5)
+
+
+def test_perturbing_touches_one_layer(make: Make) -> None:
+    model = make()
+    perturbed = perturb(model, 1, PARTITION, "qkv")
+    assert [layer.share for layer in perturbed.spec.layers] == ["dense", "qkv", "dense"]
+    assert perturbed.spec.layers[1].storages == ("int8",) * 3
+    assert perturbed.spec.layers[1].weights == "int8"
+    assert perturbed.spec.layers[::2] == model.spec.layers[::2]
+    for name in ("0", "2"):
+        jax.tree.map(np.testing.assert_array_equal, perturbed.params["layers"][name], model.params["layers"][name])
+
+
+@pytest.mark.parametrize("method", ["perturbation", "kl"])
+def test_a_layer_that_does_nothing_is_not_sensitive(make: Make, windows: list[list[int]], method: str) -> None:
+    model = make()
+    for name in ("output", "down"):
+        leaves = model.params["layers"]["1"][name]
+        leaves["kernel"] = jnp.zeros_like(leaves["kernel"])
+    scores = sensitivities(model, probe(model, windows), [PARTITION] * 3, "qkv", method)
+    assert scores[1] == pytest.approx(0, abs=1e-6)
+    assert abs(scores[0]) > 1e-3
+    assert abs(scores[2]) > 1e-3
+
+
+def test_attention_is_the_mean_absolute_score_of_the_probe(make: Make, windows: list[list[int]]) -> None:
+    model = make()
+    found = probe(model, windows)
+    assert sensitivities(model, found, [PARTITION] * 3, "qk", "attention") == tuple(found.scores)
+
+
+def test_few_tokens_take_fewer_windows(make: Make, windows: list[list[int]]) -> None:
+    model = make()
+    found = probe(model, windows)
+    # 75 tokens in 7 windows: 25 tokens are 3 windows, spread evenly.
+    some = damage(model, found.tokens[[0, 2, 4]], found.mask[[0, 2, 4]], [PARTITION] * 3, "qk")[0]
+    assert sensitivities(model, found, [PARTITION] * 3, "qk", tokens=25) == tuple(some)
+
+
+def test_an_unknown_method_is_refused(make: Make, windows: list[list[int]]) -> None:
+    with pytest.raises(InputError, match="expected one of attention, perturbation, kl"):
+        sensitivities(make(), probe(make(), windows), [PARTITION] * 3, "qk", "entropy")
+
+
+@pytest.mark.parametrize(
+    ("scores", "wanted"),
+    [
+        ([0.1], "h"),
+        ([0.1, 0.2], "mh"),
+        ([5, 4, 3, 2, 1], "hmmml"),
+        ([1, 8, 2, 7, 3, 6, 4, 5], "lhlhmmmm"),
+        ([3, 1, 2, 9, 9, 9, 0, 5, 6, 7, 8, 4], "mllhhhlmmmmm"),
+        (range(24), "l" * 7 + "m" * 12 + "h" * 5),
+        ([1] * 10, "hhmmmmmlll"),
+        ([2, 1, 1, 1, 2, 2], "hmmlhm"),
+        ([-0.5, 0.0, -1.0, 0.1], "mmlh"),
+    ],
+)
+def test_tiers(scores: list[float], wanted: str) -> None:
+    assert "".join(tier[0] for tier in tiers([float(score) for score in scores])) == wanted
+
+
+def singles(*squares: float) -> tuple[np.ndarray, tuple[tuple[int, ...], ...]]:
+    return np.diag(squares), tuple((head,) for head in range(len(squares)))
+
+
+@pytest.mark.parametrize(
+    ("squares", "wanted"),
+    [
+        ((3.0,), [True]),
+        ((0.0,), [True]),
+        ((1.0, 4.0, 2.0), [False, True, False]),
+        ((3.0, 1.0, 1.0, 1.0), [True, False, False, False]),
+        ((2.0, 1.0, 2.0, 1.0), [True, False, True, False]),
+        ((1.0, 1.0, 1.0), [True, True, False]),
+    ],
+)
+def test_critical_clusters_make_up_half_of_the_output(squares: tuple[float, ...], wanted: list[bool]) -> None:
+    assert list(critical(*singles(*squares))) == wanted
+
+
+def test_what_heads_of_a_cluster_cancel_does_not_count() -> None:
+    outputs = np.asarray([[4.0, -4.0, 0.0], [-4.0, 4.0, 0.0], [0.0, 0.0, 1.0]])
+    assert critical(outputs, ((0, 1), (2,))) == (False, True)
+    assert critical(np.abs(outputs), ((0, 1), (2,))) == (True, False)
+    assert critical(outputs, ((0,), (1,), (2,))) == (True, True, False)

@@ -1,0 +1,89 @@
+"""Windows hold each token once; what is looked at, trained on and measured is disjoint."""
+
+import gzip
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chai_jax.data.text import read_text, split_corpus, windows
+from chai_jax.errors import InputError
+
+TEXT = "a gorgeous , witty film .\n \nIs this sentence é or 電影 ?\n" * 20
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 16, 5000])
+def test_windows_hold_every_token_once(bpe: Any, length: int) -> None:
+    cut = windows(bpe, TEXT, length)
+    assert all(window.tokens[0] == 2 and window.start == 1 for window in cut)
+    assert {len(window.tokens) for window in cut[:-1]} <= {length}
+    assert 1 < len(cut[-1].tokens) <= length
+    tokens = [token for window in cut for token in window.tokens[window.start :]]
+    assert tokens == bpe.backend_tokenizer.encode(TEXT, add_special_tokens=False).ids
+    assert bpe.decode(tokens) == TEXT
+
+
+def test_a_long_text_is_no_news(bpe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    windows(bpe, TEXT, 16)
+    assert not caplog.records
+
+
+def test_wikitext_has_the_windows_its_perplexity_is_known_for(shared: Path) -> None:
+    """opt-mini's README: perplexity 178.4 over 349,013 tokens: all but the last, short one of the windows of 511."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models/opt-mini")
+    cut = windows(tokenizer, read_text(shared / "data/wikitext2/test.raw.txt.gz"), 512)
+    assert sum(len(window.tokens) - window.start for window in cut[:-1]) == 349_013
+    assert len(cut[-1].tokens) == 1 + 267
+
+
+@pytest.mark.parametrize("calibration", [0, 3, 1000])
+def test_the_parts_of_a_corpus_share_nothing(bpe: Any, calibration: int) -> None:
+    every = windows(bpe, TEXT, 8)
+    corpus = split_corpus(bpe, TEXT, 8, calibration)
+    tenth = len(every) // 10
+    assert corpus.calibration == every[: min(calibration, tenth)]
+    assert corpus.training == every[tenth : len(every) - tenth]
+    assert corpus.evaluation == every[len(every) - tenth :]
+
+
+def test_a_short_text_has_no_three_parts(bpe: Any) -> None:
+    with pytest.raises(InputError, match="the text makes 1 windows of 16 tokens; expected at least 10"):
+        split_corpus(bpe, "film", 16, 1)
+
+
+def test_a_file_reads_the_same_gzipped_or_not(tmp_path: Path) -> None:
+    plain, packed = tmp_path / "text.txt", tmp_path / "text.txt.gz"
+    plain.write_bytes(TEXT.encode())
+    packed.write_bytes(gzip.compress(TEXT.encode()))
+    assert read_text(plain) == read_text(str(packed)) == TEXT
+
+
+WHOLE = gzip.compress(TEXT.encode(), mtime=0)
+BAD = {
+    "latin.txt": "é".encode("latin-1"),
+    "short.gz": WHOLE[:-20],
+    "not.gz": b"film",
+    "damaged.gz": WHOLE[:20] + b"\xff" * 8 + WHOLE[28:],
+    "checksum.gz": WHOLE[:-8] + b"\0" * 8,
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(BAD[name])
+    with pytest.raises(InputError, match=rf"cannot read .*{name} \(.+\); expected UTF-8 text") as raised:
+        read_text(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_missing_file_a_folder_and_an_empty_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"none\.txt \(No such file"):
+        read_text(tmp_path / "none.txt")
+    with pytest.raises(InputError, match=r"\(Is a directory\)"):
+        read_text(tmp_path)
+    (tmp_path / "empty.txt").write_text(" \n")
+    with pytest.raises(InputError, match="holds no text"):
+        read_text(tmp_path / "empty.txt")

@@ -1,0 +1,83 @@
+"""The model card carries the base model's name and licence on, through any number of savings."""
+
+from pathlib import Path
+
+import jax
+import pytest
+from huggingface_hub import metadata_load
+
+from chai_jax.compress.quantize import with_storage
+from chai_jax.files.card import OPT_NOTICE, front_matter, origin
+from chai_jax.files.hf import export
+from chai_jax.files.store import load
+from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig, init
+from chai_jax.spec import Spec
+
+CONFIG = OPTConfig(19, 12, 2, 3, 20, 16, 12)
+
+
+def from_(source: str) -> Model:
+    spec = Spec.dense(2, 3, 4, "int8")
+    return Model(CONFIG, spec, init(CONFIG, spec, jax.random.key(0)), source=source)
+
+
+def base(folder: Path, front: str) -> str:
+    """A folder with a card and a licence."""
+    folder.mkdir()
+    (folder / "README.md").write_text(f"---\n{front}\n---\n\n# A model\n\nlicense: not-this-one\n")
+    (folder / "LICENSE.md").write_text("You may.")
+    return str(folder)
+
+
+def test_licence_goes_along(tmp_path: Path) -> None:
+    source = base(
+        tmp_path / "base", 'license: other\nlicense_name: "so-so"\nlicense_link: LICENSE.md\ninference: false'
+    )
+    from_(source).save(tmp_path / "one")
+    export(load(tmp_path / "one"), tmp_path / "two")
+    for folder in ("one", "two"):
+        fields = metadata_load(tmp_path / folder / "README.md")
+        assert (fields["license"], fields["license_name"], fields["license_link"]) == ("other", "so-so", "LICENSE.md")
+        assert (tmp_path / folder / "LICENSE.md").read_text() == "You may."
+        text = (tmp_path / folder / "README.md").read_text()
+        assert "(license: other, license_name: so-so, license_link: LICENSE.md). Its text is in LICENSE.md." in text
+        assert str(tmp_path) not in text
+
+
+def test_opt_of_facebook(tmp_path: Path) -> None:
+    """Nothing of it is on this machine; its licence is known all the same, and stays with what is made from it."""
+    from_("facebook/opt-125m").save(tmp_path / "one")
+    load(tmp_path / "one").save(tmp_path / "two")
+    for folder in ("one", "two"):
+        fields = metadata_load(tmp_path / folder / "README.md")
+        assert (fields["base_model"], fields["license"]) == ("facebook/opt-125m", "other")
+        assert fields["license_link"].endswith("projects/OPT/MODEL_LICENSE.md")
+        assert OPT_NOTICE in (tmp_path / folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("source", ["", "nowhere/at-all", "runs/a--b", "/no/such/folder"])
+def test_unknown_licence_is_called_unknown(source: str) -> None:
+    assert origin(source).licence == {"license": "unknown"}
+
+
+def test_front_matter_that_is_none(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    assert front_matter(card) == {}
+    for text in ("", "# Model\nlicense: mit\n", "---\nlicense: mit\n", "\n---\nlicense: mit\n---\n"):
+        card.write_text(text)
+        assert front_matter(card) == {}
+    card.write_bytes(b"---\nlicense: \xff\n---\n")
+    assert front_matter(card) == {}
+    card.write_text("---\nlicense: mit\nbase_model:\n- a\ntags: []\n---\n")
+    assert front_matter(card) == {"license": "mit", "tags": "[]"}
+
+
+def test_numbers_are_the_model_s(tmp_path: Path) -> None:
+    model = from_("facebook/opt-125m")
+    model.save(tmp_path / "one")
+    text = (tmp_path / "one/README.md").read_text()
+    dense = bytes_per_token(with_storage(model, "bfloat16").spec)
+    assert f"take {model.nbytes:,} bytes, its K,V cache {model.kv_bytes_per_token:,} bytes per token ({dense:,}" in text
+    assert "| 1 | dense | 3 | 3 | int8 | loaded |" in text
