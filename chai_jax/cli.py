@@ -41,20 +41,21 @@ class PlanCommand:
     planning: PlanConfig = field(default_factory=PlanConfig)
 
     def run(self) -> Any:
-        from chai_jax.analyse.planner import explain
+        from chai_jax.analyse.planner import explain, explain_table
         from chai_jax.files.atomic import check_writable, write_json
-        from chai_jax.pipeline import load_any, make_plan, open_work
+        from chai_jax.pipeline import load_any, plan_for, print_table
+        from chai_jax.work import open_work
 
         check_writable(self.out.parent)
+        planning = self.planning.filled(toy=self.model == "toy")
         config = RunConfig(
-            self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=self.planning
+            self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
         )
-        model = load_any(self.model)
-        plan, _ = make_plan(model, open_work(config, model), config)
+        model = load_any(self.model, seed=self.seed)
+        plan = plan_for(model, open_work(config, model), config)
         write_json(self.out, plan.to_json())
-        table, summary = explain(plan, model.config)
-        print_table(table)
-        return {"plan": str(self.out), **summary}
+        print_table(explain_table(plan, model.config))
+        return {"plan": str(self.out), "layers": explain(plan, model.config)}
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,18 @@ class ExplainCommand:
 
     plan: Positional[Path]
     """A plan.json."""
+    model: str | None = None
+    """The model it is for, to say what it costs in cache bytes."""
 
     def run(self) -> Any:
-        from chai_jax.analyse.planner import explain
+        from chai_jax.analyse.planner import explain, explain_table
+        from chai_jax.pipeline import load_any, print_table
         from chai_jax.spec import Plan
 
-        table, summary = explain(Plan.read(self.plan))
-        print_table(table)
-        return summary
+        plan = Plan.read(self.plan)
+        config = load_any(self.model).config if self.model else None
+        print_table(explain_table(plan, config))
+        return {"layers": explain(plan, config)}
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,27 @@ class EvaluateCommand:
     """Revision of a hub model."""
 
     def run(self) -> Any:
-        from chai_jax.pipeline import evaluate_command
+        from chai_jax.data.tasks import get_task
+        from chai_jax.files.atomic import check_writable
+        from chai_jax.measure.evaluate import evaluate, perplexity
+        from chai_jax.pipeline import load_any
 
-        return evaluate_command(self)
+        if (self.task is None) == (self.text is None):
+            raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
+        tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
+        if self.samples:
+            check_writable(self.samples)
+        model = load_any(self.model, self.revision)
+        if self.text is not None:
+            return {str(self.text): perplexity(model, self.text)}
+        baseline = load_any(self.baseline) if self.baseline else None
+        found = {}
+        for task in tasks:
+            result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
+            if self.samples:
+                result.write_samples(self.samples / f"samples_{task.name}.jsonl")
+            found[task.name] = result.metrics()
+        return found
 
 
 @dataclass(frozen=True)
@@ -123,15 +146,18 @@ class GenerateCommand:
 
     def run(self) -> Any:
         from chai_jax.pipeline import load_any
-        from chai_jax.serve.generate import generate
+        from chai_jax.serve.generate import stream
 
-        sampling = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p, "seed": self.seed}
         model = load_any(self.model)
-        print(self.prompt, end="", flush=True)
-        stream = lambda piece: print(piece, end="", flush=True)  # noqa: E731
-        text = generate(model, [self.prompt], max_new_tokens=self.max_new_tokens, on_text=stream, **sampling)[0]
+        pieces = []
+        for piece in stream(
+            model, self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed
+        ):
+            # The prompt comes with the first piece: bad input is found out before anything is printed.
+            print(piece if pieces else self.prompt + piece, end="", flush=True)
+            pieces.append(piece)
         print()
-        return {"prompt": self.prompt, "completion": text}
+        return {"prompt": self.prompt, "completion": "".join(pieces)}
 
 
 @dataclass(frozen=True)
@@ -176,7 +202,7 @@ class EnvCommand:
     """Print versions, devices and what this machine computes in."""
 
     def run(self) -> Any:
-        from chai_jax.pipeline import environment
+        from chai_jax.environment import environment
 
         return environment()
 
@@ -200,13 +226,6 @@ Command = (
 )
 
 
-def print_table(table: Any) -> None:
-    """Print a rich table on stdout, wide enough not to be cut where stdout is no terminal."""
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its result is the last line of stdout. Returns the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -225,7 +244,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from the last finished stage", markup=False)
         return 130
-    print(json.dumps(result))
+    try:
+        print(json.dumps(result), flush=True)
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from chai_jax.adapt.distil import distil
 from chai_jax.adapt.finetune import finetune
 from chai_jax.adapt.target import target
 from chai_jax.adapt.toy import toy_model
+from chai_jax.analyse.cluster import cluster_count
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import probe
 from chai_jax.compress.quantize import quantize, with_storage
@@ -66,7 +68,11 @@ def run(config: RunConfig) -> Record:
         raise InputError(f"{config.model} is clustered already; expected a dense model: start from the one it was made from")
     if plan is not None:
         plan.check_model(source.config.num_layers, source.config.num_heads)
+    clusters = parse_clusters(config.planning.clusters or "elbow")
+    if clusters != "elbow":
+        cluster_count(clusters, np.zeros((source.config.num_heads, 1)))  # refuses a number that cannot be
     job = Job(config, folder, open_work(config, source), source)
+    folder.open()
     for index, stage in enumerate(job.stages(order, plan)):
         job.do(index, stage)
     return job.report()

@@ -20,19 +20,22 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, config: Record):
-        """Claim `path` for a run of this configuration.
+        """Look at `path`, writing nothing.
 
         Raises:
             InputError: `path` cannot be written, holds something that is no run, or a run with another configuration.
         """
-        self.path = path
+        self.path, self.config = path, config
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; expected a folder for the run: choose another --out")
         if path.is_dir() and any(path.iterdir()):
             self._check_same(config)
         check_writable(path)
-        path.mkdir(parents=True, exist_ok=True)
-        write_json(path / "config.json", config)
+
+    def open(self) -> None:
+        """Make the folder, once it is known that the run can start."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_json(self.path / "config.json", self.config)
 
     def _check_same(self, config: Record) -> None:
         try:

@@ -57,7 +57,8 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
     train = load_rows(task, "train", config.data_dir)
     validation = load_rows(task, "validation", config.data_dir, config.limit)
     kept, rest = held_out(train, HELD_OUT + config.planning.calibration, config.seed)
-    calibration, judged = kept[: config.planning.calibration], kept[config.planning.calibration :]
+    looked_at = min(config.planning.calibration, len(kept) // 2)
+    calibration, judged = kept[:looked_at], kept[looked_at:]
     if min(len(calibration), len(judged), len(validation)) < 2:
         raise InputError(f"{task.name} has {len(train)} training and {len(validation)} validation rows; expected more of both")
 

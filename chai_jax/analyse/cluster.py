@@ -26,10 +26,9 @@ def round_up(fraction: float, count: int) -> int:
     return math.ceil(round(fraction * count, 9))
 
 
-# So few points are clustered in 0.1 ms on one thread, and in up to 100 times that while OpenMP gathers a crowd of them.
-@threadpool_limits.wrap(limits=1, user_api="openmp")
 def _kmeans(features: Float[np.ndarray, "H F"], count: int, seed: int) -> KMeans:
-    with warnings.catch_warnings():
+    # So few points take 0.1 ms on one thread, and 100 times that while OpenMP gathers a crowd of them.
+    with threadpool_limits(limits=1, user_api="openmp"), warnings.catch_warnings():
         # Heads with equal features leave clusters empty: those are dropped, and there is nothing to warn of.
         warnings.filterwarnings("ignore", message="Number of distinct clusters", category=ConvergenceWarning)
         return KMeans(count, n_init=RESTARTS, random_state=seed).fit(features)
@@ -83,4 +82,6 @@ def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"],
         return wanted
     if isinstance(wanted, float) and 0 < wanted < 1:
         return round_up(wanted, heads)
-    raise InputError(f"clusters is {wanted!r}; expected elbow, a number from 1 to {heads} (the heads), or a ratio between 0 and 1")
+    raise InputError(
+        f"clusters is {wanted!r}; expected elbow, a number from 1 to {heads} (the heads), or a ratio between 0 and 1"
+    )

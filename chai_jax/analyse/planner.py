@@ -63,9 +63,8 @@ def plan(
         raise InputError(f"layers is {layers}; expected a fraction of the layers from 0 to 1")
     if fingerprint(model) != probe.fingerprint:
         raise InputError("the probe is of another model; expected one of this model, as it is now: probe it again")
-    candidates = [
-        find_clusters(correlation, clusters, seed) for correlation in track(list(probe.correlation), "Clustering the heads")
-    ]
+    correlations = track(list(probe.correlation), "Clustering the heads")
+    candidates = [find_clusters(correlation, clusters, seed) for correlation in correlations]
     scores = sensitivities(model, probe, candidates, share, sensitivity)
     clustered = most_redundant(probe.correlation, candidates, layers)
     entries = []
@@ -166,7 +165,8 @@ def explain(plan: Plan, config: OPTConfig | None = None) -> list[dict[str, Any]]
         )
     if config is None:
         return rows
-    per_layer = [sum(group_bytes_per_token(group, layer) for group in layer.groups) for layer in planned_spec(plan, config).layers]
+    spec = planned_spec(plan, config)
+    per_layer = [sum(group_bytes_per_token(group, layer) for group in layer.groups) for layer in spec.layers]
     dense = 2 * config.hidden_size * BYTES["bfloat16"]
     for row, size in zip(rows, per_layer, strict=True):
         row |= _sizes(size, dense)
@@ -178,12 +178,13 @@ def _sizes(size: int, dense: int) -> dict[str, Any]:
 
 
 def explain_table(plan: Plan, config: OPTConfig | None = None) -> Table:
-    """`explain` as a table that fits 80 columns; how many of a layer's clusters are stored in each format."""
+    """`explain` as a table that fits 80 columns."""
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
-    title = f"share {plan.share}, membership {plan.membership}, merge {plan.merge}, sensitivity by {plan.method}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    names = ["layer", "score", "tier", "share", "C/H", *(f"in {name}" for name in used), "weights"]
+    title = f"share {plan.share}, {plan.merge}, {plan.membership}; scores: {plan.method}"
+    caption = f"{', '.join(used)}: how many clusters cache keys and values so"
+    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    names = ["layer", "score", "tier", "share", "C/H", *used, "weights"]
     for name in names + (["B/token", "saved"] if config else []):
         table.add_column(name, justify="left" if name in ("tier", "share", "weights") else "right")
     for row in rows:

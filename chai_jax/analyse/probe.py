@@ -2,7 +2,8 @@
 
 Mean softmax attention is 1/S for every head and says nothing, so heads are compared by the *deviations* of their
 attention rows (CHAI, Agarwal et al. 2024, arXiv 2403.08058, sections 3.1 and 3.2): each row is centred over the keys
-it may read, without the first token, on which most heads rest when they have nothing to do (Xiao et al. 2023, arXiv 2309.17453).
+it may read, without the first token, on which heads rest when they have nothing to do (the sink of Xiao et al. 2023,
+arXiv 2309.17453).
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from chai_jax.data.text import windows as cut
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
 from chai_jax.model.model import Model
@@ -83,7 +85,9 @@ class Probe:
             with np.load(path, allow_pickle=False) as arrays:
                 fields = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise InputError(f"cannot read the probe {path} ({error}); expected a file that Probe.save wrote: probe again") from None
+            raise InputError(
+                f"cannot read the probe {path} ({error}); expected a file that Probe.save wrote: probe again"
+            ) from None
         return cls(**{**fields, "fingerprint": str(fields["fingerprint"])})
 
 
@@ -120,15 +124,12 @@ def _windows(model: Model, texts: Sequence[str] | Sequence[Sequence[int]], windo
     """Token windows of two tokens or more; a text's windows do not overlap."""
     if isinstance(texts, str):
         raise InputError("texts is one string; expected a list of strings: put it in brackets")
-    start = model.config.bos_token_id
     windows: list[list[int]] = []
     for text in texts:
         if isinstance(text, str):
-            body = list(model.tokenizer(text)["input_ids"])
-            body = body[1:] if body[:1] == [start] else body
-            windows += [[start, *body[at : at + window - 1]] for at in range(0, len(body), window - 1)]
+            windows += [list(part.tokens) for part in cut(model.tokenizer, text, window)]
         elif len(text) <= window:
-            windows.append([int(token) for token in text])
+            windows.append(list(text))
         else:
             raise InputError(f"a window of {len(text)} tokens is longer than {window}: cut it")
     windows = [tokens for tokens in windows if len(tokens) > 1]

@@ -159,8 +159,8 @@ def tiers(scores: Sequence[float]) -> tuple[str, ...]:
 def critical(outputs: Float[np.ndarray, "H H"], clusters: Sequence[tuple[int, ...]]) -> tuple[bool, ...]:
     """Which clusters form the smallest set that makes up half of a layer's output norm.
 
-    A cluster's share is the squared norm of its heads' joint output (`Probe.outputs`). The set is never empty, so a lone
-    cluster is critical; of equal clusters the first goes in first.
+    A cluster's share is the squared norm of its heads' joint output (`Probe.outputs`). The set is never empty, so a
+    lone cluster is critical; of equal clusters the first goes in first.
     """
     norms = np.asarray([outputs[np.ix_(heads, heads)].sum() for heads in clusters])
     ranked = np.argsort(-norms, kind="stable")

@@ -18,38 +18,17 @@ import zlib
 from collections.abc import Sequence
 from typing import Any
 
-SIDES = [
-    "acting",
-    "plot",
-    "music",
-    "ending",
-    "dialogue",
-    "camera",
-    "cast",
-    "pacing",
-    "story",
-    "humor",
-    "script",
-    "scenery",
-]
-VERBS = ["is", "was", "seems", "feels"]
-NEGATIONS = ["not", "never", "hardly"]
-ADVERBS = ["very", "really", "quite", "truly"]
-GOOD = [
-    "good",
-    "great",
-    "charming",
-    "fresh",
-    "clever",
-    "moving",
-    "funny",
-    "brilliant",
-    "lovely",
-    "sharp",
-    "warm",
-    "superb",
-]
-BAD = ["bad", "dull", "weak", "stale", "silly", "boring", "clumsy", "awful", "flat", "tedious", "cold", "dreadful"]
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+SIDES = _words("acting plot music ending dialogue camera cast pacing story humor script scenery")
+VERBS = _words("is was seems feels")
+NEGATIONS = _words("not never hardly")
+ADVERBS = _words("very really quite truly")
+GOOD = _words("good great charming fresh clever moving funny brilliant lovely sharp warm superb")
+BAD = _words("bad dull weak stale silly boring clumsy awful flat tedious cold dreadful")
 IDLE = ("i saw it on monday", "the film lasts two hours", "it opened in spring", "my brother drove home")
 # (how often, the review, the clause that decides)
 FORMS = (

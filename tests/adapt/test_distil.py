@@ -21,7 +21,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 
 Build = Callable[..., Model]
-SHORT = TrainConfig(lr=3e-3, batch=16, accumulation=2, epochs=12)
+SHORT = TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=12)
 
 
 def gradients(
@@ -43,10 +43,13 @@ def test_loss_is_the_formula(tiny: Build, examples: list[Encoded]) -> None:
     """alpha T^2 KL(teacher || student) + (1 - alpha) CE, one example at a time, in float64."""
     temperature, alpha = 3.0, 0.3
     student, teacher = tiny(0), tiny(1, hidden_size=24, num_heads=3, ffn_dim=40, embed_dim=24)
+    tokens, mask = np.ones((16, 16), np.int32), np.zeros((16, 16), bool)
+    for row, example in enumerate(examples):
+        tokens[row, : len(example.tokens) - 1], mask[row, : len(example.tokens) - 1] = example.tokens[:-1], True
+    logits = [np.asarray(model(tokens, mask), np.float64) for model in (teacher, student)]
     kl, ce = [], []
-    for example in examples:
-        tokens = np.array([example.tokens[:-1]])
-        p, q = (np.asarray(model(tokens), np.float64)[0, example.start - 1 :] for model in (teacher, student))
+    for row, example in enumerate(examples):
+        p, q = (of[row, example.start - 1 : len(example.tokens) - 1] for of in logits)
         soft_p, soft_q = softmax(p / temperature), softmax(q / temperature)
         kl += (soft_p * np.log(soft_p / soft_q)).sum(-1).tolist()
         ce += (-np.log(softmax(q)[np.arange(len(q)), list(example.tokens[example.start :])])).tolist()

@@ -36,8 +36,8 @@ def plan_of(sensitivity: tuple[float, ...], tiers: str = "", layers: int = 0) ->
         (1.0, (0.1, 0.9, 0.5, 0.2), (0, 1, 2, 3)),
         (0.01, (0.1, 0.1), (0,)),  # at least one; the first of equals
         (0.5, (0.5, 0.7, 0.5, 0.5), (0, 1)),
-        (0.07, tuple(range(100)), tuple(range(93, 100))),  # 0.07 * 100 > 7 in floating point
-        (0.3, tuple(range(10)), (7, 8, 9)),
+        (0.07, tuple(map(float, range(100))), tuple(range(93, 100))),  # 0.07 * 100 > 7 in floating point
+        (0.3, tuple(map(float, range(10))), (7, 8, 9)),
     ],
 )
 def test_most_sensitive_layers(fraction: float, sensitivity: tuple[float, ...], expected: tuple[int, ...]) -> None:

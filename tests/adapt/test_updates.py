@@ -5,7 +5,7 @@ import pytest
 
 from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
 from chai_jax.config import TrainConfig
-from chai_jax.data.batches import Encoded, Example
+from chai_jax.data.batches import Encoded, Example, encode
 from chai_jax.errors import InputError
 
 LENGTHS = np.random.default_rng(0).integers(2, 120, 301).tolist()
@@ -47,14 +47,20 @@ def test_limits() -> None:
     assert set(encode_examples(None, examples, TrainConfig(), 8)) == set(examples)
 
 
-def test_text_is_tokenized_and_cut_to_the_model() -> None:
-    def tokenizer(text: str) -> dict[str, list[int]]:
-        return {"input_ids": [2, *map(ord, text)]}
+class Letters:
+    """A tokenizer of single characters."""
 
-    (short,) = encode_examples(tokenizer, [Example("ab", " c")], TrainConfig(), 8)
-    assert short == Encoded((2, ord("a"), ord("b"), ord(" "), ord("c")), 3)
-    (cut,) = encode_examples(tokenizer, [Example("abcdef", "ghi")], TrainConfig(), 4)
-    assert cut == Encoded(tuple(map(ord, "efghi")), 2)
+    bos_token, bos_token_id = "</s>", 2
+
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+        return {"input_ids": [2] * add_special_tokens + [ord(letter) for letter in text]}
+
+
+def test_text_is_tokenized_as_for_scoring_and_cut_to_the_model() -> None:
+    for example, longest in ((Example("ab", " c"), 8), (Example("abcdef", "ghi"), 5), (Example("", "abcdef"), 4)):
+        (found,) = encode_examples(Letters(), [example], TrainConfig(), longest)
+        assert found == encode(Letters(), example.context, example.completion, longest)
+        assert len(found.tokens) <= longest + 1
 
 
 @pytest.mark.parametrize(

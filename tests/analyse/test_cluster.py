@@ -1,5 +1,6 @@
 """K-Means is sklearn's, the elbow has known answers, medoids are those of brute force."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -62,7 +63,14 @@ def test_the_elbow_of_a_hyperbola_is_the_root_of_its_length(points: int, knee: i
 
 @pytest.mark.parametrize(
     "inertias",
-    [np.ones(8), np.zeros(8), np.linspace(10, 1, 8), np.asarray([3.0]), np.asarray([3.0, 0.0]), 10 - np.arange(8.0) ** 2 / 5],
+    [
+        np.ones(8),
+        np.zeros(8),
+        np.linspace(10, 1, 8),
+        np.asarray([3.0]),
+        np.asarray([3.0, 0.0]),
+        10 - np.arange(8.0) ** 2 / 5,
+    ],
     ids=["flat", "zero", "straight", "one head", "two heads", "concave"],
 )
 def test_a_curve_without_a_bend_has_no_elbow(inertias: np.ndarray) -> None:
@@ -78,8 +86,11 @@ def test_the_elbow_of_separate_crowds_is_their_number() -> None:
 
 def test_the_medoid_is_nearest_to_all_others(features: np.ndarray) -> None:
     heads = (1, 2, 5, 7, 9)
-    distances = {head: sum(float(np.sqrt(((features[head] - features[other]) ** 2).sum())) for other in heads) for head in heads}
-    assert medoid(features, heads) == min(heads, key=lambda head: distances[head])
+
+    def distance(head: int) -> float:
+        return sum(math.dist(features[head], features[other]) for other in heads)
+
+    assert medoid(features, heads) == min(heads, key=distance)
 
 
 def test_of_equal_medoids_the_lowest_head_is_kept(features: np.ndarray) -> None:

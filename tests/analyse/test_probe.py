@@ -23,7 +23,7 @@ Make = Callable[..., Model]
 
 def by_loop(seen: Any, kernel: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
     """The sums of one layer from its attention, spelled out."""
-    batch, heads, length, _ = seen.probabilities.shape
+    batch, heads, *_ = seen.probabilities.shape
     attention, outputs, scores = np.zeros((heads, heads)), np.zeros((heads, heads)), 0.0
     for b in range(batch):
         real = np.flatnonzero(mask[b])
@@ -68,7 +68,8 @@ def test_a_probe_sums_over_all_windows_however_they_are_batched(make: Make, wind
     alone = [probe(model, [window], window=16) for window in windows]
     np.testing.assert_allclose(one.attention, sum(part.attention for part in alone), rtol=1e-4, atol=1e-5)
     pairs = [len(window) * (len(window) + 1) // 2 for window in windows]
-    np.testing.assert_allclose(one.scores, np.average([part.scores for part in alone], axis=0, weights=pairs), rtol=1e-5)
+    scores = np.average([part.scores for part in alone], axis=0, weights=pairs)
+    np.testing.assert_allclose(one.scores, scores, rtol=1e-5)
 
 
 def test_correlations_are_correlations(make: Make, windows: list[list[int]]) -> None:
@@ -143,10 +144,12 @@ def test_a_fingerprint_sees_every_weight_and_the_configuration(make: Make) -> No
 
 
 class Letters:
-    """A tokenizer for tests: `</s>`, then one token per character."""
+    """A tokenizer of one token per character."""
 
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [2, *(4 + ord(letter) % 60 for letter in text)]}
+    bos_token_id = 2
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [4 + ord(letter) % 60 for letter in text]}
 
 
 def test_texts_are_cut_into_windows_that_start_with_the_start_token(make: Make) -> None:
@@ -154,7 +157,7 @@ def test_texts_are_cut_into_windows_that_start_with_the_start_token(make: Make) 
     found = probe(model, ["", "abcdefghijk", "xyz"], window=5)
     rows = ["abcd", "efgh", "ijk", "xyz"]
     assert [row[kept].tolist() for row, kept in zip(found.tokens, found.mask, strict=True)] == [
-        Letters()(row)["input_ids"] for row in rows
+        [2, *Letters()(row)["input_ids"]] for row in rows
     ]
     assert (found.tokens[~found.mask] == model.config.pad_token_id).all()
     assert found.tokens.dtype == np.int32

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
+from chai_jax.model.opt import Declared, OPTConfig, declare
+from chai_jax.spec import Spec
 
 Arrays = dict[str, np.ndarray]
 PRE = {
@@ -111,6 +114,22 @@ FILES = {
     "torch": ("pytorch_model.bin", {}),
     "torch stream": ("pytorch_model.bin", {"_use_new_zipfile_serialization": False}),
 }
+
+
+def random_model(config: OPTConfig, dtype: str = "float32", storage: str = "float32", **options: Any) -> Model:
+    """A dense model with random parameters, none of them trivial, made by numpy: nothing is compiled."""
+    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
+    random = np.random.default_rng(1)
+
+    def leaf(what: Declared) -> jax.Array:
+        return jnp.asarray((0.3 * random.normal(size=what.shape)).astype(jnp.dtype(dtype)))
+
+    return Model(config, spec, jax.tree.map(leaf, declare(config, spec)), **options)
+
+
+@pytest.fixture(scope="session", name="random_model")
+def _random_model() -> Callable[..., Model]:
+    return random_model
 
 
 @pytest.fixture(name="random_arrays")

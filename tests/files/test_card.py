@@ -1,8 +1,9 @@
 """The model card carries the base model's name and licence on, through any number of savings."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import jax
 import pytest
 from huggingface_hub import metadata_load
 
@@ -12,15 +13,15 @@ from chai_jax.files.hf import export
 from chai_jax.files.store import load
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
-from chai_jax.spec import Spec
+from chai_jax.model.opt import OPTConfig
 
 CONFIG = OPTConfig(19, 12, 2, 3, 20, 16, 12)
 
 
-def from_(source: str) -> Model:
-    spec = Spec.dense(2, 3, 4, "int8")
-    return Model(CONFIG, spec, init(CONFIG, spec, jax.random.key(0)), source=source)
+@pytest.fixture
+def from_(random_model: Any) -> Callable[[str], Model]:
+    """A model of which only the cache is compressed, that was loaded from `source`."""
+    return lambda source: random_model(CONFIG, storage="int8", source=source)
 
 
 def base(folder: Path, front: str) -> str:
@@ -31,7 +32,7 @@ def base(folder: Path, front: str) -> str:
     return str(folder)
 
 
-def test_licence_goes_along(tmp_path: Path) -> None:
+def test_licence_goes_along(tmp_path: Path, from_: Any) -> None:
     source = base(
         tmp_path / "base", 'license: other\nlicense_name: "so-so"\nlicense_link: LICENSE.md\ninference: false'
     )
@@ -46,7 +47,7 @@ def test_licence_goes_along(tmp_path: Path) -> None:
         assert str(tmp_path) not in text
 
 
-def test_opt_of_facebook(tmp_path: Path) -> None:
+def test_opt_of_facebook(tmp_path: Path, from_: Any) -> None:
     """Nothing of it is on this machine; its licence is known all the same, and stays with what is made from it."""
     from_("facebook/opt-125m").save(tmp_path / "one")
     load(tmp_path / "one").save(tmp_path / "two")
@@ -74,7 +75,7 @@ def test_front_matter_that_is_none(tmp_path: Path) -> None:
     assert front_matter(card) == {"license": "mit", "tags": "[]"}
 
 
-def test_numbers_are_the_model_s(tmp_path: Path) -> None:
+def test_numbers_are_the_model_s(tmp_path: Path, from_: Any) -> None:
     model = from_("facebook/opt-125m")
     model.save(tmp_path / "one")
     text = (tmp_path / "one/README.md").read_text()

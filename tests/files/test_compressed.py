@@ -1,11 +1,11 @@
 """A saved compressed model that was tampered with is refused, naming what is wrong."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,24 +15,27 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
-from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+from chai_jax.model.opt import OPTConfig
+from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 KERNEL = "layers.1.up.kernel"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory, random_model: Any) -> Path:
     """Two layers, clustered qkv: the first with bfloat16, the second with int8 weights."""
-    config = OPTConfig(19, 12, 2, 3, 20, 16, 12)
-    spec = Spec.dense(2, 3, 4)
     clusters = (ClusterPlan((0, 2), 0, storage="int8"), ClusterPlan((1,), 1))
     plan = Plan((LayerPlan(clusters, "medium", "bfloat16"), LayerPlan(clusters, "low", "int8")))
-    model = cluster(Model(config, spec, init(config, spec, jax.random.key(0))), plan)
-    save(quantize(model, plan), tmp_path / "out")
-    (tmp_path / "out/plan.json").unlink()
-    return tmp_path / "out"
+    model = cluster(random_model(OPTConfig(19, 12, 2, 3, 20, 16, 12)), plan)
+    folder = tmp_path_factory.mktemp("saved") / "out"
+    save(quantize(model, plan), folder)
+    (folder / "plan.json").unlink()
+    return folder
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "out"))
 
 
 Tensors = dict[str, np.ndarray]

@@ -10,14 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from chai_jax.errors import InputError
 from chai_jax.files.hf import export
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
-from chai_jax.model.quantized import QuantizedArray, quantize
-from chai_jax.spec import Group, LayerSpec, Spec
+from chai_jax.model.opt import OPTConfig
+from chai_jax.model.quantized import quantize
+from chai_jax.spec import Group, LayerSpec
 
 TOKENS = np.array([[2, 5, 9, 17, 4, 4, 11], [2, 3, 3, 8, 1, 1, 1]], np.int32)
 MASK = TOKENS != 1
@@ -28,14 +29,6 @@ CONFIGS = {
     "post-norm": dataclasses.replace(POST, tied=False, activation="gelu_new"),
     "bare": dataclasses.replace(PRE, bias=False, norm_affine=False, remove_final_norm=True),
 }
-
-
-def random_model(config: OPTConfig, dtype: Any = jnp.float32) -> Model:
-    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
-    keys = iter(jax.random.split(jax.random.key(1), 100))
-    params = init(config, spec, jax.random.key(0), std=0.3)
-    params = jax.tree.map(lambda leaf: (leaf + 0.1 * jax.random.normal(next(keys), leaf.shape)).astype(dtype), params)
-    return Model(config, spec, params)
 
 
 def torch_logits(torch: ModuleType, folder: Path) -> np.ndarray:
@@ -55,12 +48,12 @@ def assert_exports(torch: ModuleType, model: Model, folder: Path, **options: Any
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_torch_gives_equal_logits(torch: ModuleType, tmp_path: Path, case: str) -> None:
+def test_torch_gives_equal_logits(torch: ModuleType, tmp_path: Path, random_model: Any, case: str) -> None:
     assert_exports(torch, random_model(CONFIGS[case]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_dtypes_are_kept(torch: ModuleType, tmp_path: Path, dtype: str) -> None:
+def test_dtypes_are_kept(torch: ModuleType, tmp_path: Path, random_model: Any, dtype: str) -> None:
     from transformers import AutoModelForCausalLM
 
     model = random_model(POST, dtype)
@@ -71,8 +64,8 @@ def test_dtypes_are_kept(torch: ModuleType, tmp_path: Path, dtype: str) -> None:
     np.testing.assert_array_equal(module.model.decoder.layers[1].fc1.weight.detach().float().numpy(), kernel.T)
 
 
-def test_mixed_dtypes_are_named_float32(tmp_path: Path) -> None:
-    model = random_model(PRE, jnp.float16)
+def test_mixed_dtypes_are_named_float32(tmp_path: Path, random_model: Any) -> None:
+    model = random_model(PRE, "float16")
     norm = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model.params["final_norm"])
     export(model.replace(params={**model.params, "final_norm": norm}), tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == "float32"
@@ -81,26 +74,28 @@ def test_mixed_dtypes_are_named_float32(tmp_path: Path) -> None:
     assert again["embed"]["tokens"].dtype == jnp.float16
 
 
-def test_shards(torch: ModuleType, tmp_path: Path) -> None:
+def test_shards(torch: ModuleType, tmp_path: Path, random_model: Any) -> None:
     assert_exports(torch, random_model(PRE), tmp_path / "out", max_shard_bytes=2_000)
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     assert not (tmp_path / "out/model.safetensors").exists()
 
 
-def test_int8_weights_are_written_as_what_they_stand_for(torch: ModuleType, tmp_path: Path) -> None:
-    model = random_model(PRE)
+def test_int8_weights_are_written_as_what_they_stand_for(tmp_path: Path, random_model: Any) -> None:
+    model = random_model(PRE, "float16")
     layer = model.params["layers"]["0"]
-    up = {**layer["up"], "kernel": quantize(layer["up"]["kernel"], (-2,))}
-    out = {**layer["output"], "kernel": quantize(layer["output"]["kernel"], (-3, -2))}
-    layers = {**model.params["layers"], "0": {**layer, "up": up, "output": out}}
-    small = model.replace(params={**model.params, "layers": layers})
-    assert_exports(torch, small, tmp_path / "out")
-    assert "2 tensors were int8" in (tmp_path / "out/README.md").read_text()
-    leaves = jax.tree.leaves(load(tmp_path / "out").params, is_leaf=lambda leaf: isinstance(leaf, QuantizedArray))
-    assert not any(isinstance(leaf, QuantizedArray) for leaf in leaves)
+    out = quantize(layer["output"]["kernel"], (-3, -2))
+    layers = {**model.params["layers"], "0": {**layer, "output": {**layer["output"], "kernel": out}}}
+    export(model.replace(params={**model.params, "layers": layers}), tmp_path / "out")
+    assert "1 tensors were int8" in (tmp_path / "out/README.md").read_text()
+    tensors = load_file(tmp_path / "out/model.safetensors")
+    wanted = np.asarray(out.values, np.float32) * np.asarray(out.scale, np.float32)
+    written = tensors["model.decoder.layers.0.self_attn.out_proj.weight"]
+    assert written.dtype == np.float32
+    np.testing.assert_array_equal(written, wanted.reshape(12, 12).T)
+    assert tensors["model.decoder.layers.1.self_attn.out_proj.weight"].dtype == np.float16
 
 
-def test_generation_config(torch: ModuleType, tmp_path: Path) -> None:
+def test_generation_config(torch: ModuleType, tmp_path: Path, random_model: Any) -> None:
     from transformers import GenerationConfig
 
     export(random_model(dataclasses.replace(PRE, eos_token_id=7)), tmp_path / "out")
@@ -108,7 +103,7 @@ def test_generation_config(torch: ModuleType, tmp_path: Path) -> None:
     assert (ids.bos_token_id, ids.eos_token_id, ids.pad_token_id) == (2, 7, 1)
 
 
-def test_a_clustered_model_has_no_such_form(tmp_path: Path) -> None:
+def test_a_clustered_model_has_no_such_form(tmp_path: Path, random_model: Any) -> None:
     model = random_model(PRE)
     clustered = LayerSpec("qkv", ((0, 2), (1,)), (Group(2),), 4, 4)
     with pytest.raises(InputError, match=r"the model is clustered, .* expand it first"):
@@ -116,7 +111,7 @@ def test_a_clustered_model_has_no_such_form(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path) -> None:
+def test_a_folder_that_holds_something_is_left_alone(tmp_path: Path, random_model: Any) -> None:
     (tmp_path / "mine").touch()
     with pytest.raises(InputError, match="already holds something"):
         export(random_model(PRE), tmp_path)

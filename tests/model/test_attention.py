@@ -1,0 +1,118 @@
+"""Clustered attention against a naive loop over heads, in numpy and float64, from the clusters a layer lists."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.model.attention import attend
+from chai_jax.model.cache import store
+from chai_jax.model.opt import OPTConfig, Params, Seen, forward, init, unembed
+from chai_jax.model.quantized import dequantize
+from chai_jax.spec import LayerSpec, Spec, group_clusters
+
+CONFIG = OPTConfig(
+    vocab_size=60, hidden_size=48, num_layers=1, num_heads=6, ffn_dim=32, max_positions=32, embed_dim=48
+)
+CLUSTERS = ((0, 3), (2, 5), (1,), (4,))
+STORAGES = ("bfloat16", "int8", "int8", "float32")
+
+
+def layer(share: str, clusters: tuple[tuple[int, ...], ...], storages: tuple[str, ...], rank: int = 8) -> LayerSpec:
+    return LayerSpec(share, clusters, group_clusters(share, clusters, storages), rank, rank)
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def read(x: np.ndarray, storage: str) -> np.ndarray:
+    """One head [B, T, R] as attention reads it back from a cache."""
+    return np.asarray(dequantize(store(jnp.asarray(x, jnp.float32)[:, None], storage))[:, 0], np.float64)
+
+
+def naive_heads(spec: LayerSpec, seen: Seen, params: Params) -> np.ndarray:
+    """What each output head [B, heads, T, R] must be, cluster by cluster and head by head."""
+    x, allowed = np.asarray(seen.x, np.float64), np.asarray(seen.allowed)
+
+    def project(name: str, head: int) -> np.ndarray:
+        kernel, bias = (np.asarray(params[name][leaf], np.float64) for leaf in ("kernel", "bias"))
+        return x @ kernel[:, head] + bias[head]
+
+    outputs = []
+    query = value = 0
+    for key, (heads, storage) in enumerate(zip(spec.clusters, spec.storages, strict=True)):
+        queries = [query + i for i in range(len(heads) if spec.share == "kv" else 1)]
+        values = [value + i for i in range(len(heads) if spec.share == "qk" else 1)]
+        query, value = query + len(queries), value + len(values)
+        keys = read(project("key", key), storage)
+        for q in queries:
+            scores = project("query", q) @ keys.swapaxes(1, 2) / np.sqrt(CONFIG.head_dim)
+            attention = softmax(np.where(allowed, scores, -np.inf))
+            outputs += [attention @ read(project("value", v), storage) for v in values]
+    return np.stack(outputs, axis=1)
+
+
+@pytest.mark.parametrize("rank", [8, 12])
+@pytest.mark.parametrize("share", ["qk", "qkv", "kv"])
+def test_a_clustered_layer_equals_a_loop_over_its_heads(share: str, rank: int) -> None:
+    spec = layer(share, CLUSTERS, STORAGES, rank)
+    params = init(CONFIG, Spec((spec,)), jax.random.key(0), std=0.3)
+    tokens = jax.random.randint(jax.random.key(1), (2, 7), 4, 60, jnp.int32)
+    run = jax.jit(partial(forward, CONFIG, Spec((spec,)), observe=lambda index, seen, params: seen))
+    found = run(params, tokens, np.ones((2, 7), bool)).observed[0]
+    # A value near the middle of two int8 steps may fall to either side in float32 and float64: one such step is 1 / 254.
+    expected = naive_heads(spec, found, params["layers"]["0"])
+    assert found.heads.shape == expected.shape
+    close = np.isclose(found.heads, expected, rtol=1e-4, atol=1e-4)
+    assert close.mean() > 0.99 and np.abs(found.heads - expected).max() < 0.02
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize(("queries", "values"), [(1, 1), (3, 1), (1, 3)])
+def test_a_group_reads_what_is_stored(queries: int, values: int, storage: str, rows: int) -> None:
+    batch, clusters, columns, rank = 2, 2, 5, 8
+    keys = iter(jax.random.split(jax.random.key(0), 3))
+    query = jax.random.normal(next(keys), (batch, clusters, queries, rows, rank))
+    key = store(jax.random.normal(next(keys), (batch, clusters, columns, rank)), storage)
+    value = store(jax.random.normal(next(keys), (batch, clusters * values, columns, rank)), storage)
+    allowed = np.tril(np.ones((rows, columns), bool), columns - rows)[None].repeat(batch, axis=0)
+    allowed[1, :, 0] = False
+    found, scores, probabilities = attend(query, key, value, jnp.asarray(allowed), 0.25, values)
+    q, k, v = (np.asarray(dequantize(x), np.float64) for x in (query, key, value))
+    for b, c in np.ndindex(batch, clusters):
+        for i in range(queries):
+            expected = np.where(allowed[b], 0.25 * q[b, c, i] @ k[b, c].T, -np.inf)
+            np.testing.assert_allclose(probabilities[b, c, i], softmax(expected), atol=1e-5)
+            np.testing.assert_allclose(scores[b, c, i][allowed[b]], expected[allowed[b]], atol=1e-5)
+            for j in range(values):
+                head = (c * queries + i) * values + j
+                out = softmax(expected) @ v[b, c * values + j]
+                np.testing.assert_allclose(found[b, head], out, atol=1e-5)
+
+
+def test_a_row_that_may_read_nothing_is_finite() -> None:
+    x = jnp.ones((1, 2, 1, 3, 4))
+    found, scores, _ = attend(x, x[:, :, 0], x[:, :, 0], jnp.zeros((1, 3, 3), bool), 0.5, 1)
+    assert np.isfinite(found).all() and np.isfinite(scores).all()
+
+
+@pytest.mark.parametrize("share", ["qk", "qkv", "kv"])
+def test_singleton_clusters_are_dense_attention_bit_for_bit(share: str) -> None:
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    dense = Spec.dense(2, 6, 8, "int8")
+    params = init(config, dense, jax.random.key(0), std=0.3)
+    tokens = jax.random.randint(jax.random.key(1), (3, 9), 4, 60, jnp.int32)
+    mask = jnp.arange(9, dtype=jnp.int32) >= jnp.array([[0], [2], [5]], jnp.int32)
+    single = Spec((layer(share, tuple((head,) for head in range(6)), ("int8",) * 6),) * 2)
+
+    def logits(spec: Spec) -> np.ndarray:
+        hidden = jax.jit(partial(forward, config, spec))(params, tokens, mask).hidden
+        return np.asarray(unembed(config, params, hidden))
+
+    np.testing.assert_array_equal(logits(single), logits(dense))

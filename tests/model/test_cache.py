@@ -1,0 +1,147 @@
+"""Decoding with the cache is the uncached forward pass; the cache costs what the formula says."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+import pytest
+
+from chai_jax.model import cache
+from chai_jax.model.opt import OPTConfig, Output, Params, forward, init
+from chai_jax.model.quantized import QuantizedArray
+from chai_jax.spec import Group, LayerSpec, Spec, group_clusters
+
+PRE_NORM = OPTConfig(
+    vocab_size=97, hidden_size=48, num_layers=4, num_heads=6, ffn_dim=64, max_positions=32, embed_dim=48
+)
+POST_NORM = OPTConfig(
+    vocab_size=97, hidden_size=48, num_layers=4, num_heads=6, ffn_dim=64, max_positions=32, embed_dim=20, pre_norm=False
+)
+CONFIGS = {"pre_norm": PRE_NORM, "post_norm": POST_NORM}
+STORAGES = {
+    "float32": ("float32",) * 3,
+    "bfloat16": ("bfloat16",) * 3,
+    "int8": ("int8",) * 3,
+    "mixed": ("bfloat16", "int8", "float32"),
+}
+PROMPT, LENGTH = 6, 12
+# A prompt on the left edge, one padded on the left, one padded on the right before it goes on, one that has two gaps.
+PADDING = np.ones((4, LENGTH), bool)
+PADDING[1, :3] = PADDING[2, 4:PROMPT] = PADDING[3, [0, 5, 8]] = False
+
+
+def mixed_spec(storages: tuple[str, str, str]) -> Spec:
+    """One layer of every share, with clusters of three sizes, each stored in its own format."""
+
+    def layer(share: str, clusters: tuple[tuple[int, ...], ...], rank: int) -> LayerSpec:
+        return LayerSpec(share, clusters, group_clusters(share, clusters, storages), rank, rank)
+
+    thirds = ((0, 3), (1, 4, 5), (2,))
+    dense = LayerSpec("dense", tuple((h,) for h in range(6)), tuple(Group(2, storage=s) for s in storages), 8, 8)
+    return Spec((dense, layer("qk", thirds, 8), layer("qkv", thirds, 8), layer("kv", thirds, 12)))
+
+
+compiled = jax.jit(forward, static_argnums=(0, 1))
+
+
+def decode(config: OPTConfig, spec: Spec, params: Params, tokens: np.ndarray, mask: np.ndarray) -> Iterator[Output]:
+    """Prefill the prompt, then feed the rest token by token."""
+    prefilled = compiled(config, spec, params, tokens[:, :PROMPT], mask[:, :PROMPT])
+    past = cache.extend(prefilled.cache, LENGTH + 3)
+    for column in range(PROMPT, LENGTH):
+        now = slice(column, column + 1)
+        output = compiled(config, spec, params, tokens[:, now], mask[:, now], cache=past)
+        past = output.cache
+        yield output
+
+
+def entries(stored: cache.Cache, mask: np.ndarray) -> dict[str, list[np.ndarray]]:
+    """The stored entries at real tokens, by format; the scales of int8 among the bfloat16 ones."""
+    found: dict[str, list[np.ndarray]] = {}
+    for leaf in jax.tree.leaves(stored.layers):
+        columns = np.moveaxis(np.asarray(leaf), 2, 1)[:, :LENGTH][mask]
+        found.setdefault(str(leaf.dtype), []).append(columns.ravel())
+    return found
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("norm", CONFIGS)
+def test_cached_equals_uncached_at_every_step(norm: str, storage: str) -> None:
+    config, spec = CONFIGS[norm], mixed_spec(STORAGES[storage])
+    params = init(config, spec, jax.random.key(0), std=0.15)
+    tokens = np.random.default_rng(0).integers(4, 97, (4, LENGTH), np.int32)
+    uncached = compiled(config, spec, params, tokens, PADDING)
+    for column, output in enumerate(decode(config, spec, params, tokens, PADDING), start=PROMPT):
+        real = PADDING[:, column]
+        bound = 1e-5 if storage == "float32" else 1e-2  # one step of storage, somewhere in the past
+        np.testing.assert_allclose(output.hidden[real, 0], uncached.hidden[real, column], atol=bound)
+    assert int(output.cache.length) == LENGTH and output.cache.capacity == LENGTH + 3
+    np.testing.assert_array_equal(output.cache.mask[:, :LENGTH], PADDING)
+    assert not output.cache.mask[:, LENGTH:].any()
+    expected = entries(uncached.cache, PADDING)
+    for dtype, found in entries(output.cache, PADDING).items():
+        assert_stored_alike(dtype, np.concatenate(found), np.concatenate(expected[dtype]))
+
+
+def assert_stored_alike(dtype: str, found: np.ndarray, expected: np.ndarray) -> None:
+    """float32 within 1e-5; else at least 99.9 % of the entries equal and the rest one step apart."""
+    if dtype == "float32":
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        return
+    if dtype == "bfloat16":  # neighbours of one sign differ by one in their bits
+        found, expected = found.view(np.int16), expected.view(np.int16)
+    steps = np.abs(found.astype(np.int32) - expected.astype(np.int32))
+    assert steps.max() <= 1
+    assert (steps == 0).mean() >= 0.999
+
+
+def test_appending_leaves_what_was_stored_bit_for_bit() -> None:
+    spec = mixed_spec(STORAGES["mixed"])
+    params = init(PRE_NORM, spec, jax.random.key(0), std=0.15)
+    tokens = np.random.default_rng(1).integers(4, 97, (4, LENGTH), np.int32)
+    steps = [output.cache for output in decode(PRE_NORM, spec, params, tokens, PADDING)]
+    for before, after in zip(steps, steps[1:], strict=False):
+        used = int(before.length)
+        for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
+            np.testing.assert_array_equal(old[:, :, :used], new[:, :, :used])
+            assert (np.asarray(new[:, :, used]) != 0).any() and not np.asarray(new[:, :, used + 1 :]).any()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_bytes_of_allocated_arrays_equal_the_formula(storage: str) -> None:
+    spec = mixed_spec(STORAGES[storage])
+    assert cache.empty(spec, 3, 7).nbytes == 3 * 7 * cache.bytes_per_token(spec)
+    assert cache.measured_bytes_per_token(spec) == cache.bytes_per_token(spec)
+    tokens = np.full((2, 5), 4, np.int32)
+    params = init(PRE_NORM, spec, jax.random.key(0))
+    filled = compiled(PRE_NORM, spec, params, tokens, np.ones((2, 5), bool)).cache
+    assert filled.nbytes == 10 * cache.bytes_per_token(spec)
+    assert cache.extend(filled, 9).nbytes == 18 * cache.bytes_per_token(spec)
+
+
+@pytest.mark.parametrize(
+    ("share", "storage", "expected"),
+    [
+        ("dense", "float32", 12 * 2 * 768 * 4),
+        ("dense", "bfloat16", 12 * 2 * 768 * 2),
+        ("dense", "int8", 12 * 2 * (768 + 12 * 2)),
+        ("qk", "bfloat16", 12 * (4 + 12) * 64 * 2),
+        ("qkv", "bfloat16", 12 * (4 + 4) * 64 * 2),
+        ("kv", "int8", 12 * (4 + 4) * (64 + 2)),
+    ],
+)
+def test_bytes_per_token_of_opt_125m_shapes(share: str, storage: str, expected: int) -> None:
+    """12 layers of 12 heads of 64, clustered by threes: two bytes of scale for each cached head and token of int8."""
+    size = 1 if share == "dense" else 3
+    clusters = tuple(tuple(range(first, first + size)) for first in range(0, 12, size))
+    layer = LayerSpec(share, clusters, group_clusters(share, clusters, (storage,) * len(clusters)), 64, 64)
+    assert cache.bytes_per_token(Spec((layer,) * 12)) == expected
+
+
+def test_extended_columns_are_empty_and_masked() -> None:
+    small = cache.empty(Spec.dense(1, 2, 4, "int8"), batch=2, capacity=3)
+    large = cache.extend(small, 8)
+    assert large.capacity == 8 and not large.mask.any() and int(large.length) == 0
+    (group,) = large.layers[0]
+    assert isinstance(group.keys, QuantizedArray)
+    assert group.keys.values.shape == (2, 2, 8, 4) and group.keys.scale.shape == (2, 2, 8)

@@ -1,0 +1,262 @@
+"""The command line: every bad input gives one clear line, exit status 2, and leaves nothing behind."""
+
+import json
+import os
+import pickle
+import shutil
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from chai_jax.cli import main
+from chai_jax.data.toy import POSITIONS, toy_tokenizer
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig, init
+from chai_jax.spec import Spec
+
+ROWS = [{"sentence": f"the plot is {word} ", "label": at % 2} for at, word in enumerate(["dull", "great"] * 8)]
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of two layers and four heads with the toy's tokenizer, saved."""
+    folder = tmp_path_factory.mktemp("small") / "model"
+    tokenizer = toy_tokenizer()
+    config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32)
+    spec = Spec.dense(2, 4, 8)
+    Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small").save(folder)
+    return folder
+
+
+@pytest.fixture
+def model(small: Path, tmp_path: Path) -> Path:
+    """A copy of `small` to damage."""
+    return Path(shutil.copytree(small, tmp_path / "model"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder with a few SST-2-like rows."""
+    folder = tmp_path / "data" / "sst2"
+    folder.mkdir(parents=True)
+    for split in ("train", "validation"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return folder.parent
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> str:
+    """The one line that a command printed when it refused its input."""
+    status = main([str(argument) for argument in argv])
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line.startswith("error: ")]
+    assert status == 2
+    assert len(lines) == 1
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+    return lines[0]
+
+
+def rewrite(path: Path, change: Callable[[dict[str, np.ndarray]], None]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def no_model(model: Path) -> None:
+    (model / "config.json").unlink()
+
+
+def not_opt(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def missing_shard(model: Path) -> None:
+    names = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model-00001-of-00002.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def truncated(model: Path) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def tampered(model: Path) -> None:
+    path = model / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[:8] = (2**40).to_bytes(8, "little")
+    path.write_bytes(content)
+
+
+def nan_weights(model: Path) -> None:
+    def spoil(tensors: dict[str, np.ndarray]) -> None:
+        name = next(name for name in tensors if name.endswith("fc1.weight"))
+        tensors[name][0, 0] = np.nan
+
+    rewrite(model / "model.safetensors", spoil)
+
+
+def evil_pickle(model: Path) -> None:
+    """A .bin that would leave a mark if it were run."""
+
+    class Evil:
+        def __reduce__(self) -> tuple[Callable[..., int], tuple[str]]:
+            return os.system, (f"touch {model / 'executed'}",)
+
+    (model / "model.safetensors").unlink()
+    with zipfile.ZipFile(model / "pytorch_model.bin", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps({"model.decoder.embed_tokens.weight": Evil()}))
+
+
+BAD_MODELS = {
+    no_model: "no config.json",
+    not_opt: "'llama'; expected an OPT",
+    missing_shard: "model-00001-of-00002.safetensors",
+    truncated: "model.safetensors",
+    tampered: "model.safetensors",
+    nan_weights: "fc1.weight",
+    evil_pickle: "system",
+}
+
+
+@pytest.mark.parametrize("damage", BAD_MODELS, ids=lambda damage: damage.__name__)
+def test_bad_models(
+    damage: Callable[[Path], None], model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    damage(model)
+    out = tmp_path / "out"
+    assert BAD_MODELS[damage] in refused(capsys, "export", model, out)
+    assert not out.exists()
+    assert not (model / "executed").exists()
+
+
+def rows(data: Path, split: str, content: str) -> None:
+    (data / "sst2" / f"{split}.jsonl").write_text(content)
+
+
+BAD_ROWS = {
+    "missing column": ('{"text": "x", "label": 0}\n', "no column 'sentence'"),
+    "label out of range": ('{"sentence": "x", "label": 2}\n', "label 2"),
+    "label is no number": ('{"sentence": "x", "label": "positive"}\n', "label 'positive'"),
+    "empty": ("", "no examples"),
+    "not json": ('{"sentence": \n', "validation.jsonl:1 is not JSON"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ROWS)
+def test_bad_data(kind: str, model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content, message = BAD_ROWS[kind]
+    rows(data, "validation", content)
+    assert message in refused(capsys, "evaluate", model, "--task", "sst2", "--data-dir", data)
+
+
+def test_missing_data_and_unknown_task(model: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "rte" in refused(capsys, "evaluate", model, "--task", "rte", "--data-dir", data)
+    assert "task 'mnli' is unknown" in refused(capsys, "evaluate", model, "--task", "mnli", "--data-dir", data)
+
+
+def test_bad_run_arguments(model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job = ("run", model, "--task", "sst2", "--data-dir", data, "--finetune", "never", "--out", out)
+    assert "unknown stage 'prune'" in refused(capsys, *job, "--order", "distil,prune")
+    assert not out.exists()
+    assert "either --task" in refused(capsys, "run", model, "--out", out)
+    assert "a number from 1 to 4 (the heads)" in refused(capsys, *job, "--clusters", "5")
+    assert "expected elbow" in refused(capsys, *job, "--clusters", "many")
+    assert not out.exists()
+
+
+def test_more_clusters_than_heads(model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    assert "from 1 to 4 (the heads)" in refused(
+        capsys, "plan", model, "--task", "sst2", "--data-dir", data, "--clusters", "5", "--out", plan
+    )
+    assert not plan.exists()
+
+
+def plan_json(**changes: object) -> str:
+    clusters = [{"heads": [0, 1], "keep": 0, "storage": "int8"}, {"heads": [2, 3], "keep": 2, "storage": "bfloat16"}]
+    layers = [{"clusters": clusters, "tier": "medium"}] * 2
+    return json.dumps({"layers": layers, "share": "qkv", **changes})
+
+
+BAD_PLANS = {
+    "prompt membership with merged values": (plan_json(membership="prompt"), "prompt membership with share 'qkv'"),
+    "prompt membership with two storages": (plan_json(membership="prompt", share="qk"), "two storages"),
+    "a cluster with two storages": (
+        plan_json().replace('"storage": "int8"', '"storage": ["int8", "bfloat16"]'),
+        "cluster 0 has storage ['int8', 'bfloat16']",
+    ),
+    "another model's": (json.dumps({"layers": json.loads(plan_json())["layers"][:1]}), "the model has 2 layers"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PLANS)
+def test_plans_that_cannot_be(
+    kind: str, model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    content, message = BAD_PLANS[kind]
+    plan, out = tmp_path / "plan.json", tmp_path / "out"
+    plan.write_text(content)
+    line = refused(capsys, "run", model, "--task", "sst2", "--data-dir", data, "--plan", plan, "--out", out)
+    assert message in line
+    assert not out.exists()
+
+
+def test_prompt_longer_than_the_position_table(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert f"{POSITIONS} positions" in refused(capsys, "generate", model, "--prompt", "dull " * POSITIONS)
+
+
+def test_output_folders_found_out_first(
+    model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").write_text("mine")
+    job = ("run", model, "--task", "sst2", "--data-dir", data)
+    assert "something that is not a run" in refused(capsys, *job, "--out", taken)
+    assert "already holds something" in refused(capsys, "export", model, taken)
+    assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in refused(capsys, *job, "--out", file)
+    assert "cannot write" in refused(capsys, *job, "--out", file / "below")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_output_folder(model: Path, data: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    assert "cannot write" in refused(capsys, "run", model, "--task", "sst2", "--data-dir", data, "--out", locked / "out")
+
+
+@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["explain"], ["evaluate"], ["generate"], ["verify"], ["export"], ["env"]])
+def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert "usage: chai-jax" in capsys.readouterr().out
+
+
+def test_last_line_is_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(model), str(model)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["max_logit_difference"] == 0
+    assert found["mean_kl"] == pytest.approx(0, abs=1e-6)
+    assert main(["env"]) == 0
+    assert "jax" in json.loads(capsys.readouterr().out.splitlines()[-1])["versions"]
+
+
+def test_export_of_a_model_is_the_model(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["export", str(model), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(model), str(tmp_path / "out")]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["max_logit_difference"] <= 1e-5
