@@ -149,7 +149,7 @@ class GenerateCommand:
         from chai_jax.serve.generate import stream
 
         model = load_any(self.model)
-        pieces = []
+        pieces: list[str] = []
         for piece in stream(
             model, self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed
         ):
@@ -230,8 +230,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its result is the last line of stdout. Returns the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    command = tyro.cli(
-        OmitArgPrefixes[Command],  # type: ignore[valid-type]
+    command: Any = tyro.cli(
+        OmitArgPrefixes[Command],  # type: ignore[misc]
         args=argv,
         prog="chai-jax",
         description="Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",

@@ -130,7 +130,7 @@ class Job:
             began = time.monotonic()
             model = stage.apply(self.model)
             spent = time.monotonic() - began
-            measured = self.work.measure(model)
+            measured: Any = self.work.measure(model)
             if index:
                 measured = measured.against(self.work.recall(self.folder.predictions(0, "dense")))
             record = self._record(stage.name, model, measured.metrics(), spent)

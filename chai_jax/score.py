@@ -35,8 +35,8 @@ Total = Any
 class Questions:
     """A batch of inputs with the tokens that should follow.
 
-    Row b feeds `tokens[b, :length[b]]`. Its targets are the tokens at `start[b]` ... `length[b] - 1` and then, behind the
-    input's end, each of the alternatives `last[b]`. A row of length 0 is padding.
+    Row b feeds `tokens[b, :length[b]]`. Its targets are the tokens at `start[b]` ... `length[b] - 1` and then, behind
+    the input's end, each of the alternatives `last[b]`. A row of length 0 is padding.
     """
 
     tokens: Int32[Array, "B T"]
@@ -243,9 +243,7 @@ def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, shard
     return Questions(*jax.device_put((tokens, start, lengths, last), sharding))
 
 
-def _batches(
-    groups: list[_Group], batch_size: int, longest: int, devices: int
-) -> list[tuple[list[_Group], int, int]]:
+def _batches(groups: list[_Group], batch_size: int, longest: int, devices: int) -> list[tuple[list[_Group], int, int]]:
     """Cut sorted groups into (groups, rows, padded length); the first of a batch sets the length, so shapes are few."""
     batches = []
     batch_size = min(batch_size, -(-len(groups) // devices))

@@ -3,8 +3,8 @@
     python experiments/agree_with_lm_eval.py $MODEL --data-dir $DATA --tasks sst2,rte,piqa --out runs/agreement
 
 Needs torch and lm-eval[hf]. The harness runs the dense OPT $MODEL with transformers in float32 on the CPU; its own
-tasks read the rows that `evaluate` reads. Expected: every prediction the same (but where the two best choices lie within
-1e-3 nats, which are listed), no log-likelihood further apart than 1e-3 nats, equal accuracies and standard errors.
+tasks read the rows that `evaluate` reads. Expected: no log-likelihood further apart than 1e-3 nats, equal accuracies,
+equal standard errors, the same predictions (but where the best two choices lie within 1e-3 nats, which are listed).
 Writes agreement.json; exits with 1 where the two disagree. The last line on stdout is the record as JSON.
 """
 

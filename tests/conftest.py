@@ -55,3 +55,21 @@ def torch() -> ModuleType:
     """PyTorch, the oracle; it is not a dependency."""
     module: ModuleType = pytest.importorskip("torch")
     return module
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved random model of two layers and four heads with the toy's tokenizer."""
+    import jax
+
+    from chai_jax.data.toy import POSITIONS, toy_tokenizer
+    from chai_jax.model.model import Model
+    from chai_jax.model.opt import OPTConfig, init
+    from chai_jax.spec import Spec
+
+    folder = tmp_path_factory.mktemp("small") / "model"
+    tokenizer = toy_tokenizer()
+    config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32)
+    spec = Spec.dense(2, 4, 8)
+    Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small").save(folder)
+    return folder

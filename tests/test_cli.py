@@ -9,35 +9,20 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from chai_jax.cli import main
-from chai_jax.data.toy import POSITIONS, toy_tokenizer
-from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
-from chai_jax.spec import Spec
+from chai_jax.data.toy import POSITIONS
 
 ROWS = [{"sentence": f"the plot is {word} ", "label": at % 2} for at, word in enumerate(["dull", "great"] * 8)]
 
 
-@pytest.fixture(scope="session")
-def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model of two layers and four heads with the toy's tokenizer, saved."""
-    folder = tmp_path_factory.mktemp("small") / "model"
-    tokenizer = toy_tokenizer()
-    config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32)
-    spec = Spec.dense(2, 4, 8)
-    Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small").save(folder)
-    return folder
-
-
 @pytest.fixture
-def model(small: Path, tmp_path: Path) -> Path:
-    """A copy of `small` to damage."""
-    return Path(shutil.copytree(small, tmp_path / "model"))
+def model(small_model: Path, tmp_path: Path) -> Path:
+    """A copy of `small_model` to damage."""
+    return Path(shutil.copytree(small_model, tmp_path / "model"))
 
 
 @pytest.fixture

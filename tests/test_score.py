@@ -15,9 +15,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.opt import OPTConfig, init
 from chai_jax.spec import Spec
 
-CONFIG = OPTConfig(
-    vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16
-)
+CONFIG = OPTConfig(vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16)
 
 
 def random_model(seed: int, storage: str = "float32") -> Model:
@@ -107,7 +105,9 @@ def test_one_token_choices_share_a_forward_pass(model: Model, batches: list[scor
     np.testing.assert_allclose(found[:, 0], reference(model, choices + longer)[:, 0], atol=1e-4)
 
 
-def test_batches_are_spread_over_all_devices(model: Model, examples: list[Encoded], batches: list[score.Questions]) -> None:
+def test_batches_are_spread_over_all_devices(
+    model: Model, examples: list[Encoded], batches: list[score.Questions]
+) -> None:
     score.loglikelihoods(model, examples)
     assert {len(batch.tokens.sharding.device_set) for batch in batches} == {jax.local_device_count()}
     assert all(not batch.tokens.sharding.is_fully_replicated for batch in batches)

@@ -65,8 +65,7 @@ def medoid(features: Float[np.ndarray, "H F"], heads: tuple[int, ...]) -> int:
     """The head of a cluster with the smallest summed distance to the others; the lowest of several."""
     points = features[list(heads)]
     distances = np.linalg.norm(points[:, None] - points[None], axis=-1).sum(axis=1)
-    # Equal up to rounding is equal: without this, a pair's medoid could be either.
-    return heads[int(np.flatnonzero(distances <= distances.min() * (1 + 1e-12))[0])]
+    return heads[int(np.argmin(distances))]
 
 
 def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"], seed: int = 0) -> int:

@@ -39,7 +39,9 @@ def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[Laye
     if layer.share == "dense":
         return LayerSpec("dense", layer.clusters, layer.groups, head_dim, head_dim), params
     # For each dense head: the query, key and value head it reads, or None where nothing is left for it to do.
-    queries, keys, values = [], [], []
+    queries: list[int] = []
+    keys: list[int] = []
+    values: list[int | None] = []
     for cluster, heads in enumerate(layer.clusters):
         for slot in range(len(heads)):
             queries.append(len(queries) if layer.share == "kv" else cluster)

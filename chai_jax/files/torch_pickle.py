@@ -16,7 +16,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -90,7 +90,7 @@ class _Call:
 class _Unpickler(pickle.Unpickler):
     """Knows ordered dicts, tensors, parameters and storages; anything else is refused by name."""
 
-    def __init__(self, file: io.BufferedIOBase, path: Path, known: dict[str, Storage]):
+    def __init__(self, file: io.BufferedReader | io.BytesIO, path: Path, known: dict[str, Storage]):
         super().__init__(file)
         self._path = path
         self._known = known
@@ -120,12 +120,12 @@ class _Unpickler(pickle.Unpickler):
         return new
 
 
-def _unpickle(file: io.BufferedIOBase, path: Path, known: dict[str, Storage]) -> Any:
+def _unpickle(file: io.BufferedReader | io.BytesIO, path: Path, known: dict[str, Storage]) -> Any:
     """Load the pickle that begins here; the storages it names are added to `known`."""
     start = file.tell()
     for opcode, argument, _ in pickletools.genops(file):
         # Python makes its table as long as the largest index, so that one flipped bit can ask for 64 GiB.
-        if opcode.name.endswith("PUT") and int(argument) > MOST_OBJECTS:
+        if opcode.name.endswith("PUT") and (argument or 0) > MOST_OBJECTS:
             raise ValueError(f"object number {argument}")
     file.seek(start)
     return _Unpickler(file, path, known).load()
@@ -199,15 +199,14 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, int]]:
                     raise ValueError("numbers that are not little-endian")
         info = archive.getinfo(program)
         _member_start(file, info, info.file_size)
-        with archive.open(info) as pickled:
-            state = _unpickle(pickled, path, known)
+        state = _unpickle(io.BytesIO(archive.read(info)), path, known)
         starts = {}
         for key, storage in known.items():
             starts[key] = _member_start(file, archive.getinfo(f"{root}data/{key}"), storage.nbytes)
     return state, starts
 
 
-def _member_start(file: BinaryIO, info: zipfile.ZipInfo, nbytes: int) -> int:
+def _member_start(file: io.BufferedReader, info: zipfile.ZipInfo, nbytes: int) -> int:
     """The first byte of a member's data, which must be stored as it is, `nbytes` long and inside the file."""
     if info.compress_type != zipfile.ZIP_STORED or info.file_size != nbytes:
         raise ValueError(f"{info.filename} is compressed or not {nbytes} bytes long")

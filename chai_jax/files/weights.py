@@ -120,7 +120,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Stored], metadata: Mappi
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in track(order, f"writing {path.name}"):
-            file.write(np.ascontiguousarray(tensors[name].read()).reshape(-1).view(np.uint8).data)
+            file.write(tensors[name].read().tobytes())
 
 
 def write_weights(

@@ -82,8 +82,8 @@ def _programs(model: Model, tokens: np.ndarray, shape: Shape) -> dict[str, Calla
     keys = jax.random.split(jax.random.key(0), shape.batch)
     eos, greedy = jnp.int32(NEVER), Sampling.checked()
     capacity = shape.prompt + shape.new_tokens
-    lengths = np.full(shape.batch, shape.prompt, np.int32)
-    questions = Questions(jnp.asarray(tokens), lengths, lengths, np.full((shape.batch, 1), 4, np.int32))
+    lengths = jnp.full(shape.batch, shape.prompt, jnp.int32)
+    questions = Questions(jnp.asarray(tokens), lengths, lengths, jnp.full((shape.batch, 1), 4, jnp.int32))
 
     def start() -> Any:
         return prefill(model.config, model.spec, params, tokens, mask, keys, greedy, eos, capacity=capacity, dtype=dtype)

@@ -120,11 +120,11 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
             until, length, temperature, top_k, top_p = wanted
             room = self.max_length - length
             if room < 1:
-                raise InputError(f"{length} new tokens do not fit the model's {self.max_length} positions: lower max_gen_toks")
+                raise InputError(
+                    f"{length} new tokens do not fit the model's {self.max_length} positions: lower max_gen_toks"
+                )
             prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in members]
-            made = generate_tokens(
-                self.model, prompts, length, temperature, top_k, top_p, batch_size=self.batch_size
-            )
+            made = generate_tokens(self.model, prompts, length, temperature, top_k, top_p, batch_size=self.batch_size)
             for index, tokens in zip(members, made, strict=True):
                 text = self.tokenizer.decode(tokens, skip_special_tokens=True)
                 for stop in until:
@@ -164,7 +164,9 @@ def write_tasks(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
     built_in = Path(lm_eval.__file__).parent / "tasks"
     for name in rows:
         if name not in SOURCES:
-            raise InputError(f"the task {name!r} has no counterpart in the harness; expected one of {', '.join(SOURCES)}")
+            raise InputError(
+                f"the task {name!r} has no counterpart in the harness; expected one of {', '.join(SOURCES)}"
+            )
         path = folder / f"{name}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
         local = {

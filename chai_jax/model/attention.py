@@ -37,20 +37,21 @@ def mix_values(
     multiplies them; with many rows they never are: the values are read back instead, and all value heads of a cluster go
     through one matmul.
     """
-    batch, clusters, _, rows, columns = probabilities.shape
+    batch, clusters, queries, rows, columns = probabilities.shape
     split = (batch, clusters, value_heads, columns)
     if rows > 1:
-        read = dequantize(values, dtype).reshape(*split, -1)
+        read = dequantize(values, dtype)
         equation = "bcqts,bcvsr->bcqvtr"
     else:
-        probabilities = probabilities[:, :, :, None]
+        shape = (batch, clusters, queries, value_heads, rows, columns)
+        probabilities = jnp.broadcast_to(probabilities[:, :, :, None], shape)
         if isinstance(values, QuantizedArray):
             probabilities = probabilities * values.scale.astype(jnp.float32).reshape(split)[:, :, None, :, None]
-            values = values.values
-        read = values.astype(dtype).reshape(*split, -1)
-        shape = (*probabilities.shape[:3], value_heads, rows, columns)
-        probabilities = jnp.broadcast_to(probabilities, shape)
+            read = values.values.astype(dtype)
+        else:
+            read = values.astype(dtype)
         equation = "bcqvts,bcvsr->bcqvtr"
+    read = read.reshape(*split, -1)
     mixed = jnp.einsum(equation, probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
     return mixed.astype(dtype)
 

@@ -90,11 +90,11 @@ class Output:
 jax.tree_util.register_dataclass(Output)
 
 
-def _param(value: Leaf | None) -> nnx.Param | None:
+def _param(value: Leaf | None) -> Any:
     return None if value is None else nnx.Param(value)
 
 
-def _value(param: nnx.Param) -> Any:
+def _value(param: Any) -> Any:
     return param.get_value()
 
 

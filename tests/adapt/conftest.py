@@ -10,17 +10,14 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from chai_jax.compress.quantize import store_weights
 from chai_jax.data.batches import Encoded
 from chai_jax.model.model import Model
 from chai_jax.model.opt import Declared, OPTConfig, declare
-from chai_jax.model.quantized import quantize
 from chai_jax.model.sharding import make_mesh
 from chai_jax.spec import Spec
 
-CONFIG = OPTConfig(
-    vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16
-)
-CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
+CONFIG = OPTConfig(vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16)
 
 
 @pytest.fixture(scope="session")
@@ -39,9 +36,7 @@ def tiny() -> Callable[..., Model]:
 
         params = jax.tree.map(leaf, declare(config, spec), is_leaf=lambda x: isinstance(x, Declared))
         for layer in int8:
-            for name, axes in CONTRACTED.items():
-                part = params["layers"][str(layer)][name]
-                part["kernel"] = quantize(part["kernel"], axes, jnp.float32)
+            params["layers"][str(layer)] = store_weights(params["layers"][str(layer)], "int8")
         return Model(config, spec, params)
 
     return build

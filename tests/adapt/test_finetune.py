@@ -103,5 +103,3 @@ def test_learns_what_can_be_learned(tiny: Callable[..., Model], one_device: Mesh
     assert log[0]["loss"] > 4
     assert log[-1]["loss"] < 0.5
     assert (tuned(np.array([[2, *text] for text in texts]))[:, -1].argmax(-1) == np.array(texts)[:, -1]).mean() > 0.9
-
-

@@ -101,7 +101,9 @@ def test_log_has_one_entry_per_update(run: Any) -> None:
     *_, log = run
     names = {"stage", "step", "steps", "lr", "loss", "grad_norm", "tokens_per_s"}
     assert [set(entry) for entry in log] == [names] * 6
-    assert [(entry["step"], entry["steps"], entry["stage"]) for entry in log] == [(n, 6, "finetune") for n in range(1, 7)]
+    assert [(entry["step"], entry["steps"], entry["stage"]) for entry in log] == [
+        (n, 6, "finetune") for n in range(1, 7)
+    ]
     assert all(entry["tokens_per_s"] > 0 and entry["grad_norm"] > 0 for entry in log)
 
 
@@ -163,9 +165,7 @@ def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded
         np.testing.assert_allclose(means["loss"], expected, atol=2e-4)
 
 
-def test_a_format_coarser_than_the_updates_still_learns(
-    tiny: Build, examples: list[Encoded], one_device: Mesh
-) -> None:
+def test_a_format_coarser_than_the_updates_still_learns(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
     """One update is far below a step of int8; the float32 masters add them up."""
     model, config = tiny(int8=(0,)), TrainConfig(lr=2e-4, batch=16, accumulation=1, epochs=30)
     log: list[dict[str, Any]] = []
@@ -238,7 +238,9 @@ def test_clip_is_of_the_trainable_leaves_norm() -> None:
 def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
     model, log = tiny(), []
     model.params["final_norm"]["scale"] = model.params["final_norm"]["scale"].at[0].set(jnp.nan)
-    with pytest.raises(InputError, match=r"finetune stopped at update 1 of 6: its \w+ is nan; .* lower the learning rate"):
+    with pytest.raises(
+        InputError, match=r"finetune stopped at update 1 of 6: its \w+ is nan; .* lower the learning rate"
+    ):
         finetune(model, examples, FinetuneConfig(SHORT), log.append, mesh=one_device)
     assert log == []
 
@@ -250,12 +252,15 @@ def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole:
     gradient, means = step(masters, frozen, None, pack(examples, (2, 8), 32, 6))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(means["loss"], whole[1]["loss"], rtol=0.05)
-    near = jax.tree.map(lambda a, b: float((a * b).sum() / (jnp.linalg.norm(a) * jnp.linalg.norm(b))), gradient, whole[0])
+    near = jax.tree.map(
+        lambda a, b: float((a * b).sum() / (jnp.linalg.norm(a) * jnp.linalg.norm(b))), gradient, whole[0]
+    )
     assert near["embed"]["tokens"] > 0.98
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("lr", 0.0), ("lr", float("nan")), ("batch", 0), ("max_steps", 0), ("clip", -1.0), ("seed", -1)]
+    ("setting", "value"),
+    [("lr", 0.0), ("lr", float("nan")), ("batch", 0), ("max_steps", 0), ("clip", -1.0), ("seed", -1)],
 )
 def test_settings_out_of_range(setting: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{setting} is"):

@@ -88,7 +88,7 @@ def test_arrays_say_what_the_examples_say(examples: list[Encoded]) -> None:
         assert batch.tokens[at][batch.mask[at]].tolist() == list(example.tokens[:-1])
         read = [
             (tuple(batch.tokens[at][: position + 1].tolist()), int(token))
-            for position, token, weight in zip(*(getattr(batch, x)[at] for x in ("positions", "targets", "weights")))
+            for position, token, weight in zip(batch.positions[at], batch.targets[at], batch.weights[at], strict=True)
             if weight == 1
         ]
         expected = [(example.tokens[:at], example.tokens[at]) for at in range(example.start, len(example.tokens))]

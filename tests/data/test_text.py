@@ -24,7 +24,8 @@ def test_windows_hold_every_token_once(bpe: Any, length: int) -> None:
     assert bpe.decode(tokens) == TEXT
 
 
-def test_a_long_text_is_no_news(bpe: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_text_is_no_news(bpe: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bpe, "deprecation_warnings", {})  # it warns but once
     logging.getLogger("transformers").addHandler(caplog.handler)
     windows(bpe, TEXT, 16)
     assert not caplog.records
@@ -66,7 +67,7 @@ BAD = {
     "latin.txt": "é".encode("latin-1"),
     "short.gz": WHOLE[:-20],
     "not.gz": b"film",
-    "damaged.gz": WHOLE[:20] + b"\xff" * 8 + WHOLE[28:],
+    "damaged.gz": WHOLE[:13] + b"\xff" * 8 + WHOLE[21:],  # not deflate any more: zlib.error
     "checksum.gz": WHOLE[:-8] + b"\0" * 8,
 }
 

@@ -1,4 +1,4 @@
-"""Accuracy and perplexity against arithmetic done by hand and example by example, and against the harness's formulas."""
+"""Accuracy and perplexity against arithmetic by hand and example by example, and against the harness's formulas."""
 
 import dataclasses
 import gzip
@@ -50,10 +50,8 @@ def text() -> str:
     return " ".join(row["sentence"] for row in toy_rows("train", 30))
 
 
-def make(scores: list[list[float]], labels: list[int], **others: Any) -> Result:
-    shape = np.shape(scores)
-    zeros = np.zeros(shape, bool)
-    return Result("sst2", np.array(labels), np.array(scores), zeros, others.pop("characters", np.ones(shape, int)), **others)
+def make(scores: list[list[float]], labels: list[int], characters: np.ndarray | None = None) -> Result:
+    return Result("sst2", np.array(labels), np.array(scores), np.zeros(np.shape(scores), bool), characters)
 
 
 def naive_logprobs(model: Model, tokens: list[int], start: int) -> float:
@@ -94,10 +92,11 @@ def test_standard_error_is_the_harness_one(result: Result) -> None:
 def test_acc_norm_divides_by_characters_without_the_leading_space(model: Model) -> None:
     rows = [{"goal": "the plot", "sol1": "is very good .", "sol2": "dull", "label": label} for label in (0, 1)]
     found = evaluate_rows(model, PIQA, rows)
+    assert found.characters is not None
     assert found.characters.tolist() == [[14, 4], [14, 4]]
     by_character = (found.loglikelihoods / [14, 4]).argmax(1) == [0, 1]
     assert found.metrics()["acc_norm"] == by_character.mean()
-    opposed = make([[-10.0, -4.0]] * 2, [0, 0], characters=np.array([[10, 2]] * 2), normalised=True).metrics()
+    opposed = make([[-10.0, -4.0]] * 2, [0, 0], np.array([[10, 2]] * 2)).metrics()
     assert (opposed["acc"], opposed["acc_norm"]) == (0, 1)
 
 
@@ -127,17 +126,32 @@ def test_baseline_may_be_a_model_and_must_have_answered_the_same(
         evaluate(other, "sst2", data_dir=tmp_path, limit=10, baseline=result)
 
 
-def test_metrics_are_json_and_samples_give_the_result_back(result: Result, tmp_path: Path) -> None:
-    compared = result.against(result)
-    assert json.loads(json.dumps(compared.metrics(), allow_nan=False)) == compared.metrics()
+def test_metrics_are_json(result: Result) -> None:
+    compared = result.against(result).metrics()
+    assert json.loads(json.dumps(compared, allow_nan=False)) == compared
+
+
+@pytest.mark.parametrize("characters", [None, np.array([[3, 4], [5, 6], [7, 8]])])
+def test_samples_give_the_result_back(characters: np.ndarray | None, tmp_path: Path) -> None:
+    result = make([[-1 / 3, -2.0], [-1, 0], [-4, -5]], [0, 1, 1], characters)
     result.write_samples(tmp_path / "samples.jsonl")
-    lines = (tmp_path / "samples.jsonl").read_text().splitlines()
-    assert len(lines) == result.n
-    again = Result.from_samples([json.loads(line) for line in lines])
-    assert again.metrics() == result.metrics()
-    assert again.samples() == result.samples()
-    with pytest.raises(InputError, match="not the samples"):
-        Result.from_samples([{"label": 1}])
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples == result.samples()
+    assert [(one["index"], one["prediction"], one["right"]) for one in samples] == [
+        (0, 0, True),
+        (1, 1, True),
+        (2, 0, False),
+    ]
+    assert Result.from_samples(samples).samples() == samples
+    assert Result.from_samples(samples).metrics() == result.metrics()
+    text = TextResult(np.array([3.5, 4.0]), np.array([2, 3]))
+    assert TextResult.from_samples(json.loads(json.dumps(text.samples()))).metrics() == text.metrics()
+
+
+@pytest.mark.parametrize(("samples", "complaint"), [([], "no samples"), ([{"task": "sst2"}], "usable 'label'")])
+def test_refuses_what_are_no_samples(samples: list[dict[str, Any]], complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        Result.from_samples(samples)
 
 
 def test_refuses_one_example_and_no_tokenizer(model: Model, rows: list[dict[str, Any]]) -> None:

@@ -70,6 +70,8 @@ def test_calibration_error_of_known_cases() -> None:
     right = np.array([True, True, True, False])
     assert calibration_error(confidence, right) == pytest.approx(0.45)
     assert calibration_error(confidence, right, bins=1) == pytest.approx(0.0)
+    # The last bin ends in 1, included.
+    assert calibration_error(np.array([0.95, 1.0]), np.array([True, False])) == pytest.approx(0.475)
 
 
 def test_calibration_interval_is_that_of_resampled_examples(rng: np.random.Generator) -> None:

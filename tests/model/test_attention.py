@@ -1,6 +1,7 @@
 """Clustered attention against a naive loop over heads, in numpy and float64, from the clusters a layer lists."""
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import store
-from chai_jax.model.opt import OPTConfig, Params, Seen, forward, init, unembed
+from chai_jax.model.opt import OPTConfig, Params, Seen, forward, unembed
 from chai_jax.model.quantized import dequantize
 from chai_jax.spec import LayerSpec, Spec, group_clusters
 
@@ -19,6 +20,7 @@ CONFIG = OPTConfig(
 )
 CLUSTERS = ((0, 3), (2, 5), (1,), (4,))
 STORAGES = ("bfloat16", "int8", "int8", "float32")
+RandomParams = Callable[[OPTConfig, Spec, float], Params]
 
 
 def layer(share: str, clusters: tuple[tuple[int, ...], ...], storages: tuple[str, ...], rank: int = 8) -> LayerSpec:
@@ -59,9 +61,9 @@ def naive_heads(spec: LayerSpec, seen: Seen, params: Params) -> np.ndarray:
 
 @pytest.mark.parametrize("rank", [8, 12])
 @pytest.mark.parametrize("share", ["qk", "qkv", "kv"])
-def test_a_clustered_layer_equals_a_loop_over_its_heads(share: str, rank: int) -> None:
+def test_a_clustered_layer_equals_a_loop_over_its_heads(random_params: RandomParams, share: str, rank: int) -> None:
     spec = layer(share, CLUSTERS, STORAGES, rank)
-    params = init(CONFIG, Spec((spec,)), jax.random.key(0), std=0.3)
+    params = random_params(CONFIG, Spec((spec,)), 0.3)
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 4, 60, jnp.int32)
     run = jax.jit(partial(forward, CONFIG, Spec((spec,)), observe=lambda index, seen, params: seen))
     found = run(params, tokens, np.ones((2, 7), bool)).observed[0]
@@ -103,10 +105,10 @@ def test_a_row_that_may_read_nothing_is_finite() -> None:
 
 
 @pytest.mark.parametrize("share", ["qk", "qkv", "kv"])
-def test_singleton_clusters_are_dense_attention_bit_for_bit(share: str) -> None:
+def test_singleton_clusters_are_dense_attention_bit_for_bit(random_params: RandomParams, share: str) -> None:
     config = dataclasses.replace(CONFIG, num_layers=2)
     dense = Spec.dense(2, 6, 8, "int8")
-    params = init(config, dense, jax.random.key(0), std=0.3)
+    params = random_params(config, dense, 0.3)
     tokens = jax.random.randint(jax.random.key(1), (3, 9), 4, 60, jnp.int32)
     mask = jnp.arange(9, dtype=jnp.int32) >= jnp.array([[0], [2], [5]], jnp.int32)
     single = Spec((layer(share, tuple((head,) for head in range(6)), ("int8",) * 6),) * 2)

@@ -1,13 +1,13 @@
 """Decoding with the cache is the uncached forward pass; the cache costs what the formula says."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 import pytest
 
 from chai_jax.model import cache
-from chai_jax.model.opt import OPTConfig, Output, Params, forward, init
+from chai_jax.model.opt import OPTConfig, Output, Params, forward
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.spec import Group, LayerSpec, Spec, group_clusters
 
@@ -25,6 +25,7 @@ STORAGES = {
     "mixed": ("bfloat16", "int8", "float32"),
 }
 PROMPT, LENGTH = 6, 12
+RandomParams = Callable[[OPTConfig, Spec, float], Params]
 # A prompt on the left edge, one padded on the left, one padded on the right before it goes on, one that has two gaps.
 PADDING = np.ones((4, LENGTH), bool)
 PADDING[1, :3] = PADDING[2, 4:PROMPT] = PADDING[3, [0, 5, 8]] = False
@@ -66,9 +67,9 @@ def entries(stored: cache.Cache, mask: np.ndarray) -> dict[str, list[np.ndarray]
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("norm", CONFIGS)
-def test_cached_equals_uncached_at_every_step(norm: str, storage: str) -> None:
+def test_cached_equals_uncached_at_every_step(random_params: RandomParams, norm: str, storage: str) -> None:
     config, spec = CONFIGS[norm], mixed_spec(STORAGES[storage])
-    params = init(config, spec, jax.random.key(0), std=0.15)
+    params = random_params(config, spec, 0.15)
     tokens = np.random.default_rng(0).integers(4, 97, (4, LENGTH), np.int32)
     uncached = compiled(config, spec, params, tokens, PADDING)
     for column, output in enumerate(decode(config, spec, params, tokens, PADDING), start=PROMPT):
@@ -95,9 +96,9 @@ def assert_stored_alike(dtype: str, found: np.ndarray, expected: np.ndarray) -> 
     assert (steps == 0).mean() >= 0.999
 
 
-def test_appending_leaves_what_was_stored_bit_for_bit() -> None:
+def test_appending_leaves_what_was_stored_bit_for_bit(random_params: RandomParams) -> None:
     spec = mixed_spec(STORAGES["mixed"])
-    params = init(PRE_NORM, spec, jax.random.key(0), std=0.15)
+    params = random_params(PRE_NORM, spec, 0.15)
     tokens = np.random.default_rng(1).integers(4, 97, (4, LENGTH), np.int32)
     steps = [output.cache for output in decode(PRE_NORM, spec, params, tokens, PADDING)]
     for before, after in zip(steps, steps[1:], strict=False):
@@ -108,12 +109,12 @@ def test_appending_leaves_what_was_stored_bit_for_bit() -> None:
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_bytes_of_allocated_arrays_equal_the_formula(storage: str) -> None:
+def test_bytes_of_allocated_arrays_equal_the_formula(random_params: RandomParams, storage: str) -> None:
     spec = mixed_spec(STORAGES[storage])
     assert cache.empty(spec, 3, 7).nbytes == 3 * 7 * cache.bytes_per_token(spec)
     assert cache.measured_bytes_per_token(spec) == cache.bytes_per_token(spec)
     tokens = np.full((2, 5), 4, np.int32)
-    params = init(PRE_NORM, spec, jax.random.key(0))
+    params = random_params(PRE_NORM, spec, 0.15)
     filled = compiled(PRE_NORM, spec, params, tokens, np.ones((2, 5), bool)).cache
     assert filled.nbytes == 10 * cache.bytes_per_token(spec)
     assert cache.extend(filled, 9).nbytes == 18 * cache.bytes_per_token(spec)

@@ -12,9 +12,7 @@ from chai_jax.model.quantized import QuantizedArray, dequantize, quantize
 from chai_jax.model.sharding import TABLE, make_mesh, partition_spec, place, shardings
 from chai_jax.spec import Spec
 
-CONFIG = OPTConfig(
-    vocab_size=48, hidden_size=16, num_layers=1, num_heads=4, ffn_dim=32, max_positions=16, embed_dim=16
-)
+CONFIG = OPTConfig(vocab_size=48, hidden_size=16, num_layers=1, num_heads=4, ffn_dim=32, max_positions=16, embed_dim=16)
 SPEC = Spec.dense(1, 4, 4)
 
 
@@ -94,8 +92,6 @@ def test_forward_is_the_same_on_eight_devices(model: int) -> None:
 
     mesh = make_mesh(model=model)
     rows = jax.NamedSharding(mesh, P("data"))
-    split = hidden(
-        place(params, shardings(declared, mesh)), jax.device_put(tokens, rows), jax.device_put(mask, rows)
-    )
+    split = hidden(place(params, shardings(declared, mesh)), jax.device_put(tokens, rows), jax.device_put(mask, rows))
     assert len(split.sharding.device_set) == 8
     np.testing.assert_allclose(split, hidden(params, tokens, mask), atol=1e-5)

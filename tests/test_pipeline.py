@@ -1,0 +1,174 @@
+"""A run leaves what it promises, survives a kill at any moment, and stages compose in any order."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chai_jax import pipeline
+from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
+from chai_jax.data.toy import toy_rows
+from chai_jax.errors import InputError
+
+TIMES = ("seconds", "latency")
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy's rows under the name of SST-2."""
+    folder = tmp_path_factory.mktemp("data") / "sst2"
+    folder.mkdir()
+    for split, count in (("train", 96), ("validation", 32)):
+        lines = [json.dumps(row) + "\n" for row in toy_rows(split, count)]
+        (folder / f"{split}.jsonl").write_text("".join(lines))
+    return folder.parent
+
+
+def job(model: Path, data: Path, out: Path, **changes: Any) -> RunConfig:
+    settings = {
+        "task": "sst2",
+        "data_dir": data,
+        "finetune": "never",
+        "planning": PlanConfig(layers=1.0, clusters="2", calibration=8),
+        "train": TrainOverrides(lr=1e-3, batch=8, accumulation=2, max_steps=2),
+    }
+    return RunConfig(str(model), out=out, **{**settings, **changes})
+
+
+def results(out: Path) -> list[dict[str, Any]]:
+    """The records of a run without what a clock measured."""
+    records = json.loads((out / "results.json").read_text())
+    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
+
+
+def weights(out: Path) -> bytes:
+    return (out / "model" / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(small_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    pipeline.run(job(small_model, data, out))
+    return out
+
+
+def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
+    names = {"config.json", "plan.json", "sensitivity.json", "results.json", "metrics.jsonl", "model", "report", "stages"}
+    assert {path.name for path in undisturbed.iterdir()} == names
+    records = json.loads((undisturbed / "results.json").read_text())
+    assert [record["stage"] for record in records] == ["dense", "cluster", "distil", "quantize", "target"]
+    for record in records:
+        assert record["metrics"]["n"] == 32
+        assert record["kv_bytes_per_token"] == record["kv_bytes_per_token_formula"]
+        assert record["latency"]["decode_ms_per_token"]["median"] > 0
+    # 2 layers, keys and values, 4 heads of 8 in bfloat16; then 2 of the 4 heads
+    assert records[0]["kv_bytes_per_token"] == 2 * 2 * 4 * 8 * 2 == records[0]["kv_bytes_per_token_dense_bfloat16"]
+    assert records[1]["kv_bytes_per_token"] == records[0]["kv_bytes_per_token"] // 2
+    assert records[1]["kv_reduction"] == 0.5
+    assert records[3]["kv_bytes_per_token"] < records[1]["kv_bytes_per_token"]
+    assert records[3]["model_bytes"] < records[1]["model_bytes"] < records[0]["model_bytes"]
+    assert "flips" in records[1]["metrics"]
+    steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
+    assert [(step["run_stage"], step["step"]) for step in steps] == [("distil", 1), ("distil", 2), ("target", 1), ("target", 2)]
+
+
+def test_interrupted_anywhere_it_ends_the_same(
+    undisturbed: Path, small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stop before every write of a stage and of the results, then repeat the command."""
+    out = tmp_path / "run"
+    wanted = job(small_model, data, out)
+    for place, method in (("RunFolder", "finish"), ("Job", "report")):
+        kind = getattr(pipeline, place)
+        real = getattr(kind, method)
+        calls = 0
+
+        def stop(self: Any, *arguments: Any, real: Any = real) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls % 2:
+                raise KeyboardInterrupt
+            return real(self, *arguments)
+
+        monkeypatch.setattr(kind, method, stop)
+    for _ in range(12):
+        try:
+            pipeline.run(wanted)
+            break
+        except KeyboardInterrupt:
+            continue
+    expected = results(undisturbed)
+    assert results(out) == expected
+    assert weights(out) == weights(undisturbed)
+    assert (out / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_repeating_a_finished_run_computes_nothing(
+    undisturbed: Path, small_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (undisturbed / "results.json").read_bytes()
+    monkeypatch.setattr(pipeline, "distil", None)
+    monkeypatch.setattr(pipeline, "latency", None)
+    summary = pipeline.run(job(small_model, data, undisturbed))
+    assert (undisturbed / "results.json").read_bytes() == before
+    assert [stage["stage"] for stage in summary["stages"]] == ["dense", "cluster", "distil", "quantize", "target"]
+
+
+def test_another_configuration_is_refused(undisturbed: Path, small_model: Path, data: Path) -> None:
+    with pytest.raises(InputError, match="holds a run with seed = 0, not 1"):
+        pipeline.run(job(small_model, data, undisturbed, seed=1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [",".join(order) for order in itertools.permutations(("distil", "quantize", "target"))])
+def test_every_order_runs(order: str, small_model: Path, data: Path, tmp_path: Path) -> None:
+    pipeline.run(job(small_model, data, tmp_path / "out", order=order))
+    assert [record["stage"] for record in results(tmp_path / "out")] == ["dense", "cluster", *order.split(",")]
+
+
+def test_text_instead_of_a_task(small_model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "corpus.txt"
+    text.write_text("\n".join(row["sentence"] for row in toy_rows("train", 120)))
+    wanted = job(small_model, tmp_path, tmp_path / "out", task=None, data_dir=None, text=text, order="distil,quantize")
+    pipeline.run(wanted)
+    records = results(tmp_path / "out")
+    assert [record["stage"] for record in records] == ["dense", "cluster", "distil", "quantize"]
+    assert all(record["metrics"]["perplexity"] > 1 for record in records)
+    assert records[1]["metrics"]["difference"] != 0
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_ends_the_same(
+    undisturbed: Path, small_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after a random time, until the command gets through."""
+    out = tmp_path / "run"
+    script = (
+        "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path; import test_pipeline as t;"
+        "t.pipeline.run(t.job(*map(Path, sys.argv[2:5])))"
+    )
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(small_model), str(data), str(out)]
+    draw = random.Random(0)
+    killed = 0
+    for _ in range(40):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ)
+        deadline = time.monotonic() + draw.uniform(10, 40)
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        killed += 1
+    assert process.returncode == 0
+    assert killed > 0
+    assert results(out) == results(undisturbed)
+    assert weights(out) == weights(undisturbed)
