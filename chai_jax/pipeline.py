@@ -18,6 +18,7 @@ from chai_jax.adapt.finetune import finetune
 from chai_jax.adapt.target import target
 from chai_jax.adapt.toy import toy_model
 from chai_jax.analyse.cluster import cluster_count
+from chai_jax.analyse.planner import cache_fraction, plan_within
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import probe
 from chai_jax.compress.quantize import quantize, with_storage
@@ -261,15 +262,16 @@ def print_table(table: Any) -> None:
 def plan_for(model: Model, work: Work, config: RunConfig) -> Plan:
     """Look at a dense model on the work's calibration examples and decide."""
     wanted = config.planning
-    return make_plan(
-        model,
-        probe(model, work.calibration, window=max(map(len, work.calibration))),
-        share=wanted.share,
-        layers=wanted.layers or 0.0,
-        clusters=parse_clusters(wanted.clusters or "elbow"),
-        sensitivity=wanted.sensitivity,
-        seed=config.seed,
-    )
+    seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
+    choices: Record = {"share": wanted.share, "sensitivity": wanted.sensitivity, "seed": config.seed}
+    if wanted.kv_budget is None:
+        clusters = parse_clusters(wanted.clusters or "elbow")
+        return make_plan(model, seen, layers=wanted.layers or 0.0, clusters=clusters, **choices)
+    plan = plan_within(model, seen, wanted.kv_budget, **choices)
+    reached = cache_fraction(plan, model.config)
+    if reached > wanted.kv_budget:
+        console.print(f"warning: the nearest feasible plan takes {reached:.3f} of the dense cache, not {wanted.kv_budget}")
+    return plan
 
 
 def parse_clusters(clusters: str) -> str | int | float:

@@ -14,7 +14,7 @@ from chai_jax.analyse.probe import Probe, fingerprint
 from chai_jax.analyse.sensitivity import critical, sensitivities, tiers
 from chai_jax.compress.slice import cluster_order
 from chai_jax.errors import InputError
-from chai_jax.model.cache import BYTES, group_bytes_per_token
+from chai_jax.model.cache import BYTES, bytes_per_token, group_bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.opt import OPTConfig
 from chai_jax.progress import track
@@ -74,6 +74,43 @@ def plan(
     made = Plan(tuple(entries), share, membership, sensitivity=scores, method=sensitivity)
     made.check()
     return made
+
+
+def plan_within(model: Model, probe: Probe, budget: float, **choices: Any) -> Plan:
+    """The plan with the most clusters per layer, the same number in every layer, whose cache keeps to a budget.
+
+    Which layers get which tier depends on the clusters, so each count is tried with the cheap `attention` scores first and
+    the one found with the scores asked for. Where one cluster per layer is still too much, that plan is returned.
+
+    Args:
+        budget: cache bytes per token as a fraction of the dense bfloat16 cache.
+        choices: `plan`'s keyword arguments, without `layers` and `clusters`.
+
+    Raises:
+        InputError: a budget that is not above 0; and what `plan` raises.
+    """
+    if not budget > 0:
+        raise InputError(f"the cache budget is {budget}; expected a fraction of the dense bfloat16 cache, above 0")
+
+    def with_count(count: int, **changes: Any) -> Plan:
+        return plan(model, probe, layers=1.0, clusters=count, **{**choices, **changes})
+
+    def fits(candidate: Plan) -> bool:
+        return cache_fraction(candidate, model.config) <= budget
+
+    heads = model.config.num_heads
+    count = next((c for c in range(heads, 1, -1) if fits(with_count(c, sensitivity="attention"))), 1)
+    found = with_count(count)
+    while count > 1 and not fits(found):
+        count -= 1
+        found = with_count(count)
+    return found
+
+
+def cache_fraction(plan: Plan, config: OPTConfig) -> float:
+    """Cache bytes of a plan's model over those of the dense bfloat16 cache, by formula."""
+    dense = Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16")
+    return bytes_per_token(planned_spec(plan, config)) / bytes_per_token(dense)
 
 
 def find_clusters(

@@ -1,6 +1,5 @@
 """Distillation against the formula written out in numpy, and what it may not touch."""
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
@@ -59,12 +58,19 @@ def test_loss_is_the_formula(tiny: Build, examples: list[Encoded]) -> None:
     np.testing.assert_allclose(means["loss"], alpha * 9 * np.mean(kl) + (1 - alpha) * np.mean(ce), rtol=1e-4)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny: Build, examples: list[Encoded]) -> None:
-    model = tiny()
-    gradient, means = gradients(model, model, examples, 2.0, 1.0)
-    assert float(means["loss"]) == pytest.approx(0, abs=1e-6)
-    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) < 1e-6
-    assert float(means["ce"]) > 1
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(
+    tiny: Build, examples: list[Encoded], one_device: Mesh
+) -> None:
+    """And their arrays, which are the same, survive the stage."""
+    model, log = tiny(), []
+    before = jax.tree.map(np.array, model.params)
+    config = DistilConfig(TrainConfig(batch=16, accumulation=2, max_steps=1), alpha=1.0)
+    distil(model, model, examples, config, log.append, mesh=one_device)
+    (update,) = log
+    assert update["kl"] == pytest.approx(0, abs=1e-6)
+    assert update["grad_norm"] < 1e-5
+    assert update["ce"] > 1
+    jax.tree.map(np.testing.assert_array_equal, model.params, before)
 
 
 def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
@@ -77,17 +83,6 @@ def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded], on
     assert {"kl", "ce", "loss"} <= set(log[0])
     jax.tree.map(np.testing.assert_array_equal, (student.params, teacher.params), before)
     assert not np.array_equal(after.params["embed"]["tokens"], before[0]["embed"]["tokens"])
-
-
-def test_a_dense_model_can_teach_itself_quantized(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
-    """The teacher of the default run is the student's own origin; their arrays are shared and must survive."""
-    teacher = tiny(0)
-    student = tiny(0, storage="int8", int8=(0,))
-    student = student.replace(params={**student.params, "embed": teacher.params["embed"]})
-    config = dataclasses.replace(SHORT, epochs=1)
-    distil(student, teacher, examples, DistilConfig(config), mesh=one_device)
-    assert np.isfinite(teacher(np.array([[2, 3]]))).all()
-    assert np.isfinite(student(np.array([[2, 3]]))).all()
 
 
 def test_refuses_another_vocabulary(tiny: Build, examples: list[Encoded]) -> None:

@@ -73,10 +73,10 @@ def test_mask_marks_whole_layers(tiny: Build) -> None:
 @pytest.fixture(scope="module")
 def tuned(tiny: Build, examples: list[Encoded], one_device: Mesh) -> tuple[Model, Model, list[dict[str, Any]]]:
     """A bfloat16 model with int8 layers 0 and 1, whose layer 1 was tuned."""
-    model = tiny(num_layers=3, dtype=jnp.bfloat16, int8=(0, 1), storage="int8")
+    model = tiny(num_layers=2, dtype=jnp.bfloat16, int8=(0, 1), storage="int8")
     config = TargetConfig(TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=6))
     log: list[dict[str, Any]] = []
-    return model, target(model, plan_of((0.0, 0.9, 0.1)), examples, config, log.append, mesh=one_device), log
+    return model, target(model, plan_of((0.1, 0.9)), examples, config, log.append, mesh=one_device), log
 
 
 def test_all_else_is_the_very_same_arrays(tuned: tuple[Model, Model, Any]) -> None:
@@ -101,10 +101,3 @@ def test_chosen_layer_keeps_its_formats_and_changes(tuned: tuple[Model, Model, A
                 assert new.dtype == jnp.bfloat16
                 assert (new != old).any()
     assert log[-1]["loss"] < log[0]["loss"]
-
-
-def test_callers_model_stays_usable(tuned: tuple[Model, Model, Any]) -> None:
-    model, after, _ = tuned
-    tokens = np.array([[2, 7, 9]])
-    assert np.isfinite(model(tokens)).all()
-    assert not np.array_equal(model(tokens), after(tokens))

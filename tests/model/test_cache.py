@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -56,17 +57,30 @@ def decode(config: OPTConfig, spec: Spec, params: Params, tokens: np.ndarray, ma
         yield output
 
 
-def entries(stored: cache.Cache, mask: np.ndarray) -> dict[str, list[np.ndarray]]:
-    """The stored entries at real tokens, by format; the scales of int8 among the bfloat16 ones."""
-    found: dict[str, list[np.ndarray]] = {}
-    for leaf in jax.tree.leaves(stored.layers):
-        columns = np.moveaxis(np.asarray(leaf), 2, 1)[:, :LENGTH][mask]
-        found.setdefault(str(leaf.dtype), []).append(columns.ravel())
-    return found
+def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndarray) -> None:
+    """At real tokens: float32 within 1e-5; else 99.9 % of what is stored is equal, and the rest one step apart.
+
+    The step of int8 values is 1, that of bfloat16 its spacing at the largest entry of the token's vector: where the rest
+    of a vector is much smaller, float32's own rounding is more than a step there.
+    """
+    same = []
+    for a, b in zip(jax.tree.leaves(found.layers), jax.tree.leaves(expected.layers), strict=True):
+        x, y = (np.moveaxis(np.asarray(leaf), 2, 1)[:, :LENGTH][real] for leaf in (a, b))
+        distance = np.abs(x.astype(np.float32) - y.astype(np.float32))
+        if a.dtype == jnp.float32:
+            assert distance.max() <= 1e-5
+            continue
+        peak = np.abs(y.astype(np.float32)).max(axis=-1, keepdims=True)
+        step = 1.0 if a.dtype == jnp.int8 else 2.0 ** (np.floor(np.log2(peak)) - 7)
+        assert (distance <= step).all()
+        same.append((x == y).ravel())
+    assert not same or np.concatenate(same).mean() >= 0.999
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("norm", CONFIGS)
+CASES = [("pre_norm", storage) for storage in STORAGES] + [("post_norm", "float32"), ("post_norm", "mixed")]
+
+
+@pytest.mark.parametrize(("norm", "storage"), CASES)
 def test_cached_equals_uncached_at_every_step(random_params: RandomParams, norm: str, storage: str) -> None:
     config, spec = CONFIGS[norm], mixed_spec(STORAGES[storage])
     params = random_params(config, spec, 0.15)
@@ -79,21 +93,7 @@ def test_cached_equals_uncached_at_every_step(random_params: RandomParams, norm:
     assert int(output.cache.length) == LENGTH and output.cache.capacity == LENGTH + 3
     np.testing.assert_array_equal(output.cache.mask[:, :LENGTH], PADDING)
     assert not output.cache.mask[:, LENGTH:].any()
-    expected = entries(uncached.cache, PADDING)
-    for dtype, found in entries(output.cache, PADDING).items():
-        assert_stored_alike(dtype, np.concatenate(found), np.concatenate(expected[dtype]))
-
-
-def assert_stored_alike(dtype: str, found: np.ndarray, expected: np.ndarray) -> None:
-    """float32 within 1e-5; else at least 99.9 % of the entries equal and the rest one step apart."""
-    if dtype == "float32":
-        np.testing.assert_allclose(found, expected, atol=1e-5)
-        return
-    if dtype == "bfloat16":  # neighbours of one sign differ by one in their bits
-        found, expected = found.view(np.int16), expected.view(np.int16)
-    steps = np.abs(found.astype(np.int32) - expected.astype(np.int32))
-    assert steps.max() <= 1
-    assert (steps == 0).mean() >= 0.999
+    assert_stored_alike(output.cache, uncached.cache, PADDING)
 
 
 def test_appending_leaves_what_was_stored_bit_for_bit(random_params: RandomParams) -> None:
@@ -109,15 +109,18 @@ def test_appending_leaves_what_was_stored_bit_for_bit(random_params: RandomParam
 
 
 @pytest.mark.parametrize("storage", STORAGES)
-def test_bytes_of_allocated_arrays_equal_the_formula(random_params: RandomParams, storage: str) -> None:
+def test_bytes_of_allocated_arrays_equal_the_formula(storage: str) -> None:
     spec = mixed_spec(STORAGES[storage])
     assert cache.empty(spec, 3, 7).nbytes == 3 * 7 * cache.bytes_per_token(spec)
     assert cache.measured_bytes_per_token(spec) == cache.bytes_per_token(spec)
-    tokens = np.full((2, 5), 4, np.int32)
-    params = random_params(PRE_NORM, spec, 0.15)
-    filled = compiled(PRE_NORM, spec, params, tokens, np.ones((2, 5), bool)).cache
-    assert filled.nbytes == 10 * cache.bytes_per_token(spec)
-    assert cache.extend(filled, 9).nbytes == 18 * cache.bytes_per_token(spec)
+    assert cache.extend(cache.empty(spec, 3, 7), 9).nbytes == 3 * 9 * cache.bytes_per_token(spec)
+
+
+def test_bytes_of_a_filled_cache_equal_the_formula(random_params: RandomParams) -> None:
+    spec = mixed_spec(STORAGES["mixed"])
+    tokens = np.full((4, PROMPT), 4, np.int32)
+    filled = compiled(PRE_NORM, spec, random_params(PRE_NORM, spec, 0.15), tokens, PADDING[:, :PROMPT]).cache
+    assert filled.nbytes == tokens.size * cache.bytes_per_token(spec)
 
 
 @pytest.mark.parametrize(
