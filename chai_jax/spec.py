@@ -120,27 +120,33 @@ class Spec:
             InputError: anything that `to_json` would not have written, groups that do not fit their clusters.
         """
         try:
-            layers = []
-            for entry in value["layers"]:
-                groups = tuple(Group(**group) for group in entry["groups"])
-                clusters = tuple(tuple(int(head) for head in heads) for heads in entry["clusters"])
-                layers.append(LayerSpec(**{**entry, "groups": groups, "clusters": clusters}))
-            spec = cls(tuple(layers))
-            for index, layer in enumerate(spec.layers):
-                fits = layer.groups == group_clusters(layer.share, layer.clusters, layer.storages)
-                known = set(layer.storages) <= set(STORAGES) and layer.share in SHARES and layer.weights in WEIGHTS
-                positive = isinstance(layer.key_rank, int) and isinstance(layer.value_rank, int)
-                if not (fits and known and positive and layer.key_rank > 0 and layer.value_rank > 0):
-                    raise InputError(
-                        f"spec layer {index} contradicts itself; expected what save() writes: save it again"
-                    )
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
+            layers = tuple(_layer_spec(index, entry) for index, entry in enumerate(value["layers"]))
+        except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"not a spec ({error!r}); expected the spec.json that save() writes: save it again"
             ) from None
-        return spec
+        return cls(layers)
+
+
+def _layer_spec(index: int, entry: Any) -> LayerSpec:
+    groups = tuple(Group(**group) for group in entry["groups"])
+    clusters = tuple(tuple(heads) for heads in entry["clusters"])
+    layer = LayerSpec(**{**entry, "groups": groups, "clusters": clusters})
+    sizes = [layer.key_rank, layer.value_rank]
+    sizes += [size for group in groups for size in (group.clusters, group.queries, group.values)]
+    # Plain ints first, and their sum: a huge count must not be unrolled to be found wrong.
+    fits = (
+        all(type(size) is int and size > 0 for size in sizes)
+        and all(type(head) is int for heads in clusters for head in heads)
+        and layer.key_heads == len(clusters)
+        and groups == group_clusters(layer.share, clusters, layer.storages)
+        and set(layer.storages) <= set(STORAGES)
+        and layer.share in SHARES
+        and layer.weights in WEIGHTS
+    )
+    if not fits:
+        raise InputError(f"spec layer {index} contradicts itself; expected what save() writes: save it again")
+    return layer
 
 
 @dataclass(frozen=True)
