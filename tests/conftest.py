@@ -16,6 +16,8 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Compiling is most of the time of these tests, and optimised code would hardly run faster at such sizes.
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
 }
 
 

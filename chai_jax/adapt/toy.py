@@ -19,7 +19,7 @@ VERSION = 1  # raise it with anything that changes what is trained
 LAYERS, HEADS, WIDTH = 4, 8, 64
 TRAIN = TrainConfig(lr=2e-3, batch=32, accumulation=1, epochs=1, max_steps=600)
 # Larger than OPT's 0.02, which at this width leaves the first hundred steps without a gradient to speak of.
-STD = 0.08
+STD = 0.12
 
 
 def toy_folder(seed: int) -> Path:

@@ -18,6 +18,9 @@ from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clus
 CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
 
 
+_quantize = jax.jit(quantize_array, static_argnums=(1, 2))  # one program a shape instead of one per operation
+
+
 def quantize(model: Model, plan: Plan) -> Model:
     """Apply the plan's storage formats to cache and weights (CHAI-Quant).
 
@@ -92,7 +95,7 @@ def _store_kernel(kernel: Leaf, axes: tuple[int, ...], weights: str) -> Leaf:
     if isinstance(kernel, QuantizedArray):
         return kernel  # as small as it gets; a second rounding would only cost accuracy
     if weights == "int8":
-        return quantize_array(kernel, axes, scale_dtype=jnp.dtype(jnp.float32))
+        return _quantize(kernel, axes, jnp.dtype(jnp.float32))
     # A float16 kernel is as small as a bfloat16 one and finer.
     return kernel if kernel.dtype.itemsize <= 2 else kernel.astype(jnp.bfloat16)
 

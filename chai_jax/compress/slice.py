@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
@@ -70,21 +71,21 @@ def _slice_layer(layer: LayerSpec, params: Params, wanted: LayerPlan, share: str
 
 
 def _fold_values(
-    value: Params, output: Params, kept: Sequence[int], members: Sequence[Sequence[int]]
+    value: Params, output: Params, kept: Sequence[int], members: Sequence[list[int]]
 ) -> tuple[Params, Params]:
     """One value head per cluster, output projections summed; the value biases of all its heads go, exactly, into the
     output bias, because softmax rows sum to one."""
-    kernel = output["kernel"].astype(jnp.float32)
-    folded = jnp.stack([kernel[jnp.asarray(heads)].sum(axis=0) for heads in members])
-    new_output = {**output, "kernel": folded.astype(output["kernel"].dtype)}
+    kernel = np.asarray(output["kernel"], np.float32)
+    folded = np.stack([kernel[heads].sum(axis=0) for heads in members])
+    new_output = {**output, "kernel": jnp.asarray(folded, output["kernel"].dtype)}
     new_value = take_heads(value, kept)
     if "bias" in value:
-        bias = value["bias"].astype(jnp.float32)
-        merged = np.asarray([len(heads) > 1 for heads in members])
         moved = [head for heads in members if len(heads) > 1 for head in heads]
-        constant = jnp.einsum("hr,hrd->d", bias[jnp.asarray(moved)], kernel[jnp.asarray(moved)])
-        new_output["bias"] = (output["bias"].astype(jnp.float32) + constant).astype(output["bias"].dtype)
-        new_value["bias"] = jnp.where(merged[:, None], jnp.zeros_like(new_value["bias"]), new_value["bias"])
+        constant = np.einsum("hr,hrd->d", np.asarray(value["bias"], np.float32)[moved], kernel[moved])
+        new_output["bias"] = jnp.asarray(np.asarray(output["bias"], np.float32) + constant, output["bias"].dtype)
+        bias = np.array(new_value["bias"])
+        bias[[at for at, heads in enumerate(members) if len(heads) > 1]] = 0
+        new_value["bias"] = jnp.asarray(bias)
     return new_value, new_output
 
 
@@ -96,14 +97,20 @@ def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Seq
 
 
 def take(leaf: Leaf, indices: Sequence[int], axis: int) -> Leaf:
-    """Select along a (negative) axis of a leaf, and of its scale where the scale has that axis."""
-    at = jnp.asarray(indices, jnp.int32)
+    """Select along a (negative) axis of a leaf, and of its scale where the scale has that axis.
+
+    On the host: every shape is new, and compiling a program for each would take longer than the copies.
+    """
+
+    def select(x: Array, axis: int) -> Array:
+        return jnp.asarray(np.take(np.asarray(x), indices, axis=axis))
+
     if not isinstance(leaf, QuantizedArray):
-        return jnp.take(leaf, at, axis=axis)
+        return select(leaf, axis)
     scale = leaf.scale
     if axis not in leaf.axes:
-        scale = jnp.take(scale, at, axis=axis + sum(reduced > axis for reduced in leaf.axes))
-    return dataclasses.replace(leaf, values=jnp.take(leaf.values, at, axis=axis), scale=scale)
+        scale = select(scale, axis + sum(reduced > axis for reduced in leaf.axes))
+    return dataclasses.replace(leaf, values=select(leaf.values, axis), scale=scale)
 
 
 def take_heads(projection: Params, heads: Sequence[int]) -> Params:

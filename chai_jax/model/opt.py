@@ -7,6 +7,7 @@ float32. Dropout is not applied, in training neither. The spec and the types of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -363,6 +364,7 @@ def declare(config: OPTConfig, spec: Spec) -> Params:
     return tree
 
 
+@partial(jax.jit, static_argnums=(0, 1, 3))
 def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params:
     """Random parameters as OPT's: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
     declared, treedef = jax.tree.flatten(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))

@@ -27,6 +27,7 @@ NEVER = -1  # as the token to stop at
 STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
 
 
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "done", "keys"], meta_fields=[])
 @dataclass(frozen=True)
 class State:
     """Decoding between two steps.
@@ -39,12 +40,9 @@ class State:
     """
 
     cache: Cache
-    tokens: Int32[Array, "B S"]
-    done: Bool[Array, "B"]
-    keys: Key[Array, "B"]
-
-
-jax.tree_util.register_dataclass(State)
+    tokens: Any  # int32 [B, S]
+    done: Any  # bool [B]
+    keys: Any  # random keys [B]
 
 
 def bucket(count: int) -> int:

@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +23,9 @@ class Sampling:
         top_p: of these, only the nucleus (see `nucleus`).
     """
 
-    temperature: float | Float[Array, ""] | None = None
+    temperature: Any = None  # a number, or float [] when traced
     top_k: int | None = None
-    top_p: float | Float[Array, ""] | None = None
+    top_p: Any = None  # likewise
 
     @classmethod
     def checked(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> "Sampling":

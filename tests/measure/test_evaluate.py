@@ -171,6 +171,7 @@ def test_perplexity_reads_every_token_once_after_a_sentence_start(model: Model, 
     assert found["loss"] == pytest.approx(nats / len(ids), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(nats / len(ids)), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
+    assert perplexity(model, text)["windows"] == math.ceil(len(ids) / 63)
     path = tmp_path / "text.txt.gz"
     path.write_bytes(gzip.compress(text.encode()))
     assert perplexity(model, path, window=32) == found

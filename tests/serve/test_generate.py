@@ -1,0 +1,231 @@
+"""Generation is the uncached model asked again and again; batches, padding, pieces and buckets change nothing."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.compress.quantize import with_storage
+from chai_jax.errors import InputError
+from chai_jax.files.store import load
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.quantized import quantize
+from chai_jax.serve import generate as serve
+from chai_jax.serve.generate import bucket, generate, generate_tokens, stream
+from chai_jax.spec import Spec
+
+BYTES = 4  # the first token that stands for a byte
+CONFIG = OPTConfig(
+    vocab_size=BYTES + 256, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=80, embed_dim=32
+)
+PROMPTS = ([2, 70, 80, 90], [2], [2, 101, 102], [2, *range(50, 74)], [2, 250, 251, 252, 253])
+
+
+class ByteTokenizer:
+    """One token per byte of UTF-8, as the slowest byte-level BPE."""
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [BYTES + byte for byte in text.encode()]}
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return bytes(token - BYTES for token in tokens if token >= BYTES).decode(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """Random, with embeddings large enough that the text goes somewhere."""
+    spec = Spec.dense(2, 4, 8)
+    params = init(CONFIG, spec, jax.random.key(0), std=0.2)
+    return Model(CONFIG, spec, params, ByteTokenizer())
+
+
+def naive(model: Model, prompt: list[int], count: int) -> list[int]:
+    """Greedy tokens, each by a forward pass over all tokens so far (padded on the right to one shape)."""
+    tokens = np.full((1, 48), 1, np.int32)
+    tokens[0, : len(prompt)] = prompt
+    length = len(prompt)
+    for _ in range(count):
+        logits = model(tokens, np.arange(48)[None] < length)
+        tokens[0, length] = int(jnp.argmax(logits[0, length - 1]))
+        length += 1
+    return [int(token) for token in tokens[0, len(prompt) : length]]
+
+
+def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: Model) -> None:
+    found = generate_tokens(model, PROMPTS, max_new_tokens=12, stop=False)
+    assert found == [naive(model, prompt, 12) for prompt in PROMPTS]
+    assert len({tuple(tokens) for tokens in found}) == len(PROMPTS)
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> None:
+    stored = with_storage(model, storage)
+    assert generate_tokens(stored, PROMPTS[:2], 12, stop=False) == [naive(stored, p, 12) for p in PROMPTS[:2]]
+
+
+def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(model: Model) -> None:
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
+    params["layers"]["0"]["up"]["kernel"] = quantize(params["layers"]["0"]["up"]["kernel"], (-2,))
+    params["layers"]["1"]["output"]["kernel"] = quantize(params["layers"]["1"]["output"]["kernel"], (-3, -2))
+    small = model.replace(params=params)
+    assert generate_tokens(small, PROMPTS[:1], 12, stop=False) == [naive(small, PROMPTS[0], 12)]
+
+
+def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path) -> None:
+    from transformers import OPTForCausalLM
+    from transformers import OPTConfig as TorchConfig
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 16}
+    sizes = {"vocab_size": 96, "max_position_embeddings": 64, "num_hidden_layers": 2, "init_std": 0.2}
+    config = TorchConfig(**shape, **sizes, do_layer_norm_before=False, dropout=0.0)
+    module = OPTForCausalLM(config).eval()
+    module.generation_config.eos_token_id = None
+    module.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    prompts = [[2, 10, 20], [2, 5, 6, 7, 8, 9]]
+    for prompt, found in zip(prompts, generate_tokens(ours, prompts, 16, stop=False), strict=True):
+        expected = module.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+        assert found == expected[0, len(prompt) :].tolist()
+
+
+def test_each_sequence_stops_at_its_own_end(model: Model) -> None:
+    free = generate_tokens(model, PROMPTS, 12, stop=False)
+    end = free[0][3]
+    stopping = model.replace(config=dataclasses.replace(model.config, eos_token_id=end))
+    found = generate_tokens(stopping, PROMPTS, 12)
+    assert found == [row[: row.index(end) + 1] if end in row else row for row in free]
+    assert len(found[0]) <= 4 and max(map(len, found)) == 12
+
+
+def test_sampling_follows_the_seed_and_the_prompts_number_alone(model: Model) -> None:
+    def drawn(batch_size: int, seed: int, prompts: tuple[list[int], ...] = PROMPTS) -> list[list[int]]:
+        return generate_tokens(model, prompts, 8, 1.5, top_k=50, seed=seed, stop=False, batch_size=batch_size)
+
+    whole = drawn(8, seed=0)
+    assert drawn(2, seed=0) == whole
+    assert drawn(8, seed=0, prompts=PROMPTS[:3]) == whole[:3]
+    assert drawn(8, seed=1) != whole
+    assert len({tuple(row) for row in drawn(8, 0, ([2, 70],) * 5)}) == 5
+
+
+def test_mixed_requests_share_a_few_programs(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    traces: list[Any] = []
+    real = serve.forward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        traces.append(args[3].shape)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(serve, "forward", counted)  # it runs while a program is traced, and never again
+    # Another vocabulary, so that no program of the tests before fits.
+    config = dataclasses.replace(model.config, pad_token_id=3)
+    fresh = model.replace(config=config)
+    for rows, length, new in [(3, 5, 4), (4, 14, 9), (3, 9, 16), (4, 2, 1), (3, 16, 11)]:
+        generate_tokens(fresh, [[2] * length] * rows, new)
+        generate_tokens(fresh, [[2] * length] * rows, new, temperature=0.1 * new)
+    assert set(traces) == {(4, 16), (4, 1)}
+    assert len(traces) <= 4 * 2  # prefill and decode, greedy and sampled; a while loop may be traced twice
+
+
+def test_the_cache_is_updated_in_place(model: Model) -> None:
+    """A decode step neither takes a second cache nor copies the first: what it needs beside is small."""
+    tokens, mask = serve.pad_left(PROMPTS, 1)
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    greedy, eos = serve.Sampling.checked(), jnp.int32(2)
+    state = serve.prefill(
+        CONFIG, model.spec, model.params, tokens, mask, keys, greedy, eos, capacity=2048, dtype=jnp.float32
+    )
+    program = serve.decode.lower(
+        CONFIG, model.spec, model.params, state, jnp.int32(40), greedy, eos, dtype=jnp.float32
+    ).compile()
+    memory = program.memory_analysis()
+    assert memory.alias_size_in_bytes >= state.cache.nbytes
+    assert memory.temp_size_in_bytes < state.cache.nbytes / 2
+    before = jax.tree.leaves(state.cache.layers)
+    after = program(model.params, state, jnp.int32(40), greedy, eos)
+    assert all(leaf.is_deleted() for leaf in before)
+    assert int(after.cache.length) == 40
+
+
+def test_the_model_stays_usable(model: Model) -> None:
+    before = model(np.array([PROMPTS[0]], np.int32))
+    generate_tokens(model, PROMPTS, 4)
+    np.testing.assert_array_equal(model(np.array([PROMPTS[0]], np.int32)), before)
+
+
+def test_generate_returns_completions_alone(model: Model) -> None:
+    texts = generate(model, ["abc", "", "</s>"], max_new_tokens=6)
+    tokens = generate_tokens(model, [[2, BYTES + 97, BYTES + 98, BYTES + 99], [2]], 6)
+    assert texts[:2] == [model.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+    assert generate(model, []) == []
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "top_p": 0.95}])
+def test_streamed_pieces_make_up_the_text(model: Model, sampling: dict[str, float]) -> None:
+    (text,) = generate(model, ["abc"], max_new_tokens=30, seed=3, **sampling)
+    pieces = list(stream(model, "abc", max_new_tokens=30, seed=3, **sampling))
+    assert "".join(pieces) == text and len(pieces) > 1 and all(pieces)
+    heard: list[str] = []
+    assert generate(model, ["abc"], max_new_tokens=30, seed=3, on_text=heard.append, **sampling) == [text]
+    assert heard == pieces
+
+
+def test_a_character_is_streamed_whole(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [BYTES + byte for byte in "né€😀".encode()]
+
+    def one_by_one(*args: Any, **kwargs: Any) -> Iterator[list[list[int]]]:
+        yield from ([made[:count]] for count in range(1, len(made) + 1))
+
+    monkeypatch.setattr(serve, "_continue", one_by_one)
+    assert list(stream(model, "x")) == ["n", "é", "€", "😀"]
+
+
+@pytest.mark.parametrize("count", [1, 16, 17, 100, 128, 129, 500, 545, 2048])
+def test_buckets_hold_their_content_and_waste_little(count: int) -> None:
+    size = bucket(count)
+    assert count <= size <= max(count + 15, 1.25 * count)
+    assert bucket(size) == size
+
+
+def test_there_are_few_buckets() -> None:
+    assert len({bucket(count) for count in range(1, 2049)}) == 24
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asked", "message"),
+    [
+        ([[2] * 70], {"max_new_tokens": 11}, "prompt 0 has 70 tokens; 11 new ones do not fit the model's 80 positions"),
+        ([[2], []], {}, "prompt 1 has no tokens"),
+        ([[2, 260]], {}, "outside 0 to 259"),
+        ([[2, -1]], {}, "outside 0 to 259"),
+        ([[2]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ([[2]], {"top_p": 0.5}, "greedy"),
+    ],
+)
+def test_refuses_what_cannot_be(model: Model, prompts: list[list[int]], asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        generate_tokens(model, prompts, **asked)
+
+
+def test_the_longest_completion_that_fits_is_made(model: Model) -> None:
+    (found,) = generate_tokens(model, [[2] * 70], max_new_tokens=10, stop=False)
+    assert len(found) == 10
+
+
+def test_refuses_texts_it_cannot_read(model: Model) -> None:
+    with pytest.raises(InputError, match=r"write \[prompt\]"):
+        generate(model, "abc")
+    with pytest.raises(InputError, match="no tokenizer"):
+        generate(model.replace(tokenizer=None), ["abc"])
+    with pytest.raises(InputError, match="on_text with 2 prompts"):
+        generate(model, ["a", "b"], on_text=print)
