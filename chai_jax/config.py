@@ -130,7 +130,7 @@ class PlanConfig:
     clusters: str | None = None
     """`elbow`, a number of clusters, or a ratio below 1 of the heads (default: elbow; toy: 2)."""
     kv_budget: float | None = None
-    """Cache bytes wanted, as a fraction of the dense bfloat16 cache: every layer is clustered, as little as that takes."""
+    """Cache bytes wanted, as a fraction of the dense bfloat16 ones: all layers are clustered, as little as that takes."""
     sensitivity: Literal["kl", "perturbation", "attention"] = "kl"
     """How layers are scored for their tier."""
     calibration: int = 128
@@ -182,6 +182,7 @@ class RunConfig:
     """Revision of a hub model."""
     planning: PlanConfig = field(default_factory=PlanConfig)
     train: TrainOverrides = field(default_factory=TrainOverrides)
+
 
 # The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.
 TOY_TRAIN = TrainOverrides(lr=1e-3, batch=32, accumulation=1, epochs=1, max_steps=200)

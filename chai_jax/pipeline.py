@@ -1,4 +1,4 @@
-"""A run: the dense model, its clustering, and the stages in the order asked for, each evaluated, recorded and resumable."""
+"""A run: the dense model, its clustering, the stages in the order asked for; evaluated, recorded, resumable."""
 
 import dataclasses
 import json
@@ -66,7 +66,9 @@ def run(config: RunConfig) -> Record:
     folder = RunFolder(out, resolved(config, out))
     source = load_any(config.model, config.revision, config.seed)
     if not source.spec.is_dense:
-        raise InputError(f"{config.model} is clustered already; expected a dense model: start from the one it was made from")
+        raise InputError(
+            f"{config.model} is clustered already; expected a dense model: start from the one it was made from"
+        )
     if plan is not None:
         plan.check_model(source.config.num_layers, source.config.num_heads)
     clusters = parse_clusters(config.planning.clusters or "elbow")
@@ -179,7 +181,11 @@ class Job:
         return Plan.read(path)
 
     def _keep_plan(self, plan: Plan) -> None:
-        scores = {"method": plan.method, "layers": list(plan.sensitivity), "tiers": [layer.tier for layer in plan.layers]}
+        scores = {
+            "method": plan.method,
+            "layers": list(plan.sensitivity),
+            "tiers": [layer.tier for layer in plan.layers],
+        }
         write_json(self.folder.path / "sensitivity.json", scores)
         write_json(self.folder.path / "plan.json", plan.to_json())
 
@@ -235,7 +241,6 @@ class Job:
         index, record = min(reversed(candidates), key=lambda candidate: costs[self.config.select](candidate[1]))
         return index, record["stage"]
 
-
     def _held_out_cost(self, model: Model) -> float:
         """1 - accuracy (or, of a text, the loss) on held-out training examples."""
         metrics = self.work.judge(model).metrics()
@@ -270,7 +275,9 @@ def plan_for(model: Model, work: Work, config: RunConfig) -> Plan:
     plan = plan_within(model, seen, wanted.kv_budget, **choices)
     reached = cache_fraction(plan, model.config)
     if reached > wanted.kv_budget:
-        console.print(f"warning: the nearest feasible plan takes {reached:.3f} of the dense cache, not {wanted.kv_budget}")
+        console.print(
+            f"warning: the nearest feasible plan takes {reached:.3f} of the dense cache, not {wanted.kv_budget}"
+        )
     return plan
 
 

@@ -75,7 +75,7 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def logger(self, stage: str) -> Callable[[Record], None]:
-        """Append records of `stage` to metrics.jsonl; what an interrupted attempt left of this stage is dropped first."""
+        """Append records of `stage` to metrics.jsonl; what an interrupted attempt left of it is dropped first."""
         path = self.path / "metrics.jsonl"
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:

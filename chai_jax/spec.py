@@ -237,16 +237,16 @@ class Plan:
         """Membership per prompt needs every head's value and full Wq, Wk (CHAI, section 3.3)."""
         if self.share != "qk" or self.merge != "representative":
             raise InputError(
-                f"the plan asks for prompt membership with share {self.share!r}, merge {self.merge!r}; merged weights belong to "
-                "fixed clusters: use share 'qk' with representatives, or membership 'calibrated'"
+                f"the plan asks for prompt membership with share {self.share!r}, merge {self.merge!r}; merged weights "
+                "belong to fixed clusters: use share 'qk' with representatives, or membership 'calibrated'"
             )
         if self.warmup_tokens < 1:
             raise InputError(f"warmup_tokens is {self.warmup_tokens}; expected at least 1")
         for index, layer in enumerate(self.layers):
             if len({cluster.storage for cluster in layer.clusters}) > 1:
                 raise InputError(
-                    f"plan layer {index}: prompt membership with two storages in a layer; clusters change from prompt to "
-                    "prompt: give all its clusters one storage"
+                    f"plan layer {index}: prompt membership with two storages in a layer; clusters change from prompt "
+                    "to prompt: give all its clusters one storage"
                 )
 
     def check_model(self, layers: int, heads: int) -> None:

@@ -1,4 +1,4 @@
-"""What a run works on: a labelled task or a text, in disjoint parts for training, calibrating, choosing and measuring."""
+"""What a run works on: a labelled task or a text, in disjoint parts to train on, calibrate, choose and measure by."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -60,7 +60,9 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
     looked_at = min(config.planning.calibration, len(kept) // 2)
     calibration, judged = kept[:looked_at], kept[looked_at:]
     if min(len(calibration), len(judged), len(validation)) < 2:
-        raise InputError(f"{task.name} has {len(train)} training and {len(validation)} validation rows; expected more of both")
+        raise InputError(
+            f"{task.name} has {len(train)} training and {len(validation)} validation rows; expected more of both"
+        )
 
     def tokens(row: Row) -> tuple[int, ...]:
         example = task.request(row).example

@@ -220,10 +220,14 @@ def test_read_only_output_folder(model: Path, data: Path, capsys: pytest.Capture
     locked = tmp_path / "locked"
     locked.mkdir()
     locked.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    assert "cannot write" in refused(capsys, "run", model, "--task", "sst2", "--data-dir", data, "--out", locked / "out")
+    assert "cannot write" in refused(
+        capsys, "run", model, "--task", "sst2", "--data-dir", data, "--out", locked / "out"
+    )
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan"], ["explain"], ["evaluate"], ["generate"], ["verify"], ["export"], ["env"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["plan"], ["explain"], ["evaluate"], ["generate"], ["verify"], ["export"], ["env"]]
+)
 def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main([*command, "--help"])

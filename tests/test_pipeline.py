@@ -61,7 +61,16 @@ def undisturbed(small_model: Path, data: Path, tmp_path_factory: pytest.TempPath
 
 
 def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
-    names = {"config.json", "plan.json", "sensitivity.json", "results.json", "metrics.jsonl", "model", "report", "stages"}
+    names = {
+        "config.json",
+        "plan.json",
+        "sensitivity.json",
+        "results.json",
+        "metrics.jsonl",
+        "model",
+        "report",
+        "stages",
+    }
     assert {path.name for path in undisturbed.iterdir()} == names
     records = json.loads((undisturbed / "results.json").read_text())
     assert [record["stage"] for record in records] == ["dense", "cluster", "distil", "quantize", "target"]
@@ -77,7 +86,12 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert records[3]["model_bytes"] < records[1]["model_bytes"] < records[0]["model_bytes"]
     assert "flips" in records[1]["metrics"]
     steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
-    assert [(step["run_stage"], step["step"]) for step in steps] == [("distil", 1), ("distil", 2), ("target", 1), ("target", 2)]
+    assert [(step["run_stage"], step["step"]) for step in steps] == [
+        ("distil", 1),
+        ("distil", 2),
+        ("target", 1),
+        ("target", 2),
+    ]
 
 
 def test_interrupted_anywhere_it_ends_the_same(
@@ -128,7 +142,9 @@ def test_another_configuration_is_refused(undisturbed: Path, small_model: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [",".join(order) for order in itertools.permutations(("distil", "quantize", "target"))])
+@pytest.mark.parametrize(
+    "order", [",".join(order) for order in itertools.permutations(("distil", "quantize", "target"))]
+)
 def test_every_order_runs(order: str, small_model: Path, data: Path, tmp_path: Path) -> None:
     pipeline.run(job(small_model, data, tmp_path / "out", order=order))
     assert [record["stage"] for record in results(tmp_path / "out")] == ["dense", "cluster", *order.split(",")]
@@ -146,9 +162,7 @@ def test_text_instead_of_a_task(small_model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_random_it_ends_the_same(
-    undisturbed: Path, small_model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_killed_at_random_it_ends_the_same(undisturbed: Path, small_model: Path, data: Path, tmp_path: Path) -> None:
     """SIGKILL after a random time, until the command gets through."""
     out = tmp_path / "run"
     script = (

@@ -27,8 +27,8 @@ def expand(model: Model) -> Model:
         rank = max(layer.key_rank, layer.value_rank)
         if rank > model.config.head_dim:
             raise InputError(
-                f"layer {index} shares keys or values of rank {rank}, a dense head has {model.config.head_dim} dimensions; "
-                "such a model has no ordinary OPT form: save it instead of exporting it"
+                f"layer {index} shares keys or values of rank {rank}, a dense head has {model.config.head_dim} "
+                "dimensions; such a model has no ordinary OPT form: save it instead of exporting it"
             )
         new, layers[str(index)] = _expand_layer(layer, params["layers"][str(index)], model.config.head_dim)
         spec_layers.append(new)

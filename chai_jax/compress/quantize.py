@@ -24,7 +24,7 @@ _quantize = jax.jit(quantize_array, static_argnums=(1, 2))  # one program a shap
 def quantize(model: Model, plan: Plan) -> Model:
     """Apply the plan's storage formats to cache and weights (CHAI-Quant).
 
-    The model may be clustered by this plan or still dense; a clustered head's cache format is that of the plan's cluster.
+    The model may be clustered by this plan or still dense; a merged head gets the format of the plan's cluster.
 
     Raises:
         InputError: the plan is for another shape of model, or would store one cached head in two formats.
@@ -48,8 +48,8 @@ def _store_layer(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan
         formats = sorted({format_of[head] for head in heads})
         if len(formats) > 1:
             raise InputError(
-                f"layer {index}: heads {list(heads)} share one cached head, the plan stores them as {' and '.join(formats)}; "
-                "expected the plan the model was clustered by"
+                f"layer {index}: heads {list(heads)} share one cached head, the plan stores them as {' and '.join(formats)}"
+                "; expected the plan the model was clustered by"
             )
         storages.append(formats[0])
     order = cluster_order(layer.share, layer.clusters, storages)
@@ -81,7 +81,7 @@ def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:
 
 
 def store_weights(params: Params, weights: str) -> Params:
-    """A layer's parameters with its kernels in the format `weights`: as loaded, bfloat16, or int8 per output channel."""
+    """A layer's parameters, kernels in the format `weights`: as loaded, bfloat16, or int8 per output channel."""
     if weights == "loaded":
         return params
     stored = dict(params)

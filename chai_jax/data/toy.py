@@ -49,7 +49,7 @@ SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as OPT's
 PROMPT = "{sentence}\nIs it good?\nAnswer:"
 ANSWERS = ("no", "yes")
 POSITIONS = 64  # twice the longest review with its question and answer
-COUNTS = {"train": 20_000, "validation": 1_000}
+COUNTS = {"train": 30_000, "validation": 1_000}
 
 
 def toy_rows(split: str, count: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ def toy_rows(split: str, count: int | None = None, seed: int = 0) -> list[dict[s
     Args:
         split: train or validation; a hash of the sentence decides where it belongs, so that no sentence is in both,
             whatever the counts and seeds.
-        count: 20,000 (train) or 1,000 (validation) if not given.
+        count: 30,000 (train) or 1,000 (validation) if not given.
     """
     draw = random.Random(seed)
     labels: dict[str, int] = {}

@@ -73,4 +73,6 @@ def check_writable(path: Path) -> None:
             pass
     except OSError as error:
         reason = error.strerror or error
-        raise InputError(f"cannot write to {folder} ({reason}); expected a writable folder: choose another --out") from None
+        raise InputError(
+            f"cannot write to {folder} ({reason}); expected a writable folder: choose another --out"
+        ) from None

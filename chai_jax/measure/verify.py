@@ -1,4 +1,4 @@
-"""Are two models the same function? The largest logit difference and the divergence of their next-token distributions."""
+"""Are two models the same function? Largest logit difference, divergence of the next-token distributions."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def verify(first: Model, second: Model, texts: tuple[str, ...] = TEXTS) -> dict[
     """Compare two models on the same texts (on random tokens where `first` has no tokenizer), float32 logits.
 
     Returns:
-        `max_logit_difference`, `mean_kl` (nats, KL(first || second) per token), `max_kl`, `same_top_token` (fraction) and
+        `max_logit_difference`, `mean_kl` (nats, KL(first || second) per token), `max_kl`, `same_top_token` (fraction),
         `n` (tokens compared).
 
     Raises:
@@ -29,7 +29,9 @@ def verify(first: Model, second: Model, texts: tuple[str, ...] = TEXTS) -> dict[
     """
     if first.config.vocab_size != second.config.vocab_size:
         sizes = first.config.vocab_size, second.config.vocab_size
-        raise InputError(f"the models have {sizes[0]} and {sizes[1]} tokens; expected one vocabulary: compare other models")
+        raise InputError(
+            f"the models have {sizes[0]} and {sizes[1]} tokens; expected one vocabulary: compare other models"
+        )
     longest = min(first.config.max_positions, second.config.max_positions)
     if first.tokenizer is None:
         rows = np.random.default_rng(0).integers(4, first.config.vocab_size, (4, min(32, longest))).tolist()

@@ -34,7 +34,7 @@ def mix_values(
     """Weighted sums of the values [B, C * v, S, R] under each cluster's attention.
 
     With one query row (decoding) the probabilities are spread over the cluster's value heads and an int8 value's scale
-    multiplies them; with many rows they never are: the values are read back instead, and all value heads of a cluster go
+    multiplies them; with many rows they never are: the values are read back instead, and a cluster's value heads all go
     through one matmul.
     """
     batch, clusters, queries, rows, columns = probabilities.shape

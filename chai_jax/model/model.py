@@ -44,7 +44,7 @@ class Model:
         """float32 logits [B, T, V] of tokens int32 [B, T]; mask bool [B, T] is True at real tokens (all, if not given).
 
         Raises:
-            InputError: more tokens than the position table has rows, a token outside the vocabulary, shapes that differ.
+            InputError: more tokens than the position table has rows, a token outside the vocabulary, unequal shapes.
         """
         tokens = np.asarray(tokens, np.int32)
         mask = np.ones(tokens.shape, bool) if mask is None else np.asarray(mask, bool)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Float
 class QuantizedArray:
     """Symmetric int8 with one scale for each slice along `axes`.
 
-    Laws: `scale.shape` is `values.shape` without `axes`; `original ~ values * expand_dims(scale, axes)`; the error of an
-    entry is at most half its scale; a slice of zeros has scale 1. `axes` are negative, so that leading (batch) axes may
+    Laws: `scale.shape` is `values.shape` without `axes`; `original ~ values * expand_dims(scale, axes)`; an entry's
+    error is at most half its scale; a slice of zeros has scale 1. `axes` are negative, so that leading (batch) axes may
     come and go.
     """
 
@@ -50,8 +50,8 @@ def is_leaf(value: object) -> bool:
 def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLike = jnp.bfloat16) -> QuantizedArray:
     """Quantize to int8, one scale per slice along `axes` (negative).
 
-    The scale is absmax / 127, rounded up in `scale_dtype` before it is used, so that no entry can exceed 127. No gradient
-    flows through it: training passes its gradient straight around (`chai_jax.model.cache.through_storage`).
+    The scale is absmax / 127, rounded up in `scale_dtype` before it is used, so that no entry can exceed 127. No
+    gradient flows through it: training passes its gradient straight around (`chai_jax.model.cache.through_storage`).
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
     peak = jnp.max(jnp.abs(x), axis=axes)
@@ -74,7 +74,7 @@ def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
 def einsum(equation: str, x: Float[Array, "..."], kernel: Leaf) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, kernel)` in x's dtype, accumulated in float32, for a plain or a quantized kernel.
 
-    A quantized kernel's scale runs over its output axes only (the last ones of the result), so it multiplies the result.
+    A quantized kernel's scale runs over its output axes only (the last ones of the result), so it scales the result.
     """
     weights = kernel.values if isinstance(kernel, QuantizedArray) else kernel
     y = jnp.einsum(equation, x, weights.astype(x.dtype), preferred_element_type=jnp.float32)

@@ -186,7 +186,9 @@ def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) 
         if not len(prompt):
             raise InputError(f"prompt {number} has no tokens; expected at least one: begin it with the model's </s>")
         if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise InputError(f"prompt {number} has tokens outside 0 to {model.config.vocab_size - 1}: use the model's tokenizer")
+            raise InputError(
+                f"prompt {number} has tokens outside 0 to {model.config.vocab_size - 1}: use the model's tokenizer"
+            )
         if len(prompt) + max_new_tokens > model.config.max_positions:
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens; {max_new_tokens} new ones do not fit the model's "
@@ -208,7 +210,7 @@ def generate_tokens(
     """The tokens that follow each prompt (token ids, the model's `</s>` first): at most `max_new_tokens`.
 
     With `stop`, a sequence ends with the model's end-of-text token where it comes to one. Prompts of similar length
-    go through the model together, `batch_size` at a time; what is drawn for a prompt depends on its number, not on these.
+    go through the model together, `batch_size` at a time; what is drawn for a prompt depends on its number alone.
 
     Raises:
         InputError: a prompt that with `max_new_tokens` does not fit the position table, that is empty or not of the
@@ -236,7 +238,9 @@ def encode_prompt(model: Model, prompt: str) -> list[int]:
         InputError: the model has no tokenizer.
     """
     if model.tokenizer is None:
-        raise InputError("the model has no tokenizer; expected one: load it with its tokenizer files, or use generate_tokens")
+        raise InputError(
+            "the model has no tokenizer; expected one: load it with its tokenizer files, or use generate_tokens"
+        )
     tokens = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bos = model.config.bos_token_id
     return tokens if tokens[:1] == [bos] else [bos, *tokens]
@@ -267,7 +271,9 @@ def generate(
         raise InputError("prompts is one string; expected a list of strings: write [prompt]")
     if on_text is not None:
         if len(prompts) != 1:
-            raise InputError(f"on_text with {len(prompts)} prompts; expected one: texts of a batch are made side by side")
+            raise InputError(
+                f"on_text with {len(prompts)} prompts; expected one: texts of a batch are made side by side"
+            )
         pieces = []
         for piece in stream(model, prompts[0], max_new_tokens, temperature, top_k, top_p, seed):
             on_text(piece)

@@ -15,7 +15,7 @@ from chai_jax.errors import InputError
 @partial(jax.tree_util.register_dataclass, data_fields=["temperature", "top_p"], meta_fields=["top_k"])
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy unless there is a temperature; another temperature or `top_p` needs no recompilation, another `top_k` does.
+    """Greedy unless there is a temperature. Only another `top_k` (or one more or less of the three) is compiled anew.
 
     Attributes:
         temperature: divides the logits; None is greedy.

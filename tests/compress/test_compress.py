@@ -68,7 +68,7 @@ def test_singletons_are_dense_attention_bit_for_bit(config: OPTConfig, share: st
 
 
 def tied_heads(model: Model, share: str) -> Model:
-    """The dense model in which every head of a cluster has its representative's weights: what clustering should equal."""
+    """The dense model in which every head of a cluster has its representative's weights: what clustering equals."""
     source = {head: heads[-1] for heads in PARTITION for head in heads}
     at = jnp.asarray([source[head] for head in range(6)])
     layers = {}

@@ -1,5 +1,6 @@
 """Decoding with the cache is the uncached forward pass; the cache costs what the formula says."""
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import jax
@@ -60,8 +61,8 @@ def decode(config: OPTConfig, spec: Spec, params: Params, tokens: np.ndarray, ma
 def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndarray) -> None:
     """At real tokens: float32 within 1e-5; else 99.9 % of what is stored is equal, and the rest one step apart.
 
-    The step of int8 values is 1, that of bfloat16 its spacing at the largest entry of the token's vector: where the rest
-    of a vector is much smaller, float32's own rounding is more than a step there.
+    The step of int8 values is 1, that of bfloat16 its spacing at the largest entry of the token's vector: at its much
+    smaller entries, float32's own rounding is more than a step.
     """
     same = []
     for a, b in zip(jax.tree.leaves(found.layers), jax.tree.leaves(expected.layers), strict=True):
@@ -90,7 +91,8 @@ def test_cached_equals_uncached_at_every_step(random_params: RandomParams, norm:
         real = PADDING[:, column]
         bound = 1e-5 if storage == "float32" else 1e-2  # one step of storage, somewhere in the past
         np.testing.assert_allclose(output.hidden[real, 0], uncached.hidden[real, column], atol=bound)
-    assert int(output.cache.length) == LENGTH and output.cache.capacity == LENGTH + 3
+    assert int(output.cache.length) == LENGTH
+    assert output.cache.capacity == LENGTH + 3
     np.testing.assert_array_equal(output.cache.mask[:, :LENGTH], PADDING)
     assert not output.cache.mask[:, LENGTH:].any()
     assert_stored_alike(output.cache, uncached.cache, PADDING)
@@ -101,11 +103,12 @@ def test_appending_leaves_what_was_stored_bit_for_bit(random_params: RandomParam
     params = random_params(PRE_NORM, spec, 0.15)
     tokens = np.random.default_rng(1).integers(4, 97, (4, LENGTH), np.int32)
     steps = [output.cache for output in decode(PRE_NORM, spec, params, tokens, PADDING)]
-    for before, after in zip(steps, steps[1:], strict=False):
+    for before, after in itertools.pairwise(steps):
         used = int(before.length)
         for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
             np.testing.assert_array_equal(old[:, :, :used], new[:, :, :used])
-            assert (np.asarray(new[:, :, used]) != 0).any() and not np.asarray(new[:, :, used + 1 :]).any()
+            assert (np.asarray(new[:, :, used]) != 0).any()
+            assert not np.asarray(new[:, :, used + 1 :]).any()
 
 
 @pytest.mark.parametrize("storage", STORAGES)
@@ -145,7 +148,10 @@ def test_bytes_per_token_of_opt_125m_shapes(share: str, storage: str, expected: 
 def test_extended_columns_are_empty_and_masked() -> None:
     small = cache.empty(Spec.dense(1, 2, 4, "int8"), batch=2, capacity=3)
     large = cache.extend(small, 8)
-    assert large.capacity == 8 and not large.mask.any() and int(large.length) == 0
+    assert large.capacity == 8
+    assert not large.mask.any()
+    assert int(large.length) == 0
     (group,) = large.layers[0]
     assert isinstance(group.keys, QuantizedArray)
-    assert group.keys.values.shape == (2, 2, 8, 4) and group.keys.scale.shape == (2, 2, 8)
+    assert group.keys.values.shape == (2, 2, 8, 4)
+    assert group.keys.scale.shape == (2, 2, 8)

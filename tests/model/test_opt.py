@@ -1,4 +1,4 @@
-"""Our forward pass against torch's `OPTForCausalLM`, the oracle: logits and gradients, both paddings, every shape of OPT."""
+"""Our forward pass against torch's `OPTForCausalLM`, the oracle: logits, gradients, paddings, all shapes of OPT."""
 
 from pathlib import Path
 from types import ModuleType
@@ -88,7 +88,7 @@ def test_variants_equal_torch(torch: ModuleType, tmp_path: Path, variant: str) -
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) -> None:
-    """Of the mean cross-entropy of the next token, for every parameter, compared through the loader's own name table."""
+    """Of the next token's mean cross-entropy, for every parameter, compared through the loader's own name table."""
     model, module = random_opt(torch, tmp_path / "weights", **SHAPES[shape])
     tokens, mask = batch(model.config.vocab_size, "right")
 

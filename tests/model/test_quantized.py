@@ -45,7 +45,8 @@ def test_laws_of_any_finite_array(x: np.ndarray) -> None:
     found = quantize(jnp.asarray(x), (-1,))
     scale = np.asarray(found.scale, np.float64)[:, None]
     error = np.abs(np.asarray(found.values) * scale - x)
-    assert (scale > 0).all() and np.isfinite(scale).all()
+    assert (scale > 0).all()
+    assert np.isfinite(scale).all()
     assert np.abs(np.asarray(found.values, np.int32)).max() <= 127
     assert (error <= 0.5 * scale * (1 + 1e-6)).all()
 
@@ -110,4 +111,5 @@ def test_is_one_leaf_or_two_arrays_and_counts_its_scale() -> None:
     assert (found.shape, found.size) == ((3, 4, 8), 96)
     assert [leaf.shape for leaf in jax.tree.leaves({"kernel": found})] == [(3, 4, 8), (3, 4)]
     (whole,) = jax.tree.leaves({"kernel": found}, is_leaf=is_leaf)
-    assert isinstance(whole, QuantizedArray) and whole.axes == (-1,)
+    assert isinstance(whole, QuantizedArray)
+    assert whole.axes == (-1,)

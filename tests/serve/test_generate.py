@@ -81,8 +81,8 @@ def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(m
 
 
 def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path) -> None:
-    from transformers import OPTForCausalLM
     from transformers import OPTConfig as TorchConfig
+    from transformers import OPTForCausalLM
 
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_attention_heads": 4, "ffn_dim": 64, "word_embed_proj_dim": 16}
@@ -104,7 +104,8 @@ def test_each_sequence_stops_at_its_own_end(model: Model) -> None:
     stopping = model.replace(config=dataclasses.replace(model.config, eos_token_id=end))
     found = generate_tokens(stopping, PROMPTS, 12)
     assert found == [row[: row.index(end) + 1] if end in row else row for row in free]
-    assert len(found[0]) <= 4 and max(map(len, found)) == 12
+    assert len(found[0]) <= 4
+    assert max(map(len, found)) == 12
 
 
 def test_sampling_follows_the_seed_and_the_prompts_number_alone(model: Model) -> None:
@@ -127,9 +128,8 @@ def test_mixed_requests_share_a_few_programs(model: Model, monkeypatch: pytest.M
         return real(*args, **kwargs)
 
     monkeypatch.setattr(serve, "forward", counted)  # it runs while a program is traced, and never again
-    # Another vocabulary, so that no program of the tests before fits.
-    config = dataclasses.replace(model.config, pad_token_id=3)
-    fresh = model.replace(config=config)
+    # A configuration of its own, so that no program of the tests before fits.
+    fresh = model.replace(config=dataclasses.replace(model.config, pad_token_id=3))
     for rows, length, new in [(3, 5, 4), (4, 14, 9), (3, 9, 16), (4, 2, 1), (3, 16, 11)]:
         generate_tokens(fresh, [[2] * length] * rows, new)
         generate_tokens(fresh, [[2] * length] * rows, new, temperature=0.1 * new)
@@ -174,7 +174,9 @@ def test_generate_returns_completions_alone(model: Model) -> None:
 def test_streamed_pieces_make_up_the_text(model: Model, sampling: dict[str, float]) -> None:
     (text,) = generate(model, ["abc"], max_new_tokens=30, seed=3, **sampling)
     pieces = list(stream(model, "abc", max_new_tokens=30, seed=3, **sampling))
-    assert "".join(pieces) == text and len(pieces) > 1 and all(pieces)
+    assert "".join(pieces) == text
+    assert len(pieces) > 1
+    assert all(pieces)
     heard: list[str] = []
     assert generate(model, ["abc"], max_new_tokens=30, seed=3, on_text=heard.append, **sampling) == [text]
     assert heard == pieces
