@@ -130,7 +130,7 @@ class PlanConfig:
     clusters: str | None = None
     """`elbow`, a number of clusters, or a ratio below 1 of the heads (default: elbow; toy: 2)."""
     kv_budget: float | None = None
-    """Cache bytes wanted, as a fraction of the dense bfloat16 ones: all layers are clustered, as little as that takes."""
+    """Cache bytes wanted, as a fraction of the dense bfloat16 ones: all layers are clustered, as little as it takes."""
     sensitivity: Literal["kl", "perturbation", "attention"] = "kl"
     """How layers are scored for their tier."""
     calibration: int = 128

@@ -49,10 +49,13 @@ def run_harness(model: str, rows: dict[str, list[Any]], batch_size: int) -> Reco
 
 
 def compare(theirs: np.ndarray, ours: np.ndarray, norms: np.ndarray) -> Record:
-    """Two sets of log-likelihoods [examples, choices], divided by `norms` before the best one is chosen."""
+    """Two sets of log-likelihoods [examples, choices], divided by `norms` before the best one is chosen.
+
+    A margin is narrow if `TOLERANCE` nats on one choice could turn it.
+    """
     theirs, ours = theirs / norms, ours / norms
     ranked = np.sort(theirs, axis=1)
-    narrow = ranked[:, -1] - ranked[:, -2] < TOLERANCE
+    narrow = ranked[:, -1] - ranked[:, -2] < TOLERANCE / norms.min(axis=1)
     different = theirs.argmax(1) != ours.argmax(1)
     return {
         "different_predictions": np.flatnonzero(different).tolist(),

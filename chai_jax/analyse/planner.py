@@ -79,8 +79,9 @@ def plan(
 def plan_within(model: Model, probe: Probe, budget: float, **choices: Any) -> Plan:
     """The plan with the most clusters per layer, the same number in every layer, whose cache keeps to a budget.
 
-    Which layers get which tier depends on the clusters, so counts are tried with the cheap `attention` scores and the one
-    found is planned with the scores asked for. Where one cluster per layer is still too much, that plan is returned.
+    Which layers get which tier depends on the clusters, so counts are tried with the cheap `attention` scores and the
+    one found is planned with the scores asked for. Where one cluster per layer is still too much, that plan is
+    returned.
 
     Args:
         budget: cache bytes per token as a fraction of the dense bfloat16 cache.

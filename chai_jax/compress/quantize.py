@@ -48,7 +48,7 @@ def _store_layer(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan
         formats = sorted({format_of[head] for head in heads})
         if len(formats) > 1:
             raise InputError(
-                f"layer {index}: heads {list(heads)} share one cached head, the plan stores them as {' and '.join(formats)}"
+                f"layer {index}: heads {list(heads)} share a cached head, the plan stores it as {' and '.join(formats)}"
                 "; expected the plan the model was clustered by"
             )
         storages.append(formats[0])

@@ -286,8 +286,9 @@ def forward(
 ) -> Output:
     """Run the decoder over a parameter tree: the one forward pass of everything.
 
-    Without a cache this is prefill (and scoring, and training): its cache holds exactly these T columns. With a cache, T further tokens are written behind its `length` used columns. Positions are counted over the mask, so
-    padding may stand left or right. Pure; jit it with `config`, `spec`, `dtype` and `observe` static.
+    Without a cache this is prefill (and scoring, and training): its cache holds exactly these T columns. With a cache,
+    T further tokens are written behind its `length` used columns. Positions are counted over the mask, so padding may
+    stand left or right. Pure; jit it with `config`, `spec`, `dtype` and `observe` static.
 
     Args:
         mask: True where a token is real.

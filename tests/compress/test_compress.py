@@ -179,7 +179,7 @@ def test_refusals() -> None:
         cluster(cluster(model, plan), plan)
     with pytest.raises(InputError, match="plan is for 2 layers"):
         cluster(model, dataclasses.replace(plan, layers=plan.layers[:2]))
-    with pytest.raises(InputError, match=r"heads \[0, 3, 5\] share one cached head"):
+    with pytest.raises(InputError, match=r"heads \[0, 3, 5\] share a cached head"):
         quantize(cluster(model, plan), plan_of([(0, 1), (2, 3), (4, 5)], "qkv", ["int8", "bfloat16", "bfloat16"]))
     with pytest.raises(InputError, match="storage 'int3'"):
         with_storage(model, "int3")
