@@ -93,7 +93,7 @@ def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) ->
     tokens, mask = batch(model.config.vocab_size, "right")
 
     def loss(params: Any) -> jax.Array:
-        hidden = forward(model.config, model.spec, params, tokens, mask).hidden
+        hidden = forward(model.config, model.spec, params, jnp.asarray(tokens), jnp.asarray(mask)).hidden
         logprobs = jax.nn.log_softmax(unembed(model.config, params, hidden[:, :-1]))
         picked = jnp.take_along_axis(logprobs, jnp.asarray(tokens[:, 1:, None]), axis=-1)[..., 0]
         return -(picked * mask[:, 1:]).sum() / mask[:, 1:].sum()
@@ -144,5 +144,5 @@ def test_module_is_an_nnx_module(torch: ModuleType, tmp_path: Path) -> None:
     tokens, mask = batch(model.config.vocab_size, "left")
     graph, state = nnx.split(OPT(model.config, model.spec, model.params))
     hidden, _, _ = nnx.merge(graph, state)(jnp.asarray(tokens), jnp.asarray(mask))
-    expected = forward(model.config, model.spec, model.params, tokens, mask).hidden
+    expected = forward(model.config, model.spec, model.params, jnp.asarray(tokens), jnp.asarray(mask)).hidden
     np.testing.assert_array_equal(hidden, expected)
