@@ -96,7 +96,8 @@ def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) ->
         hidden = forward(model.config, model.spec, params, jnp.asarray(tokens), jnp.asarray(mask)).hidden
         logprobs = jax.nn.log_softmax(unembed(model.config, params, hidden[:, :-1]))
         picked = jnp.take_along_axis(logprobs, jnp.asarray(tokens[:, 1:, None]), axis=-1)[..., 0]
-        return -(picked * mask[:, 1:]).sum() / mask[:, 1:].sum()
+        weights = jnp.asarray(mask[:, 1:], jnp.float32)
+        return -(picked * weights).sum() / weights.sum()
 
     ours = jax.grad(loss)(model.params)
     labels = torch.tensor(np.where(mask, tokens, -100)).long()
