@@ -218,33 +218,33 @@ class Job:
             models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
             timed = latency(models)
             records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
-            chosen = self._chosen(records, models)
+            chosen = choose(self.config.select, records, lambda stage: self._held_out_cost(models[stage]))
             write_text(path / "report" / "results.md", markdown(records))
             write_text(path / "report" / "results.csv", as_csv(records))
             shutil.rmtree(path / "model", ignore_errors=True)
             with new_folder(path / "model") as copy:
-                shutil.copytree(self.folder.stage_path(*chosen) / "model", copy, dirs_exist_ok=True)
+                best = self.folder.stage_path(chosen, self.done[chosen])
+                shutil.copytree(best / "model", copy, dirs_exist_ok=True)
             write_json(results, records)
         records = json.loads(results.read_text(encoding="utf-8"))
         print_table(terminal(records, f"{self.config.model} on {self.work.name}"))
         return {"out": str(path), "stages": [summary(record) for record in records]}
 
-    def _chosen(self, records: list[Record], models: dict[str, Model]) -> tuple[int, str]:
-        """Index and name of the compressed stage that becomes `model/`; ties go to the later stage."""
-        costs: dict[str, Callable[[Record], float]] = {
-            "last": lambda record: -self.done.index(record["stage"]),
-            "latency": lambda record: record["latency"]["decode_ms_per_token"]["median"],
-            "size": lambda record: record["kv_bytes_per_token"],
-            "accuracy": lambda record: self._held_out_cost(models[record["stage"]]),
-        }
-        candidates = list(enumerate(records))[1:]
-        index, record = min(reversed(candidates), key=lambda candidate: costs[self.config.select](candidate[1]))
-        return index, record["stage"]
-
     def _held_out_cost(self, model: Model) -> float:
         """1 - accuracy (or, of a text, the loss) on held-out training examples."""
         metrics = self.work.judge(model).metrics()
         return 1 - metrics["acc"] if "acc" in metrics else metrics["loss"]
+
+
+def choose(select: str, records: list[Record], held_out_cost: Callable[[str], float]) -> int:
+    """The compressed stage that becomes `model/`, by its place; of equals the later one, of none the dense model."""
+    costs: dict[str, Callable[[int], float]] = {
+        "last": lambda at: -at,
+        "latency": lambda at: records[at]["latency"]["decode_ms_per_token"]["median"],
+        "size": lambda at: records[at]["kv_bytes_per_token"],
+        "accuracy": lambda at: held_out_cost(records[at]["stage"]),
+    }
+    return min(reversed(range(1, len(records))), key=costs[select], default=0)
 
 
 def summary(record: Record) -> Record:

@@ -150,6 +150,29 @@ def test_every_order_runs(order: str, small_model: Path, data: Path, tmp_path: P
     assert [record["stage"] for record in results(tmp_path / "out")] == ["dense", "cluster", *order.split(",")]
 
 
+def test_choosing_a_stage() -> None:
+    times, sizes, errors = (9.0, 3.0, 1.0, 2.0), (80, 20, 40, 20), (0.0, 0.3, 0.2, 0.1)
+    records = [
+        {"stage": name, "kv_bytes_per_token": size, "latency": {"decode_ms_per_token": {"median": time}}}
+        for name, size, time in zip(("dense", "cluster", "distil", "quantize"), sizes, times, strict=True)
+    ]
+    cost = dict(zip(("dense", "cluster", "distil", "quantize"), errors, strict=True))
+    wanted = {"last": 3, "latency": 2, "size": 3, "accuracy": 3}
+    assert {select: pipeline.choose(select, records, cost.__getitem__) for select in wanted} == wanted
+
+
+def test_a_model_at_chance_is_tuned_first(
+    small_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    pipeline.run(job(small_model, data, out, finetune="auto", order=""))
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [step["run_stage"] for step in steps] == ["dense", "dense"]
+    # Two updates do not make a random model better than the majority label, and the run says so.
+    assert "warning" in capsys.readouterr().err
+    assert [record["stage"] for record in results(out)] == ["dense", "cluster"]
+
+
 def test_text_instead_of_a_task(small_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "corpus.txt"
     text.write_text("\n".join(row["sentence"] for row in toy_rows("train", 120)))

@@ -108,6 +108,32 @@ def test_each_sequence_stops_at_its_own_end(model: Model) -> None:
     assert max(map(len, found)) == 12
 
 
+def test_a_stopped_sequence_adds_nothing_and_the_loop_ends_with_the_last(model: Model) -> None:
+    free = generate_tokens(model, PROMPTS[:2], 12, stop=False)
+    tokens, mask = serve.pad_left(PROMPTS[:2], 1)
+    keys, greedy = jax.random.split(jax.random.key(0), 2), serve.Sampling.checked()
+
+    def run(eos: int) -> serve.State:
+        rule = greedy, jnp.int32(eos)
+        what = CONFIG, model.spec, model.params
+        state = serve.prefill(*what, tokens, mask, keys, *rule, capacity=32, dtype=jnp.float32)
+        return serve.decode(*what, state, jnp.int32(27), *rule, dtype=jnp.float32)
+
+    end = next(token for token in free[0][1:6] if token not in free[1])
+    at = free[0].index(end) + 1
+    state = run(end)
+    assert np.asarray(state.done).tolist() == [True, False]
+    assert np.asarray(state.tokens)[:, 16:28].tolist() == [free[0][:at] + [1] * (12 - at), free[1]]
+    assert np.asarray(state.cache.mask)[:, 16:27].sum(axis=1).tolist() == [at - 1, 11]
+
+    alone = model.replace(config=dataclasses.replace(model.config, eos_token_id=end))
+    assert generate_tokens(alone, PROMPTS[:1], 12) == [free[0][:at]]
+    mask[1] = False
+    state = run(end)
+    assert np.asarray(state.done).all()
+    assert int(state.cache.length) == 16 + at - 1
+
+
 def test_sampling_follows_the_seed_and_the_prompts_number_alone(model: Model) -> None:
     def drawn(batch_size: int, seed: int, prompts: tuple[list[int], ...] = PROMPTS) -> list[list[int]]:
         return generate_tokens(model, prompts, 8, 1.5, top_k=50, seed=seed, stop=False, batch_size=batch_size)
