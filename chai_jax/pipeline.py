@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from chai_jax.adapt.distil import distil
+from chai_jax.adapt.distil import check_vocabulary, distil
 from chai_jax.adapt.finetune import finetune
-from chai_jax.adapt.target import target
+from chai_jax.adapt.target import select_layers, target
 from chai_jax.adapt.toy import toy_model
 from chai_jax.analyse.cluster import cluster_count
 from chai_jax.analyse.planner import cache_fraction, plan_within
@@ -63,22 +63,32 @@ def run(config: RunConfig) -> Record:
     plan = Plan.read(config.plan) if config.plan else None
     config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
     out = config.out or Path("runs") / f"{Path(config.model).name}-{'text' if config.text else config.task or TOY}"
-    folder = RunFolder(out, resolved(config, out))
+    folder = RunFolder(out, resolved(config))
     source = load_any(config.model, config.revision, config.seed)
     if not source.spec.is_dense:
         raise InputError(
             f"{config.model} is clustered already; expected a dense model: start from the one it was made from"
         )
-    if plan is not None:
-        plan.check_model(source.config.num_layers, source.config.num_heads)
-    clusters = parse_clusters(config.planning.clusters or "elbow")
-    if clusters != "elbow":
-        cluster_count(clusters, np.zeros((source.config.num_heads, 1)))  # refuses a number that cannot be
-    job = Job(config, folder, open_work(config, source), source)
+    teacher = load(config.teacher) if config.teacher else None
+    check_request(config, source, plan, teacher)
+    job = Job(config, folder, open_work(config, source), source, teacher)
     folder.open()
     for index, stage in enumerate(job.stages(order, plan)):
         job.do(index, stage)
     return job.report()
+
+
+def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
+    """Refuse, before the work starts, what a later stage would refuse."""
+    if plan is not None:
+        plan.check_model(source.config.num_layers, source.config.num_heads)
+        if "target" in parse_order(config.order):
+            select_layers(plan, TargetConfig(policy=config.policy))
+    if teacher is not None:
+        check_vocabulary(source, teacher)
+    clusters = parse_clusters(config.planning.clusters or "elbow")
+    if clusters != "elbow":
+        cluster_count(clusters, np.zeros((source.config.num_heads, 1)))
 
 
 def parse_order(order: str) -> tuple[str, ...]:
@@ -96,17 +106,18 @@ def parse_order(order: str) -> tuple[str, ...]:
     return names
 
 
-def resolved(config: RunConfig, out: Path) -> Record:
-    """The configuration as JSON, with the defaults that were chosen; paths as given."""
-    fields = dataclasses.asdict(dataclasses.replace(config, out=out))
+def resolved(config: RunConfig) -> Record:
+    """The configuration as JSON, with the defaults that were chosen; paths as given, but for the folder it lies in."""
+    fields = dataclasses.asdict(config)
+    del fields["out"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 class Job:
     """One run under way: the current model and what has been recorded of the stages before it."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, work: Work, source: Model):
-        self.config, self.folder, self.work = config, folder, work
+    def __init__(self, config: RunConfig, folder: RunFolder, work: Work, source: Model, teacher: Model | None):
+        self.config, self.folder, self.work, self.teacher = config, folder, work, teacher
         self.dense = with_storage(source, config.storage)
         self.model = self.dense
         self.done: list[str] = []
@@ -161,9 +172,8 @@ class Job:
         return model
 
     def _distil(self, model: Model) -> Model:
-        teacher = load(self.config.teacher) if self.config.teacher else self.dense
         settings = dataclasses.replace(DistilConfig(), train=self._train(DistilConfig().train))
-        return distil(model, teacher, self.work.training, settings, log=self.folder.logger("distil"))
+        return distil(model, self.teacher or self.dense, self.work.training, settings, log=self.folder.logger("distil"))
 
     def _target(self, model: Model) -> Model:
         settings = TargetConfig(self._train(TargetConfig().train), self.config.policy)

@@ -155,6 +155,7 @@ def test_bad_run_arguments(model: Path, data: Path, capsys: pytest.CaptureFixtur
     assert "either --task" in refused(capsys, "run", model, "--out", out)
     assert "a number from 1 to 4 (the heads)" in refused(capsys, *job, "--clusters", "5")
     assert "expected elbow" in refused(capsys, *job, "--clusters", "many")
+    assert "teacher-of-none" in refused(capsys, *job, "--teacher", tmp_path / "teacher-of-none")
     assert not out.exists()
 
 
@@ -179,6 +180,7 @@ BAD_PLANS = {
         plan_json().replace('"storage": "int8"', '"storage": ["int8", "bfloat16"]'),
         "cluster 0 has storage ['int8', 'bfloat16']",
     ),
+    "tuning the most sensitive layers without scores": (plan_json(), "sensitiv"),
     "another model's": (json.dumps({"layers": json.loads(plan_json())["layers"][:1]}), "the model has 2 layers"),
 }
 
