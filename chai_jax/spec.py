@@ -20,6 +20,7 @@ STORAGES = ("float32", "bfloat16", "int8")
 WEIGHTS = ("loaded", "bfloat16", "int8")
 MEMBERSHIPS = ("calibrated", "prompt")
 TIERS = ("high", "medium", "low")
+JSON_TYPES = {str: "one string", int: "a whole number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -285,7 +286,7 @@ def _known(kind: Any, value: Mapping[str, Any], where: str) -> dict[str, Any]:
         if field.name not in value or not isinstance(wanted, type) or wanted not in (str, int, bool):
             continue
         if type(given) is not wanted:
-            raise InputError(f"{where} has {field.name} {given!r}; expected one {wanted.__name__}")
+            raise InputError(f"{where} has {field.name} {given!r}; expected {JSON_TYPES[wanted]}")
     return dict(value)
 
 
