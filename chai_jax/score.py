@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Float, Int32
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import OPTConfig, Params, forward, unembed
+from chai_jax.model.opt import forward, unembed
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.progress import track
 from chai_jax.spec import Spec
 

@@ -66,7 +66,7 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from chai_jax.data.toy import POSITIONS, toy_tokenizer
     from chai_jax.model.model import Model
-    from chai_jax.model.opt import OPTConfig, init
+    from chai_jax.model.params import OPTConfig, init
     from chai_jax.spec import Spec
 
     folder = tmp_path_factory.mktemp("small") / "model"

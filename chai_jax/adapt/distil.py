@@ -16,7 +16,8 @@ from chai_jax.config import DistilConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import OPTConfig, Params, declare, forward
+from chai_jax.model.opt import forward
+from chai_jax.model.params import OPTConfig, Params, declare
 from chai_jax.model.sharding import make_mesh, place, shardings
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec

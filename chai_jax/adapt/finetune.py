@@ -15,7 +15,8 @@ from chai_jax.adapt.updates import Batch
 from chai_jax.config import FinetuneConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import OPTConfig, Params, forward
+from chai_jax.model.opt import forward
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec
 

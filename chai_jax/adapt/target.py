@@ -14,7 +14,7 @@ from chai_jax.config import TargetConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import Params
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import is_leaf
 from chai_jax.spec import Plan
 

@@ -11,7 +11,7 @@ from chai_jax.data.tasks import TASKS, load_rows
 from chai_jax.data.toy import POSITIONS, toy_tokenizer
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.params import OPTConfig, init
 from chai_jax.progress import console
 from chai_jax.spec import Spec
 

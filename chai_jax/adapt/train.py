@@ -24,7 +24,7 @@ from chai_jax.config import TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Params, declare
+from chai_jax.model.params import Params, declare
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf, quantize
 from chai_jax.model.sharding import make_mesh, place, shardings
 from chai_jax.progress import bar

@@ -16,7 +16,7 @@ from chai_jax.compress.slice import cluster_order
 from chai_jax.errors import InputError
 from chai_jax.model.cache import BYTES, bytes_per_token, group_bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 from chai_jax.progress import track
 from chai_jax.spec import STORAGES, ClusterPlan, LayerPlan, LayerSpec, Plan, Spec, group_clusters
 

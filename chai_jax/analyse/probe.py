@@ -23,7 +23,8 @@ from chai_jax.data.text import windows as cut
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, Params, Seen, forward
+from chai_jax.model.opt import Seen, forward
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import dequantize
 from chai_jax.progress import track
 from chai_jax.spec import Spec

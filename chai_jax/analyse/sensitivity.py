@@ -21,7 +21,8 @@ from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPT, Block, OPTConfig, Params, unembed, visible
+from chai_jax.model.opt import OPT, Block, unembed, visible
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.progress import track
 from chai_jax.score import HEAD_ROWS
 from chai_jax.spec import ClusterPlan, LayerPlan, LayerSpec, Plan, Spec

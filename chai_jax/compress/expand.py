@@ -7,7 +7,7 @@ from chai_jax.compress.quantize import dequantize_weights
 from chai_jax.compress.slice import take_heads
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Params
+from chai_jax.model.params import Params
 from chai_jax.spec import LayerSpec, Spec, group_clusters
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from chai_jax.compress.slice import cluster_order, take, take_heads
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Params
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf
 from chai_jax.model.quantized import quantize as quantize_array
 from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clusters

@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Params
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, QuantizedArray
 from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, group_clusters
 

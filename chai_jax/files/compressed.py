@@ -19,7 +19,7 @@ from chai_jax.files.hf_config import config_fields
 from chai_jax.files.stored import Stored
 from chai_jax.files.weights import write_weights
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Declared, OPTConfig, Params, declare
+from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.progress import track
 from chai_jax.spec import Spec

@@ -15,7 +15,7 @@ import numpy as np
 
 from chai_jax.errors import InputError
 from chai_jax.files.stored import FLOATS, Stored
-from chai_jax.model.opt import Declared, OPTConfig, Params, declare
+from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, is_leaf
 from chai_jax.progress import track
 from chai_jax.spec import Spec

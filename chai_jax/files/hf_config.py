@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from chai_jax.errors import InputError
-from chai_jax.model.opt import ACTIVATIONS, OPTConfig
+from chai_jax.model.opt import ACTIVATIONS
+from chai_jax.model.params import OPTConfig
 
 FIELDS = {
     "vocab_size": "vocab_size",

@@ -18,7 +18,7 @@ from chai_jax.files.stored import FLOATS
 from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.files.weights import open_weights
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.spec import STORAGES, Plan, Spec
 

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.errors import InputError
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 
 WHOLE = "tokenizer.json"
 PARTS = ("vocab.json", "merges.txt")

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import Params
+from chai_jax.model.params import Params
 from chai_jax.progress import track
 from chai_jax.score import Questions, target_logprobs
 from chai_jax.serve.generate import NEVER, bucket, cast, decode, prefill

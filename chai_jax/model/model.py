@@ -13,7 +13,8 @@ from jaxtyping import Array, Float
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import measured_bytes_per_token
-from chai_jax.model.opt import OPTConfig, Params, forward, unembed
+from chai_jax.model.opt import forward, unembed
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.spec import Plan, Spec
 
 
@@ -28,7 +29,7 @@ class Model:
 
     Attributes:
         spec: what each layer now is.
-        params: nested dict of arrays and quantized arrays (see `chai_jax.model.opt.declare`).
+        params: nested dict of arrays and quantized arrays (see `chai_jax.model.params.declare`).
         source: hub id or folder the weights came from.
         plan: the plan it was compressed by, if any.
     """

@@ -7,7 +7,6 @@ float32. Dropout is not applied, in training neither. The spec and the types of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +17,10 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import Cache, GroupCache, append, store, through_storage
+from chai_jax.model.params import POSITION_OFFSET, OPTConfig, Params
 from chai_jax.model.quantized import Leaf, dequantize, einsum
 from chai_jax.spec import Group, LayerSpec, Spec
 
-POSITION_OFFSET = 2  # the position table's first two rows are padding's
 NORM_EPSILON = 1e-5
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
@@ -29,39 +28,6 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
     "silu": jax.nn.silu,
 }
-
-Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class OPTConfig:
-    """The shape of an OPT; names as in the field, values as in the checkpoint's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    ffn_dim: int
-    max_positions: int
-    embed_dim: int
-    pre_norm: bool = True
-    remove_final_norm: bool = False
-    bias: bool = True
-    activation: str = "relu"
-    norm_affine: bool = True
-    tied: bool = True
-    bos_token_id: int = 2
-    eos_token_id: int = 2
-    pad_token_id: int = 1
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def final_norm(self) -> bool:
-        """Post-norm models end in their last layer's norm; pre-norm ones have one more, unless it was removed."""
-        return self.pre_norm and not self.remove_final_norm
 
 
 @dataclass(frozen=True)
@@ -305,76 +271,3 @@ def forward(
 def unembed(config: OPTConfig, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
     """float32 logits [..., V] of hidden states [..., D]."""
     return OPT(config, Spec(()), params).logits(hidden)
-
-
-@dataclass(frozen=True)
-class Declared:
-    """What a leaf of the parameter tree must be: its shape and the logical name of each axis."""
-
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-    kind: str = "kernel"  # kernel | bias | scale | embedding: how it is initialised
-
-
-def declare(config: OPTConfig, spec: Spec) -> Params:
-    """The parameter tree of a model as `Declared` leaves: one source for initialising, loading and sharding."""
-    width, table = config.hidden_size, (config.vocab_size, config.embed_dim)
-
-    def norm() -> Params:
-        if not config.norm_affine:
-            return {}
-        return {"scale": Declared((width,), ("width",), "scale"), "bias": Declared((width,), ("width",), "bias")}
-
-    def linear(shape: tuple[int, ...], axes: tuple[str, ...], outputs: int, bias: bool = config.bias) -> Params:
-        leaves = {"kernel": Declared(shape, axes)}
-        if bias:
-            leaves["bias"] = Declared(shape[-outputs:], axes[-outputs:], "bias")
-        return leaves
-
-    def block(layer: LayerSpec) -> Params:
-        def heads(count: int, rank: int) -> Params:
-            return linear((width, count, rank), ("width", "heads", "rank"), 2)
-
-        ffn = config.ffn_dim
-        return {
-            "attention_norm": norm(),
-            "query": heads(layer.query_heads, layer.key_rank),
-            "key": heads(layer.key_heads, layer.key_rank),
-            "value": heads(layer.value_heads, layer.value_rank),
-            "output": linear((layer.output_heads, layer.value_rank, width), ("heads", "rank", "width"), 1),
-            "mlp_norm": norm(),
-            "up": linear((width, ffn), ("width", "ffn"), 1),
-            "down": linear((ffn, width), ("ffn", "width"), 1),
-        }
-
-    tree: Params = {
-        "embed": {
-            "tokens": Declared(table, ("vocab", "embed"), "embedding"),
-            "positions": Declared((config.max_positions + POSITION_OFFSET, width), ("position", "width"), "embedding"),
-        },
-        "layers": {str(index): block(layer) for index, layer in enumerate(spec.layers)},
-    }
-    if config.embed_dim != width:
-        tree["project_in"] = linear((config.embed_dim, width), ("embed", "width"), 1, bias=False)
-        tree["project_out"] = linear((width, config.embed_dim), ("width", "embed"), 1, bias=False)
-    if config.final_norm:
-        tree["final_norm"] = norm()
-    if not config.tied:
-        tree["head"] = {"kernel": Declared(table, ("vocab", "embed"), "embedding")}
-    return tree
-
-
-@partial(jax.jit, static_argnums=(0, 1, 3))
-def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params:
-    """Random parameters as OPT's: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
-    declared, treedef = jax.tree.flatten(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))
-    keys = jax.random.split(key, len(declared))
-
-    def leaf(what: Declared, key: Array) -> Array:
-        if what.kind == "bias":
-            return jnp.zeros(what.shape)
-        if what.kind == "scale":
-            return jnp.ones(what.shape)
-        return std * jax.random.normal(key, what.shape)
-
-    return jax.tree.unflatten(treedef, [leaf(what, key) for what, key in zip(declared, keys, strict=True)])

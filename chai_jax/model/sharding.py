@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from chai_jax.errors import InputError
-from chai_jax.model.opt import Declared, Params
+from chai_jax.model.params import Declared, Params
 from chai_jax.model.quantized import Leaf, QuantizedArray, is_leaf
 
 Table = Mapping[str, str | None]
@@ -67,7 +67,7 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, ta
 
 
 def shardings(declared: Params, mesh: Mesh, table: Table = TABLE) -> Any:
-    """A `NamedSharding` for every `Declared` leaf of the tree (see `chai_jax.model.opt.declare`)."""
+    """A `NamedSharding` for every `Declared` leaf of the tree (see `chai_jax.model.params.declare`)."""
 
     def leaf(what: Declared) -> NamedSharding:
         return NamedSharding(mesh, partition_spec(what.axes, what.shape, mesh, table))

@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from chai_jax.errors import InputError
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import OPTConfig, Params, forward, unembed
+from chai_jax.model.opt import forward, unembed
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf
 from chai_jax.progress import track
 from chai_jax.serve.sample import Sampling, sample

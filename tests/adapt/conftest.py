@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from chai_jax.compress.quantize import store_weights
 from chai_jax.data.batches import Encoded
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Declared, OPTConfig, declare
+from chai_jax.model.params import Declared, OPTConfig, declare
 from chai_jax.model.sharding import make_mesh
 from chai_jax.spec import Spec
 

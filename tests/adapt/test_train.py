@@ -20,7 +20,7 @@ from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import declare
+from chai_jax.model.params import declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, is_leaf
 from chai_jax.model.sharding import make_mesh, place, shardings
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
 
 PRE = OPTConfig(64, 48, 3, 6, 64, 24, 48)

@@ -15,7 +15,8 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, forward
+from chai_jax.model.opt import forward
+from chai_jax.model.params import OPTConfig
 from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 Make = Callable[..., Model]

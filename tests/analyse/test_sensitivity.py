@@ -11,7 +11,7 @@ from chai_jax.analyse.probe import probe
 from chai_jax.analyse.sensitivity import critical, damage, perturb, sensitivities, tiers
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 from chai_jax.spec import ClusterPlan
 
 Make = Callable[..., Model]

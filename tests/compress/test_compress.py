@@ -16,7 +16,7 @@ from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.params import OPTConfig, init
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
 

@@ -8,7 +8,7 @@ from chai_jax.data import toy
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.files.tokenizer import load_tokenizer
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 
 ROWS = toy.toy_rows("train", 3000)
 

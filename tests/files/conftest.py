@@ -15,7 +15,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Declared, OPTConfig, declare
+from chai_jax.model.params import Declared, OPTConfig, declare
 from chai_jax.spec import Spec
 
 Arrays = dict[str, np.ndarray]

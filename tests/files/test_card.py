@@ -13,7 +13,7 @@ from chai_jax.files.hf import export
 from chai_jax.files.store import load
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 
 CONFIG = OPTConfig(19, 12, 2, 3, 20, 16, 12)
 

@@ -15,7 +15,7 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 KERNEL = "layers.1.up.kernel"

@@ -13,7 +13,7 @@ import pytest
 from chai_jax.errors import InputError
 from chai_jax.files.convert import table, to_hf
 from chai_jax.files.store import load
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 
 Arrays = dict[str, np.ndarray]
 NAME = "model.decoder.layers.1.self_attn.v_proj.weight"

@@ -16,7 +16,7 @@ from chai_jax.errors import InputError
 from chai_jax.files.hf import export
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import quantize
 from chai_jax.spec import Group, LayerSpec
 

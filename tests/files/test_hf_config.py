@@ -7,7 +7,7 @@ import pytest
 
 from chai_jax.errors import InputError
 from chai_jax.files.hf_config import config_fields, parse_config
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 
 # facebook/opt-350m, as published (sizes and switches; training's numbers left out).
 OPT_350M = {

@@ -11,7 +11,7 @@ import pytest
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.files.tokenizer import load_tokenizer
-from chai_jax.model.opt import OPTConfig
+from chai_jax.model.params import OPTConfig
 
 CONFIG = OPTConfig(300, 12, 2, 3, 20, 16, 12)
 Files = Callable[[Path], None]

@@ -15,7 +15,7 @@ from chai_jax.measure import bench
 from chai_jax.measure.bench import MEASURES, Shape, latency
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16)

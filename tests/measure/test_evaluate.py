@@ -17,7 +17,7 @@ from chai_jax.data.toy import toy_rows, toy_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.measure.evaluate import Result, evaluate, evaluate_rows, evaluate_windows, perplexity
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
 
 TOKENIZER = toy_tokenizer()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.model.opt import Declared, OPTConfig, Params, declare
+from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.spec import Spec
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import store
-from chai_jax.model.opt import OPTConfig, Params, Seen, forward, unembed
+from chai_jax.model.opt import Seen, forward, unembed
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import dequantize
 from chai_jax.spec import LayerSpec, Spec, group_clusters
 

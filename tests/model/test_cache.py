@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from chai_jax.model import cache
-from chai_jax.model.opt import OPTConfig, Output, Params, forward
+from chai_jax.model.opt import Output, forward
+from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.spec import Group, LayerSpec, Spec, group_clusters
 

@@ -7,7 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from chai_jax.errors import InputError
-from chai_jax.model.opt import Declared, OPTConfig, declare, forward
+from chai_jax.model.opt import forward
+from chai_jax.model.params import Declared, OPTConfig, declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, quantize
 from chai_jax.model.sharding import TABLE, make_mesh, partition_spec, place, shardings
 from chai_jax.spec import Spec

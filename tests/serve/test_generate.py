@@ -15,7 +15,7 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPTConfig, init
+from chai_jax.model.params import OPTConfig, init
 from chai_jax.model.quantized import quantize
 from chai_jax.serve import generate as serve
 from chai_jax.serve.generate import bucket, generate, generate_tokens, stream
