@@ -99,7 +99,8 @@ def test_untied_head_must_be_there(fields: dict[str, Any], arrays: Arrays, write
 def test_format_number_of_fairseq_is_dropped(
     fields: dict[str, Any], arrays: Arrays, write: Callable[..., Path]
 ) -> None:
-    load(write(fields, {**arrays, "decoder.version": np.array([3.0], np.float32)}))
+    model = load(write(fields, {**arrays, "decoder.version": np.array([3.0], np.float32)}))
+    np.testing.assert_array_equal(model.params["embed"]["tokens"], arrays[EMBEDDING])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", jnp.bfloat16, np.float16])

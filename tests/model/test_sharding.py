@@ -57,7 +57,9 @@ def test_refuses_collisions_and_unknown_axes() -> None:
 
 def test_every_declared_axis_is_in_the_table() -> None:
     wide = OPTConfig(48, 16, 1, 4, 32, 16, embed_dim=8, pre_norm=False, tied=False)
-    shardings(declare(wide, SPEC), make_mesh(model=2))
+    leaves = jax.tree.leaves(declare(wide, SPEC), is_leaf=lambda leaf: isinstance(leaf, Declared))
+    assert {axis for leaf in leaves for axis in leaf.axes} <= set(TABLE)
+    assert len(jax.tree.leaves(shardings(declare(wide, SPEC), make_mesh(model=2)))) == len(leaves)
 
 
 @pytest.mark.parametrize(
