@@ -19,7 +19,7 @@ HOMES = {
     "Probe": "analyse.probe",
     "probe": "analyse.probe",
     "plan": "analyse.planner",
-    "cluster": "compress.slice",
+    "cluster": "compress.cluster",
     "quantize": "compress.quantize",
     "with_storage": "compress.quantize",
     "expand": "compress.expand",

@@ -41,9 +41,10 @@ class PlanCommand:
     planning: PlanConfig = field(default_factory=PlanConfig)
 
     def run(self) -> Any:
-        from chai_jax.analyse.planner import explain, explain_table
+        from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import check_writable, write_json
-        from chai_jax.pipeline import load_any, plan_for, print_table
+        from chai_jax.pipeline import load_any, print_table
+        from chai_jax.planning import plan_for
         from chai_jax.work import open_work
 
         check_writable(self.out.parent)
@@ -52,7 +53,8 @@ class PlanCommand:
             self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
         )
         model = load_any(self.model, seed=self.seed)
-        plan = plan_for(model, open_work(config, model), config)
+        costs = self.out.with_suffix(".costs.json")
+        plan = plan_for(model, open_work(config, model), planning, self.seed, costs)
         write_json(self.out, plan.to_json())
         print_table(explain_table(plan, model.config))
         return {"plan": str(self.out), "layers": explain(plan, model.config)}
@@ -68,7 +70,7 @@ class ExplainCommand:
     """The model it is for, to say what it costs in cache bytes."""
 
     def run(self) -> Any:
-        from chai_jax.analyse.planner import explain, explain_table
+        from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.pipeline import load_any, print_table
         from chai_jax.spec import Plan
 

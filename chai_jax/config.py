@@ -123,14 +123,31 @@ class TrainOverrides:
 class PlanConfig:
     """Which heads are merged, and what is stored how."""
 
-    share: Literal["qk", "qkv"] = "qkv"
-    """What the heads of a cluster share: `qk` keeps every value head, `qkv` one of each."""
+    share: Literal["qk", "qkv", "kv"] | None = None
+    """What the heads of a cluster share: `qk` keeps every value head, `qkv` one of each, `kv` is one latent key and
+    value for a whole layer (default: qkv; with a budget: qkv and kv, whichever costs less)."""
     layers: float | None = None
-    """Fraction of layers to cluster (rounded up), most redundant first (default: 0.5; toy: 1)."""
+    """Fraction of layers to cluster, rounded up (default: 0.5; toy: 1)."""
+    first: Literal["redundant", "insensitive"] = "redundant"
+    """Which layers are clustered first: those with the most redundant heads, or the least sensitive ones."""
     clusters: str | None = None
-    """`elbow`, a number of clusters, or a ratio below 1 of the heads (default: elbow; toy: 2)."""
+    """`elbow`, a number of clusters, a ratio below 1 of the heads, or `correlation:0.9`: as few as leave every head so
+    correlated with the one that stands for it (default: elbow; toy: 2)."""
+    rank: float = 0.25
+    """Rank of a `kv` latent, as a fraction of the model's width."""
+    score_merge: Literal["representative", "low_rank"] | None = None
+    """How queries and keys of a cluster are merged (default: representative; with a budget: low_rank)."""
+    value_merge: Literal["representative", "low_rank", "fit"] | None = None
+    """How values of a cluster are merged; `fit` regresses on calibration text (default: as above)."""
     kv_budget: float | None = None
-    """Cache bytes wanted, as a fraction of the dense bfloat16 ones: all layers are clustered, as little as it takes."""
+    """Cache bytes wanted, as a fraction of the dense bfloat16 ones: the planner measures what each layer bears and
+    chooses shares, clusters, ranks and formats."""
+    model_budget: float | None = None
+    """Weight bytes wanted, as a fraction of the dense bfloat16 ones; needs --kv-budget."""
+    storages: str = "bfloat16,int8"
+    """Cache formats the planner may choose from."""
+    pin: str = ""
+    """Layers the planner leaves as they are, with commas: 0,11."""
     sensitivity: Literal["kl", "perturbation", "attention"] = "kl"
     """How layers are scored for their tier."""
     calibration: int = 128
@@ -178,6 +195,8 @@ class RunConfig:
     """Seed of clustering, shuffling and splits."""
     limit: int | None = None
     """Evaluate on the first N validation examples only."""
+    gate: float = 0.5
+    """Warn where clustering or quantizing moves the next-token distribution by more than this KL (nats per token)."""
     revision: str | None = None
     """Revision of a hub model."""
     planning: PlanConfig = field(default_factory=PlanConfig)

@@ -18,11 +18,9 @@ from chai_jax.adapt.finetune import finetune
 from chai_jax.adapt.target import select_layers, target
 from chai_jax.adapt.toy import toy_model
 from chai_jax.analyse.cluster import cluster_count
-from chai_jax.analyse.planner import cache_fraction, plan_within
-from chai_jax.analyse.planner import plan as make_plan
-from chai_jax.analyse.probe import probe
+from chai_jax.analyse.gate import Gate, tried
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
-from chai_jax.compress.slice import cluster
 from chai_jax.config import STAGES, TOY_TRAIN, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
 from chai_jax.environment import versions, where_computed
 from chai_jax.errors import InputError
@@ -31,6 +29,7 @@ from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
+from chai_jax.planning import parse_clusters, plan_for
 from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
@@ -133,7 +132,7 @@ class Job:
             self._keep_plan(plan)
         return [
             Stage("dense", self._dense),
-            Stage("cluster", lambda model: cluster(model, self._plan())),
+            Stage("cluster", self._cluster),
             *(Stage(name, later[name]) for name in order),
         ]
 
@@ -144,10 +143,11 @@ class Job:
             began = time.monotonic()
             model = stage.apply(self.model)
             spent = time.monotonic() - began
+            gate = self._gate(stage.name, model)
             measured: Any = self.work.measure(model)
             if index:
                 measured = measured.against(self.work.recall(self.folder.predictions(0, "dense")))
-            record = self._record(stage.name, model, measured.metrics(), spent)
+            record = self._record(stage.name, model, measured.metrics(), spent) | gate
             self.folder.finish(index, stage.name, model, record, measured.samples())
         # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
         self.model = load(str(self.folder.stage_path(index, stage.name) / "model"))
@@ -171,6 +171,22 @@ class Job:
             )
         return model
 
+    def _cluster(self, model: Model) -> Model:
+        plan = self._plan()
+        clustered = cluster(model, plan, self.work.text)
+        if plan.measured is None:
+            self._keep_plan(dataclasses.replace(plan, measured=tried(model, clustered, plan, self.work.text)))
+        return clustered
+
+    def _gate(self, stage: str, after: Model) -> Record:
+        """What surgery did to the model's predictions, and a loud warning where that is too much."""
+        if stage not in ("cluster", "quantize"):
+            return {}
+        gate = Gate.between(self.model, after, self.work.text)
+        if gate.kl > self.config.gate:
+            console.print(f"warning: {stage} {gate.explain(self.config.gate)}", style="bold red", highlight=False)
+        return {"gate": dataclasses.asdict(gate)}
+
     def _distil(self, model: Model) -> Model:
         settings = dataclasses.replace(DistilConfig(), train=self._train(DistilConfig().train))
         return distil(model, self.teacher or self.dense, self.work.training, settings, log=self.folder.logger("distil"))
@@ -187,7 +203,8 @@ class Job:
         """The plan of this run: given, made by an earlier attempt, or made now from the dense model."""
         path = self.folder.path / "plan.json"
         if not path.exists():
-            self._keep_plan(plan_for(self.dense, self.work, self.config))
+            costs = self.folder.path / "costs.json"
+            self._keep_plan(plan_for(self.dense, self.work, self.config.planning, self.config.seed, costs))
         return Plan.read(path)
 
     def _keep_plan(self, plan: Plan) -> None:
@@ -272,34 +289,3 @@ def summary(record: Record) -> Record:
 def print_table(table: Any) -> None:
     """Print a rich table on stdout, whole where stdout is no terminal."""
     Console(width=None if sys.stdout.isatty() else 180).print(table)
-
-
-def plan_for(model: Model, work: Work, config: RunConfig) -> Plan:
-    """Look at a dense model on the work's calibration examples and decide."""
-    wanted = config.planning
-    seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
-    choices: Record = {"share": wanted.share, "sensitivity": wanted.sensitivity, "seed": config.seed}
-    if wanted.kv_budget is None:
-        clusters = parse_clusters(wanted.clusters or "elbow")
-        return make_plan(model, seen, layers=wanted.layers or 0.0, clusters=clusters, **choices)
-    plan = plan_within(model, seen, wanted.kv_budget, **choices)
-    reached = cache_fraction(plan, model.config)
-    if reached > wanted.kv_budget:
-        console.print(
-            f"warning: the nearest feasible plan takes {reached:.3f} of the dense cache, not {wanted.kv_budget}"
-        )
-    return plan
-
-
-def parse_clusters(clusters: str) -> str | int | float:
-    """`--clusters`: elbow, a number, or a ratio below 1.
-
-    Raises:
-        InputError: none of these.
-    """
-    if clusters == "elbow":
-        return clusters
-    try:
-        return int(clusters) if clusters.lstrip("-").isdigit() else float(clusters)
-    except ValueError:
-        raise InputError(f"--clusters is {clusters!r}; expected elbow, a number, or a ratio below 1") from None

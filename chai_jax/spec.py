@@ -19,6 +19,8 @@ SHARES = ("dense", "qk", "qkv", "kv")
 STORAGES = ("float32", "bfloat16", "int8")
 WEIGHTS = ("loaded", "bfloat16", "int8")
 MEMBERSHIPS = ("calibrated", "prompt")
+SCORE_MERGES = ("representative", "low_rank")
+VALUE_MERGES = ("representative", "low_rank", "fit")
 TIERS = ("high", "medium", "low")
 JSON_TYPES = {str: "one string", int: "a whole number", bool: "true or false"}
 
@@ -162,28 +164,67 @@ class ClusterPlan:
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its clusters, its sensitivity tier and the format of its weights; `share` where it is clustered."""
+    """One layer: its clusters, what they share, its sensitivity tier and the format of its weights.
+
+    Attributes:
+        share: of the layer's clusters; None: the plan's.
+        key_rank: R of the shared keys; None: the head dimension.
+        value_rank: likewise of the shared values.
+    """
 
     clusters: tuple[ClusterPlan, ...]
     tier: str = "high"
     weights: str = "loaded"
+    share: str | None = None
+    key_rank: int | None = None
+    value_rank: int | None = None
 
     @property
     def clustered(self) -> bool:
         return any(len(cluster.heads) > 1 for cluster in self.clusters)
 
+    @property
+    def merged(self) -> bool:
+        """Whether keys or values change at all: heads are merged, or their rank is cut."""
+        return self.clustered or self.key_rank is not None or self.value_rank is not None
+
 
 @dataclass(frozen=True)
 class Plan:
-    """What is intended for every layer of a model; `chai-jax explain plan.json` prints it as a table."""
+    """What is intended for every layer of a model; `chai-jax explain plan.json` prints it as a table.
+
+    Attributes:
+        share: of the layers that name none of their own.
+        score_merge: how the queries and keys of a `qk` or `qkv` cluster are merged: `representative` or `low_rank`.
+        value_merge: how the values of a `qkv` cluster are: `representative`, `low_rank` or `fit` (see
+            `chai_jax.compress.merge`; a `kv` cluster is always a low-rank latent).
+        predicted: KL from the dense model's next-token distribution that the planner expects, in nats per token, before
+            any training; None where it has not looked.
+        measured: what it turned out to be; None before it was tried.
+    """
 
     layers: tuple[LayerPlan, ...]
     share: str = "qkv"
     membership: str = "calibrated"
-    merge: str = "representative"
+    score_merge: str = "representative"
+    value_merge: str = "representative"
     warmup_tokens: int = 5
     sensitivity: tuple[float, ...] = ()
     method: str = "kl"
+    predicted: float | None = None
+    measured: float | None = None
+
+    def share_of(self, index: int) -> str:
+        """What the heads of a cluster share in layer `index`."""
+        return self.layers[index].share or self.share
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether `cluster` needs calibration text: everything but representatives is a fit to second moments."""
+        merged = [index for index, layer in enumerate(self.layers) if layer.merged]
+        shares = {self.share_of(index) for index in merged}
+        low_rank = self.score_merge != "representative" or self.value_merge != "representative"
+        return "kv" in shares or bool(merged and low_rank)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -224,22 +265,42 @@ class Plan:
         """
         _one_of("share", self.share, SHARES[1:])
         _one_of("membership", self.membership, MEMBERSHIPS)
-        _one_of("merge", self.merge, ("representative",))
+        _one_of("score_merge", self.score_merge, SCORE_MERGES)
+        _one_of("value_merge", self.value_merge, VALUE_MERGES)
         if self.sensitivity and len(self.sensitivity) != len(self.layers):
             raise InputError(
                 f"the plan has {len(self.sensitivity)} sensitivities for {len(self.layers)} layers; expected one each"
             )
         for index, layer in enumerate(self.layers):
             _check_layer(index, layer)
+            self._check_ranks(index, layer)
         if self.membership == "prompt":
             self._check_prompt()
 
+    def _check_ranks(self, index: int, layer: LayerPlan) -> None:
+        """Only what is low-rank has a rank to choose."""
+        where, share = f"plan layer {index}", self.share_of(index)
+        _one_of("share", share, SHARES[1:], where)
+        free = {
+            "key_rank": share == "kv" or self.score_merge == "low_rank",
+            "value_rank": share == "kv" or (share == "qkv" and self.value_merge != "representative"),
+        }
+        for name, is_free in free.items():
+            rank = getattr(layer, name)
+            if rank is not None and (type(rank) is not int or rank < 1 or not is_free):
+                raise InputError(
+                    f"{where} has {name} {rank!r} with share {share!r}, scores {self.score_merge!r}, values "
+                    f"{self.value_merge!r}; expected a number from 1, and only where the merge is one of low rank"
+                )
+
     def _check_prompt(self) -> None:
         """Membership per prompt needs every head's value and full Wq, Wk (CHAI, section 3.3)."""
-        if self.share != "qk" or self.merge != "representative":
+        shares = {self.share} | {layer.share for layer in self.layers if layer.share}
+        if shares != {"qk"} or self.score_merge != "representative":
             raise InputError(
-                f"the plan asks for prompt membership with share {self.share!r}, merge {self.merge!r}; merged weights "
-                "belong to fixed clusters: use share 'qk' with representatives, or membership 'calibrated'"
+                f"the plan asks for prompt membership with share {' and '.join(sorted(shares))!r}, scores "
+                f"{self.score_merge!r}; merged weights belong to fixed clusters: use share 'qk' with representatives, "
+                "or membership 'calibrated'"
             )
         if self.warmup_tokens < 1:
             raise InputError(f"warmup_tokens is {self.warmup_tokens}; expected at least 1")

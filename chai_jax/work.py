@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from chai_jax.config import RunConfig
-from chai_jax.data.batches import Encoded, Example, encode
+from chai_jax.data.batches import Encoded, Example, Windows, encode
 from chai_jax.data.tasks import Row, Task, get_task, held_out, load_rows
 from chai_jax.data.text import read_text, split_corpus
 from chai_jax.errors import InputError
@@ -28,6 +28,7 @@ class Work:
         judge: held-out training examples scored: choices are made on these.
         recall: a measured result back from its samples.
         labelled: whether there is a task that the dense model can be at chance on.
+        pad: the model's padding token.
     """
 
     name: str
@@ -37,6 +38,12 @@ class Work:
     judge: Callable[[Model], Measured]
     recall: Callable[[Sequence[dict[str, object]]], Measured]
     labelled: bool
+    pad: int
+
+    @property
+    def text(self) -> Windows:
+        """The calibration windows as arrays."""
+        return Windows.stack(self.calibration, self.pad)
 
 
 def open_work(config: RunConfig, model: Model) -> Work:
@@ -76,6 +83,7 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
         judge=partial(evaluate_rows, task=task, rows=judged, seed=config.seed),
         recall=Result.from_samples,
         labelled=True,
+        pad=model.config.pad_token_id,
     )
 
 
@@ -91,4 +99,5 @@ def _text_work(config: RunConfig, model: Model) -> Work:
         judge=partial(evaluate_windows, encoded=corpus.training[:judged]),
         recall=TextResult.from_samples,
         labelled=False,
+        pad=model.config.pad_token_id,
     )

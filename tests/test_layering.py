@@ -29,6 +29,7 @@ serve
 measure
 report
 environment run_folder work
+planning
 pipeline
 __init__
 cli

@@ -69,7 +69,8 @@ def medoid(features: Float[np.ndarray, "H F"], heads: tuple[int, ...]) -> int:
 
 
 def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"], seed: int = 0) -> int:
-    """Resolve a number of clusters: `"elbow"` (H where there is none), a number of heads, or a ratio below 1 of H.
+    """Resolve a number of clusters: `"elbow"` (H where there is none), a number of heads, a ratio below 1 of H, or
+    `"correlation:0.9"`: as few as leave every head so correlated with the one that stands for it.
 
     Raises:
         InputError: anything else, or more clusters than heads.
@@ -77,10 +78,28 @@ def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"],
     heads = len(features)
     if wanted == "elbow":
         return elbow(curve(features, seed)) or heads
+    if isinstance(wanted, str) and (threshold := _threshold(wanted)) is not None:
+        return next(count for count in range(1, heads + 1) if least_correlation(features, count, seed) >= threshold)
     if isinstance(wanted, int) and not isinstance(wanted, bool) and 1 <= wanted <= heads:
         return wanted
     if isinstance(wanted, float) and 0 < wanted < 1:
         return round_up(wanted, heads)
     raise InputError(
-        f"clusters is {wanted!r}; expected elbow, a number from 1 to {heads} (the heads), or a ratio between 0 and 1"
+        f"clusters is {wanted!r}; expected elbow, a number from 1 to {heads} (the heads), a ratio between 0 and 1, or "
+        "correlation:0.9 (a number up to 1)"
     )
+
+
+def least_correlation(features: Float[np.ndarray, "H H"], count: int, seed: int = 0) -> float:
+    """The lowest correlation of any head with its cluster's medoid; 1 where no heads are merged."""
+    kept = ((head, medoid(features, heads)) for heads in assign(features, count, seed) for head in heads)
+    return min((float(features[pair]) for pair in kept if pair[0] != pair[1]), default=1.0)
+
+
+def _threshold(wanted: str) -> float | None:
+    """0.9 of `correlation:0.9`; None of anything else."""
+    name, _, value = wanted.partition(":")
+    try:
+        return float(value) if name == "correlation" and float(value) <= 1 else None
+    except ValueError:
+        return None

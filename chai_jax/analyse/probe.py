@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
+from chai_jax.data.batches import Windows
 from chai_jax.data.text import windows as cut
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
@@ -108,7 +109,8 @@ def probe(
     if not model.spec.is_dense:
         raise InputError("the model's heads are merged already; expected a dense model: probe the one it was made from")
     window = min(window, model.config.max_positions)
-    tokens, mask = _stack(_windows(model, texts, window), model.config.pad_token_id)
+    text = Windows.stack(_windows(model, texts, window), model.config.pad_token_id)
+    tokens, mask = text.tokens, text.mask
     sums = _accumulate(model, _batches(tokens, mask, batch_size))
     pairs = sum(count * (count + 1) // 2 for count in mask.sum(axis=1).tolist())
     return Probe(
@@ -137,15 +139,6 @@ def _windows(model: Model, texts: Sequence[str] | Sequence[Sequence[int]], windo
     if not any(len(tokens) > 2 for tokens in windows):
         raise InputError("the calibration text has no window of three tokens; expected some sentences: give more text")
     return windows
-
-
-def _stack(windows: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [N, W] padded on the right, and their mask."""
-    lengths = np.asarray([len(tokens) for tokens in windows])
-    mask = np.arange(lengths.max()) < lengths[:, None]
-    tokens = np.full(mask.shape, pad, np.int32)
-    tokens[mask] = np.concatenate([np.asarray(window, np.int32) for window in windows])
-    return tokens, mask
 
 
 def _batches(tokens: np.ndarray, mask: np.ndarray, size: int) -> list[tuple[np.ndarray, np.ndarray]]:

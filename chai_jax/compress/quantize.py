@@ -108,11 +108,13 @@ def with_storage(model: Model, storage: str) -> Model:
     """
     if storage not in STORAGES:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
+    return model.replace(spec=Spec(tuple(layer_with_storage(layer, storage) for layer in model.spec.layers)))
 
-    def layer(old: LayerSpec) -> LayerSpec:
-        return dataclasses.replace(old, groups=group_clusters(old.share, old.clusters, [storage] * old.key_heads))
 
-    return model.replace(spec=Spec(tuple(layer(old) for old in model.spec.layers)))
+def layer_with_storage(layer: LayerSpec, storage: str) -> LayerSpec:
+    """The same layer with its whole cache stored in one format."""
+    groups = group_clusters(layer.share, layer.clusters, [storage] * layer.key_heads)
+    return dataclasses.replace(layer, groups=groups)
 
 
 def dequantize_weights(params: Any) -> Any:

@@ -1,7 +1,11 @@
 """Examples as text and as tokens."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Int32
 
 from chai_jax.errors import InputError
 
@@ -20,6 +24,23 @@ class Encoded:
 
     tokens: tuple[int, ...]
     start: int
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token windows as arrays, padded on the right; `mask` is True where a token is real."""
+
+    tokens: Int32[np.ndarray, "N W"]
+    mask: Bool[np.ndarray, "N W"]
+
+    @classmethod
+    def stack(cls, windows: Sequence[Sequence[int]], pad: int) -> "Windows":
+        """Windows of any lengths, one row each."""
+        lengths = np.asarray([len(tokens) for tokens in windows])
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        tokens = np.full(mask.shape, pad, np.int32)
+        tokens[mask] = np.concatenate([np.asarray(window, np.int32) for window in windows])
+        return cls(tokens, mask)
 
 
 def encode(tokenizer: Any, context: str, completion: str, max_length: int | None = None) -> Encoded:

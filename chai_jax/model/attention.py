@@ -63,7 +63,7 @@ def attend(
     allowed: Bool[Array, "B T S"],
     scale: float,
     value_heads: int,
-) -> tuple[Float[Array, "B heads T R"], Float[Array, "B C q T S"], Float[Array, "B C q T S"]]:
+) -> tuple[Float[Array, "B heads T Rv"], Float[Array, "B C q T S"], Float[Array, "B C q T S"]]:
     """Outputs of the group's heads (clusters outermost), with the scores and probabilities they came from.
 
     Args:

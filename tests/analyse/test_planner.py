@@ -13,23 +13,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from chai_jax.analyse.planner import (
-    cache_fraction,
-    explain,
-    explain_table,
-    plan,
-    plan_within,
-    planned_spec,
-    redundancy,
-)
+from chai_jax.analyse.explain import explain, explain_table, planned_spec
+from chai_jax.analyse.planner import plan, redundancy
 from chai_jax.analyse.probe import Probe, probe
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
-from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
-from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.spec import ClusterPlan, Plan, Spec
+from chai_jax.spec import ClusterPlan, Plan
 
 Make = Callable[..., Model]
 TWINS = {0: 1, 2: 3}  # head -> the head that is made a copy of it
@@ -170,7 +162,9 @@ def test_unusable_arguments_are_refused(make: Make, windows: list[list[int]]) ->
         ({"layers": -0.1}, "fraction of the layers"),
         ({"clusters": 7}, "a number from 1 to 6"),
         ({"share": "v"}, "share 'v'"),
-        ({"share": "kv"}, "expected qk or qkv"),
+        ({"first": "last"}, "redundant, insensitive"),
+        ({"rank": 0.0}, "fraction of the width"),
+        ({"clusters": "correlation:2"}, "correlation:0.9"),
         ({"membership": "daily"}, "membership 'daily'"),
         ({"sensitivity": "entropy"}, "sensitivity 'entropy'"),
     ):
@@ -192,27 +186,3 @@ def test_a_plan_for_a_trained_model(shared: Path) -> None:
     assert min(made.sensitivity) > 0
     small = quantize(cluster(model, made), made)
     assert small.kv_bytes_per_token == explain(made, model.config)[-1]["kv_bytes_per_token"] < 8 * 2 * 256 * 2
-
-
-@pytest.mark.parametrize("budget", [0.6, 0.3, 0.01])
-def test_a_budget_is_kept_with_as_many_clusters_as_it_allows(
-    make: Callable[..., Model], windows: list[list[int]], budget: float
-) -> None:
-    model = make()
-    found = plan_within(model, probe(model, windows), budget, sensitivity="attention")
-    counts = {len(layer.clusters) for layer in found.layers}
-    assert len(counts) == 1
-    count = counts.pop()
-    small = quantize(cluster(model, found), found)
-    dense = bytes_per_token(Spec.dense(3, 6, 8, "bfloat16"))
-    assert small.kv_bytes_per_token == round(cache_fraction(found, model.config) * dense)
-    assert small.kv_bytes_per_token <= budget * dense or count == 1
-    if count < 6:
-        more = plan(model, probe(model, windows), layers=1.0, clusters=count + 1, sensitivity="attention")
-        assert cache_fraction(more, model.config) > budget
-
-
-def test_no_budget_at_all_is_refused(make: Callable[..., Model], windows: list[list[int]]) -> None:
-    model = make()
-    with pytest.raises(InputError, match="the cache budget is 0"):
-        plan_within(model, probe(model, windows), 0.0)

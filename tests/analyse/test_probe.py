@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from chai_jax.analyse.probe import Probe, fingerprint, head_sums, probe
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
-from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.opt import forward

@@ -1,21 +1,25 @@
 """Scores agree with scoring the perturbed model as a whole; tiers and critical clusters have known answers."""
 
+import dataclasses
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import probe
-from chai_jax.analyse.sensitivity import critical, damage, perturb, sensitivities, tiers
+from chai_jax.analyse.sensitivity import critical, perturbed, sensitivities, tiers
+from chai_jax.compress.quantize import CONTRACTED
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import ClusterPlan
+from chai_jax.model.quantized import QuantizedArray
+from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 Make = Callable[..., Model]
 PARTITION = (ClusterPlan((0, 3, 5), 3), ClusterPlan((1,), 1), ClusterPlan((2, 4), 2))
+LAYERS = [LayerPlan(PARTITION)] * 3
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -24,31 +28,31 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def test_damage_is_that_of_the_whole_perturbed_model(make: Make, config: OPTConfig, windows: list[list[int]]) -> None:
-    model, share = make(config), "qkv" if config.pre_norm else "qk"
+    model, plan = make(config), Plan((), "qkv" if config.pre_norm else "qk")
     found = probe(model, windows)
     tokens, mask = found.tokens, found.mask
-    divergence, rise = damage(model, tokens, mask, [PARTITION] * 3, share)
+    damage = Damage(model, tokens, mask)
     real = mask[:, 1:]
     right = log_softmax(np.asarray(model(tokens, mask), np.float64))[:, :-1][real]
     at = np.arange(len(right)), tokens[:, 1:][real]
     for index in range(3):
-        perturbed = perturb(model, index, PARTITION, share)
-        wrong = log_softmax(np.asarray(perturbed(tokens, mask), np.float64))[:, :-1][real]
+        layer, params = perturbed(model, index, LAYERS[index], plan)
+        layers = {**model.params["layers"], str(index): params}
+        whole = model.replace(spec=model.spec.with_layer(index, layer), params={**model.params, "layers": layers})
+        wrong = log_softmax(np.asarray(whole(tokens, mask), np.float64))[:, :-1][real]
+        divergence, rise = damage.of(index, layer, params)
         wanted = (np.exp(right) * (right - wrong)).sum(axis=-1).mean()
         assert wanted > 0.01
-        assert divergence[index] == pytest.approx(wanted, rel=1e-4)
-        assert rise[index] == pytest.approx((right[at] - wrong[at]).mean(), abs=1e-5)
+        assert divergence == pytest.approx(wanted, rel=1e-4)
+        assert rise == pytest.approx((right[at] - wrong[at]).mean(), abs=1e-5)
+        assert damage.of_model(whole) == pytest.approx((divergence, rise), rel=1e-5)
 
 
-def test_perturbing_touches_one_layer(make: Make) -> None:
-    model = make()
-    perturbed = perturb(model, 1, PARTITION, "qkv")
-    assert [layer.share for layer in perturbed.spec.layers] == ["dense", "qkv", "dense"]
-    assert perturbed.spec.layers[1].storages == ("int8",) * 3
-    assert perturbed.spec.layers[1].weights == "int8"
-    assert perturbed.spec.layers[::2] == model.spec.layers[::2]
-    for name in ("0", "2"):
-        jax.tree.map(np.testing.assert_array_equal, perturbed.params["layers"][name], model.params["layers"][name])
+def test_perturbed_is_merged_and_stored_as_the_low_tier(make: Make) -> None:
+    layer, params = perturbed(make(), 1, LAYERS[1], Plan((), "qkv"))
+    assert layer.share == "qkv"
+    assert layer.storages == ("int8",) * 3
+    assert all(isinstance(params[name]["kernel"], QuantizedArray) for name in CONTRACTED)
 
 
 @pytest.mark.parametrize("method", ["perturbation", "kl"])
@@ -57,7 +61,7 @@ def test_a_layer_that_does_nothing_is_not_sensitive(make: Make, windows: list[li
     for name in ("output", "down"):
         leaves = model.params["layers"]["1"][name]
         leaves["kernel"] = jnp.zeros_like(leaves["kernel"])
-    scores = sensitivities(model, probe(model, windows), [PARTITION] * 3, "qkv", method)
+    scores = sensitivities(model, probe(model, windows), LAYERS, Plan((), "qkv"), method)
     assert scores[1] == pytest.approx(0, abs=1e-6)
     assert abs(scores[0]) > 1e-3
     assert abs(scores[2]) > 1e-3
@@ -66,20 +70,21 @@ def test_a_layer_that_does_nothing_is_not_sensitive(make: Make, windows: list[li
 def test_attention_is_the_mean_absolute_score_of_the_probe(make: Make, windows: list[list[int]]) -> None:
     model = make()
     found = probe(model, windows)
-    assert sensitivities(model, found, [PARTITION] * 3, "qk", "attention") == tuple(found.scores)
+    assert sensitivities(model, found, LAYERS, Plan((), "qk"), "attention") == tuple(found.scores)
 
 
 def test_few_tokens_take_fewer_windows(make: Make, windows: list[list[int]]) -> None:
     model = make()
     found = probe(model, windows)
     # 75 tokens in 7 windows: 25 tokens are 3 windows, spread evenly.
-    some = damage(model, found.tokens[[0, 2, 4]], found.mask[[0, 2, 4]], [PARTITION] * 3, "qk")[0]
-    assert sensitivities(model, found, [PARTITION] * 3, "qk", tokens=25) == tuple(some)
+    few = dataclasses.replace(found, tokens=found.tokens[[0, 2, 4]], mask=found.mask[[0, 2, 4]])
+    some = sensitivities(model, few, LAYERS, Plan((), "qk"))
+    assert sensitivities(model, found, LAYERS, Plan((), "qk"), tokens=25) == some
 
 
 def test_an_unknown_method_is_refused(make: Make, windows: list[list[int]]) -> None:
     with pytest.raises(InputError, match="expected one of attention, perturbation, kl"):
-        sensitivities(make(), probe(make(), windows), [PARTITION] * 3, "qk", "entropy")
+        sensitivities(make(), probe(make(), windows), LAYERS, Plan((), "qk"), "entropy")
 
 
 @pytest.mark.parametrize(

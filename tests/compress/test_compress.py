@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.expand import expand
 from chai_jax.compress.quantize import quantize, with_storage
-from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
-from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.model.params import OPTConfig

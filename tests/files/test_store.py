@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
-from chai_jax.compress.slice import cluster
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.model.model import Model

@@ -1,0 +1,216 @@
+"""The planner: which layers share what, at which rank and in which format, so that a byte budget costs least.
+
+The cost of every change to every layer is measured (`chai_jax.analyse.costs`), summed to predict that of any mixture,
+and the mixture with the least predicted cost within the budget is chosen (`chai_jax.analyse.allocate`): first what is
+cached, then the formats of the weights.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from chai_jax.analyse.allocate import Choice, allocate
+from chai_jax.analyse.costs import FindClusters, LayerCosts, Measure, interpolate, latent, measure_costs
+from chai_jax.analyse.explain import planned_layer
+from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
+from chai_jax.analyse.probe import Probe
+from chai_jax.analyse.sensitivity import spread, tiers
+from chai_jax.compress.quantize import store_weights
+from chai_jax.errors import InputError
+from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.model import Model
+from chai_jax.model.params import Declared, OPTConfig, Params, declare
+from chai_jax.model.stream import rest_of
+from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+
+RANK_STEPS = tuple(2 ** (-step / 2) for step in range(2, 13))  # of the width: 1/2, 0.35, 1/4, ... 1/64
+REFERENCE_CLUSTERS, REFERENCE_RANK = 1 / 2, 1 / 8  # the changes whose cost is a layer's sensitivity
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What a plan may cost and choose from.
+
+    Attributes:
+        cache: bytes of the cache per token, as a fraction of the dense bfloat16 cache.
+        model: bytes of the weights, as a fraction of the dense model in bfloat16; None: weights stay as loaded.
+        shares: some of `qk`, `qkv`, `kv`.
+        storages: cache formats, some of `bfloat16`, `int8`, `int4`.
+        pinned: layers that stay as they are, with a bfloat16 cache.
+        tokens: about how many calibration tokens to measure on.
+
+    Raises:
+        InputError: a budget that is not above 0, or nothing to choose from.
+    """
+
+    cache: float
+    model: float | None = None
+    shares: tuple[str, ...] = ("qkv", "kv")
+    storages: tuple[str, ...] = ("bfloat16", "int8")
+    pinned: tuple[int, ...] = ()
+    tokens: int = 1024
+
+    def __post_init__(self) -> None:
+        for name in ("cache", "model"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(
+                    f"the {name} budget is {value}; expected a fraction of the dense bfloat16 one, above 0"
+                )
+        if not self.shares or not self.storages:
+            raise InputError("the planner has nothing to choose from; expected a share and a storage at least")
+
+
+def plan_within(
+    model: Model,
+    probe: Probe,
+    budget: Budget,
+    *,
+    score_merge: str = "low_rank",
+    value_merge: str = "low_rank",
+    seed: int = 0,
+    file: Path | None = None,
+) -> Plan:
+    """The plan with the least predicted KL whose cache (and weights) keep to a budget; `Plan.predicted` is that KL.
+
+    Where even the smallest choices are too large, they are what is returned: compare `cache_fraction` with the budget.
+
+    Args:
+        probe: of this very model.
+        seed: of K-Means.
+        file: measurements are kept here after every layer, and read back by the next attempt.
+
+    Raises:
+        InputError: a model that is no dense one or not the one probed, a pinned layer that it lacks, a file of other
+            measurements.
+    """
+    config, weights = model.config, ("bfloat16", "int8") if budget.model else ()
+    base = Plan((), budget.shares[0], score_merge=score_merge, value_merge=value_merge, method="kl")
+    base.check()
+    check_probe(model, probe)
+    missing = [index for index in budget.pinned if not 0 <= index < config.num_layers]
+    if missing:
+        raise InputError(f"layer {missing[0]} is pinned; expected layers from 0 to {config.num_layers - 1}")
+
+    @cache
+    def find(index: int, count: int) -> tuple[ClusterPlan, ...]:
+        return find_clusters(probe.correlation[index], count, seed)
+
+    text = spread(probe, budget.tokens)
+    storages = [name for name in budget.storages if name != "bfloat16"]
+    measured = list(
+        measure_costs(
+            Measure(model, probe, text, base, find),
+            budget.shares,
+            ["bfloat16", *storages],
+            weights,
+            config.num_layers,
+            file,
+            _key(probe, text, base, seed),
+        )
+    )
+    choices = [
+        list(_pinned(config) if index in budget.pinned else _choices(config, costs, budget, index, find))
+        for index, costs in enumerate(measured)
+    ]
+    dense = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
+    chosen = allocate(choices, budget.cache * dense)
+    layers, predicted = [one.what for one in chosen], sum(one.cost for one in chosen)
+    if budget.model is not None:
+        layers, more = _weights(model, layers, measured, budget)
+        predicted += more
+    scores = [_sensitivity(config, costs) for costs in measured]
+    layers = [
+        dataclasses.replace(layer, tier=tier, clusters=mark_critical(layer.clusters, probe.outputs[index]))
+        for index, (layer, tier) in enumerate(zip(layers, tiers(scores), strict=True))
+    ]
+    made = dataclasses.replace(base, layers=tuple(layers), sensitivity=tuple(scores), predicted=predicted)
+    made.check()
+    return made
+
+
+def _key(probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, seed: int) -> str:
+    """What measured costs depend on, beside the choices themselves."""
+    digest = hashlib.sha256(f"{probe.fingerprint} {plan} {seed}".encode())
+    for array in (probe.tokens, probe.mask, *text):
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _choices(config: OPTConfig, costs: LayerCosts, budget: Budget, index: int, find: FindClusters) -> Iterator[Choice]:
+    """All that a layer could become: every number of clusters, every pair of latent ranks, in every format."""
+    width, heads = config.hidden_size, config.num_heads
+    ranks = sorted({max(1, round(step * width)) for step in RANK_STEPS})
+    shapes: list[tuple[LayerPlan, float]] = [(LayerPlan(singletons(heads)), 0.0)]
+    for share, sizes in costs.clusters.items():
+        smallest = min(sizes)
+        shapes += [
+            (LayerPlan(find(index, count), share=share), interpolate(sizes, count)) for count in range(smallest, heads)
+        ]
+    if costs.latent:
+        key, value = ({rank: interpolate(costs.latent[name], rank) for rank in ranks} for name in ("key", "value"))
+        shapes += [(latent(heads, k, v), key[k] + value[v]) for k in ranks for v in ranks]
+    for layer, cost in shapes:
+        for storage in budget.storages:
+            clusters = tuple(dataclasses.replace(one, storage=storage) for one in layer.clusters)
+            what = dataclasses.replace(layer, clusters=clusters)
+            yield Choice(_cache_bytes(what, config), cost + costs.cache[storage], what)
+
+
+def _pinned(config: OPTConfig) -> Iterator[Choice]:
+    """The one choice of a layer that stays as it is."""
+    layer = LayerPlan(singletons(config.num_heads))
+    yield Choice(_cache_bytes(layer, config), 0.0, layer)
+
+
+def _cache_bytes(layer: LayerPlan, config: OPTConfig) -> int:
+    return bytes_per_token(Spec((planned_layer(layer, layer.share or "dense", config),)))
+
+
+def _weights(
+    model: Model, layers: Sequence[LayerPlan], measured: Sequence[LayerCosts], budget: Budget
+) -> tuple[list[LayerPlan], float]:
+    """The layers with weight formats that keep the model to its budget, and what these are predicted to cost."""
+    assert budget.model is not None
+    config = model.config
+    outside = sum(leaf.nbytes for leaf in jax.tree.leaves(rest_of(model.params)))
+    dense = 2 * sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    choices = []
+    for index, (layer, costs) in enumerate(zip(layers, measured, strict=True)):
+        spec = Spec((planned_layer(layer, layer.share or "dense", config),))
+        declared = declare(config, spec)["layers"]["0"]
+        loaded = model.params["layers"][str(index)]["up"]["kernel"].dtype
+        formats = {"loaded": 0.0} | ({} if index in budget.pinned else costs.weights)
+        choices.append(
+            [
+                Choice(_weight_bytes(declared, name, loaded), cost, dataclasses.replace(layer, weights=name))
+                for name, cost in formats.items()
+            ]
+        )
+    chosen = allocate(choices, budget.model * dense - outside)
+    return [one.what for one in chosen], sum(one.cost for one in chosen)
+
+
+def _weight_bytes(declared: Params, weights: str, loaded: Any) -> int:
+    """Bytes of a layer of these shapes, loaded in this dtype, once its kernels are stored as `weights`."""
+
+    def shape(leaf: Declared) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, loaded)
+
+    shapes = jax.tree.map(shape, declared, is_leaf=lambda leaf: isinstance(leaf, Declared))
+    stored = jax.eval_shape(lambda params: store_weights(params, weights), shapes)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
+
+
+def _sensitivity(config: OPTConfig, costs: LayerCosts) -> float:
+    """A layer's score: the cost of half its clusters (or of a latent of an eighth of its width), in nats per token."""
+    for sizes in costs.clusters.values():
+        return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.num_heads)))
+    rank = max(1, round(REFERENCE_RANK * config.hidden_size))
+    return sum(interpolate(costs.latent[name], rank) for name in ("key", "value"))

@@ -1,0 +1,161 @@
+"""What each layer could become, and what that costs: measured one change at a time, on calibration text.
+
+Changes are measured apart (a number of clusters, a rank of the latent key, one of the latent value, a storage format)
+as the KL of the next-token distribution, in nats per token, and their sum predicts the cost of any mixture: damage of
+several layers, and of several changes to one, adds up as long as it is small. Between the sizes that were measured the
+cost is interpolated, linear in the logarithm of the cost.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chai_jax.analyse.cluster import round_up
+from chai_jax.analyse.damage import Damage
+from chai_jax.analyse.probe import Probe
+from chai_jax.compress.cluster import LayerMerge, Stream
+from chai_jax.compress.quantize import layer_with_storage, store_weights
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import write_json
+from chai_jax.model.model import Model
+from chai_jax.model.params import Params
+from chai_jax.progress import track
+from chai_jax.spec import ClusterPlan, LayerPlan, Plan
+
+CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
+RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width
+TINY = 1e-9  # nats: a cost below is rounding, and has no logarithm worth reading
+
+Sizes = dict[int, float]  # clusters or rank: measured KL
+FindClusters = Callable[[int, int], tuple[ClusterPlan, ...]]  # (layer, clusters) -> its clusters
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCosts:
+    """KL in nats per token that each change to one layer causes, alone.
+
+    Attributes:
+        clusters: by share (`qk`, `qkv`) and number of clusters.
+        latent: by `key` or `value` and rank of a `kv` layer's latent.
+        cache: by storage format of the layer's cache.
+        weights: by format of the layer's weights.
+    """
+
+    clusters: dict[str, Sizes]
+    latent: dict[str, Sizes]
+    cache: dict[str, float]
+    weights: dict[str, float]
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "LayerCosts":
+        """Back from JSON, whose keys are strings."""
+
+        def sizes(part: dict[str, dict[str, float]]) -> dict[str, Sizes]:
+            return {name: {int(size): cost for size, cost in entries.items()} for name, entries in part.items()}
+
+        return cls(sizes(value["clusters"]), sizes(value["latent"]), value["cache"], value["weights"])
+
+
+def interpolate(sizes: Sizes, size: int) -> float:
+    """The cost of a size between measured ones; costs never rise with size, whatever the noise of measuring says."""
+    known = sorted(sizes)
+    falling = np.maximum.accumulate([max(sizes[at], TINY) for at in reversed(known)])[::-1]
+    return float(np.exp(np.interp(size, known, np.log(falling))))
+
+
+class Measure:
+    """The changes of one layer after another, each measured alone against the dense model."""
+
+    def __init__(self, model: Model, probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, find: FindClusters):
+        """`text`: tokens and mask to measure on; `plan`: share and merges, its layers are not read."""
+        self.damage, self.stream = Damage(model, *text), Stream(model, probe)
+        self.model, self.plan, self.find = self.damage.model, plan, find
+
+    def layer(self, shares: Sequence[str], storages: Sequence[str], weights: Sequence[str]) -> LayerCosts:
+        """Measure the layer whose turn it is, then go on to the next."""
+        heads, index = self.model.config.num_heads, self.stream.index
+        counts = sorted({count for part in CLUSTERS if 1 <= (count := round_up(part, heads)) < heads})
+        spec, params = self.model.spec.layers[index], self.model.params["layers"][str(index)]
+        costs = LayerCosts(
+            {share: {n: self._clustered(share, n) for n in counts} | {heads: 0.0} for share in shares if share != "kv"},
+            self._latents() if "kv" in shares else {},
+            {name: self.damage.of(index, layer_with_storage(spec, name), params)[0] for name in storages},
+            {name: self.damage.of(index, spec, store_weights(params, name))[0] for name in weights},
+        )
+        self.stream.advance()
+        return costs
+
+    def _clustered(self, share: str, count: int) -> float:
+        index = self.stream.index
+        merge = LayerMerge(self.model, index, LayerPlan(self.find(index, count), share=share), self.plan, self.stream)
+        return self.damage.of(index, merge.spec, merge.params())[0]
+
+    def _latents(self) -> dict[str, Sizes]:
+        """Ranks nest: a smaller latent is the first columns of a larger one, so one merge and program serve all."""
+        index, width = self.stream.index, self.model.config.hidden_size
+        merge = LayerMerge(self.model, index, latent(self.model.config.num_heads, width, width), self.plan, self.stream)
+        whole = merge.params()
+        ranks = sorted({max(1, round(part * width)) for part in RANKS})
+
+        def cost(name: str, rank: int) -> float:
+            return self.damage.of(index, merge.spec, truncated(whole, name, rank))[0]
+
+        return {name: {rank: cost(name, rank) for rank in ranks} | {width: 0.0} for name in ("key", "value")}
+
+
+def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:
+    """A layer whose heads all read one latent key and one latent value."""
+    everyone = ClusterPlan(tuple(range(heads)), 0)
+    return LayerPlan((everyone,), share="kv", key_rank=key_rank, value_rank=value_rank)
+
+
+def truncated(params: Params, name: str, rank: int) -> Params:
+    """A layer whose latent `name` (key or value) has nothing beyond its first `rank` columns."""
+    projection = params[name]
+    return {**params, name: {part: leaf.at[..., rank:].set(0) for part, leaf in projection.items()}}
+
+
+def measure_costs(
+    measure: Measure,
+    shares: Sequence[str],
+    storages: Sequence[str],
+    weights: Sequence[str],
+    layers: int,
+    file: Path | None = None,
+    key: str = "",
+) -> Iterator[LayerCosts]:
+    """Measure all layers; with a `file`, what an interrupted attempt measured is read, not measured again.
+
+    Args:
+        key: what the numbers depend on (model, text, clustering): a file made under another key is refused.
+
+    Raises:
+        InputError: the file is no such file, or holds measurements of something else.
+    """
+    asked = {"key": key, "shares": list(shares), "storages": list(storages), "weights": list(weights)}
+    known = _read(file, asked) if file is not None and file.exists() else []
+    for index in track(range(layers), "Measuring what each layer bears"):
+        if index < len(known):
+            measure.stream.advance()
+            yield known[index]
+            continue
+        known.append(measure.layer(shares, storages, weights))
+        if file is not None:
+            write_json(file, {**asked, "layers": [dataclasses.asdict(one) for one in known]})
+        yield known[index]
+
+
+def _read(file: Path, asked: dict[str, Any]) -> list[LayerCosts]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        layers = [LayerCosts.from_json(entry) for entry in found["layers"]]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} holds no measured costs ({error!r}); expected what plan writes: delete it") from None
+    other = [name for name, value in asked.items() if found.get(name) != value]
+    if other:
+        raise InputError(f"{file} holds costs measured with another {other[0]}: delete it, or name another file")
+    return layers

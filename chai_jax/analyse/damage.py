@@ -1,0 +1,78 @@
+"""What changing one layer does to a dense model's predictions."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int32
+
+from chai_jax.compress.quantize import with_storage
+from chai_jax.model.model import Model
+from chai_jax.model.opt import OPT, unembed
+from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.stream import embed, rest_of, through, through_layer
+from chai_jax.score import HEAD_ROWS
+from chai_jax.spec import LayerSpec, Spec
+
+
+class Damage:
+    """KL and loss of a dense model with single layers replaced, on fixed text.
+
+    What enters each layer is kept ([L + 1, N, W, D] float32), so a replacement costs the layers from it on. Layers that
+    are not replaced are as loaded, with a float32 cache.
+    """
+
+    def __init__(self, model: Model, tokens: Int32[np.ndarray, "N W"], mask: Any):
+        self.model, self.mask = with_storage(model, "float32"), jnp.asarray(mask)
+        self.entering = [embed(self.model, jnp.asarray(tokens), self.mask)]
+        for index in range(model.config.num_layers):
+            self.entering.append(through(self.model, index, self.entering[index], self.mask))
+        # Padding stands on the right: a position predicts the next token where there is one.
+        self.predicts = np.pad(np.asarray(mask)[:, 1:], ((0, 0), (0, 1)))
+        self.targets = jnp.asarray(np.asarray(tokens)[:, 1:][np.asarray(mask)[:, 1:]])
+
+    def of(self, index: int, layer: LayerSpec, params: Params) -> tuple[float, float]:
+        """(mean KL(dense || changed), mean rise of the loss), nats per token, with this in place of layer `index`."""
+        x = through_layer(self.model.config, layer, params, self.entering[index], self.mask)
+        for later in range(index + 1, self.model.config.num_layers):
+            x = through(self.model, later, x, self.mask)
+        return self.between(x)
+
+    def of_model(self, changed: Model) -> tuple[float, float]:
+        """The same for a model that may differ in every layer."""
+        x = self.entering[0]
+        for index in range(changed.config.num_layers):
+            x = through(changed, index, x, self.mask)
+        return self.between(x)
+
+    def between(self, x: Float[Array, "N W D"]) -> tuple[float, float]:
+        """KL and rise of the loss when this, not the dense model's states, leaves the last layer."""
+        rest, truth = rest_of(self.model.params), self.entering[-1]
+        found = _compare(self.model.config, rest, self.targets, truth[self.predicts], x[self.predicts])
+        divergence, rise = jax.device_get(found)
+        return float(divergence), float(rise)
+
+
+@partial(jax.jit, static_argnums=0)
+def _compare(
+    config: OPTConfig,
+    params: Params,
+    targets: Int32[Array, " M"],
+    truth: Float[Array, "M D"],
+    x: Float[Array, "M D"],
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean KL(truth || x) and mean rise of the loss over predictions, from hidden states after the last layer."""
+    norm = OPT(config, Spec(()), params).final_norm
+    if norm is not None:
+        truth, x = norm(truth[None])[0], norm(x[None])[0]
+
+    def prediction(entry: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        target, *hidden = entry
+        right, wrong = (jax.nn.log_softmax(unembed(config, params, row)) for row in hidden)
+        return jnp.sum(jnp.exp(right) * (right - wrong)), right[target] - wrong[target]
+
+    # Some rows at a time: the logits [M, V] of both models would be the largest arrays by far.
+    divergence, rise = jax.lax.map(prediction, (targets, truth, x), batch_size=HEAD_ROWS)
+    return divergence.mean(), rise.mean()

@@ -1,0 +1,50 @@
+"""A sanity gate: what surgery did to a model's predictions, and which layer did most of it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from chai_jax.analyse.damage import Damage
+from chai_jax.analyse.sensitivity import spread
+from chai_jax.compress.quantize import quantize
+from chai_jax.model.model import Model
+from chai_jax.model.stream import Text
+from chai_jax.spec import Plan
+
+TOKENS = 1024  # of calibration text that are looked at, about
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Mean KL(before || after) of next-token distributions in nats per token, over `tokens` predictions.
+
+    Attributes:
+        layer: the one that, changed alone, does most; `layer_kl` is what it does.
+    """
+
+    kl: float
+    layer: int
+    layer_kl: float
+    tokens: int
+
+    @classmethod
+    def between(cls, before: Model, after: Model, text: Text) -> "Gate":
+        """Compare two models of the same depth on a few prompts."""
+        damage = Damage(before, *spread(text, TOKENS))
+        layers = enumerate(after.spec.layers)
+        alone = [damage.of(index, layer, after.params["layers"][str(index)])[0] for index, layer in layers]
+        worst = int(np.argmax(alone))
+        return cls(damage.of_model(after)[0], worst, alone[worst], len(damage.targets))
+
+    def explain(self, limit: float) -> str:
+        """What is wrong, and where to look."""
+        return (
+            f"moved the next-token distribution by {self.kl:.3f} nats per token (KL, {self.tokens} tokens; expected "
+            f"{limit:g} at most); layer {self.layer} alone does {self.layer_kl:.3f}: merge less of it, or pin it"
+        )
+
+
+def tried(dense: Model, clustered: Model, plan: Plan, text: Text) -> float:
+    """KL from the dense model of the clustered one stored by the plan's formats too, in nats per token: what the
+    planner's prediction is to be compared with."""
+    return Damage(dense, *spread(text, TOKENS)).of_model(quantize(clustered, plan))[0]

@@ -1,0 +1,164 @@
+"""Clustering as surgery: each layer's heads are merged as the plan says, and what is not kept is really cut away."""
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+
+import jax.numpy as jnp
+
+from chai_jax.compress.low_rank import as_they_are, dense_heads, score_params, value_params
+from chai_jax.compress.merge import (
+    InputMoments,
+    OutputMoments,
+    fitted_values,
+    latent_scores,
+    latent_values,
+    low_rank_scores,
+    low_rank_values,
+)
+from chai_jax.compress.moments import input_moments, output_moments
+from chai_jax.compress.slice import cluster_order, every_value, representative_scores, representative_values
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.quantized import QuantizedArray
+from chai_jax.model.stream import Text, embed, through
+from chai_jax.progress import track
+from chai_jax.spec import LayerPlan, LayerSpec, Plan, group_clusters
+
+
+def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
+    """Merge the heads of each of the plan's clusters (CHAI, Agarwal et al. 2024, arXiv 2403.08058).
+
+    Share `qk` keeps one query and key per cluster and every value head; `qkv` keeps one of each; `kv` keeps every query
+    and output head on one latent key and value. Cache formats stay as they are; layers without a merge stay untouched,
+    bit for bit.
+
+    Args:
+        text: calibration windows (a probe will do): for all but representatives, which need none. Its hidden states are
+            carried through the dense layers one by one.
+
+    Raises:
+        InputError: the plan is for another shape of model, the model's layer is clustered or quantized already, or a
+            low-rank merge has no text to fit or no biases to put its constants in.
+    """
+    plan.check()
+    plan.check_model(model.config.num_layers, model.config.num_heads)
+    if plan.membership != "calibrated":
+        raise InputError(f"clustering by membership {plan.membership!r} is not built; expected calibrated")
+    if plan.needs_text and text is None:
+        raise InputError(
+            "the plan merges heads by low rank; expected calibration text to fit them to: give cluster() the probe"
+        )
+    layers, spec = dict(model.params["layers"]), model.spec
+    stream = Stream(model, text) if plan.needs_text and text is not None else None
+    for index, wanted in enumerate(track(plan.layers, "Merging the heads")):
+        if wanted.merged:
+            _check_plain(model.config, index, spec.layers[index], layers[str(index)])
+            merge = LayerMerge(model, index, wanted, plan, stream)
+            spec, layers[str(index)] = spec.with_layer(index, merge.spec), merge.params()
+        if stream is not None:
+            stream.advance()
+    return model.replace(spec=spec, params={**model.params, "layers": layers}, plan=plan)
+
+
+def _check_plain(config: OPTConfig, index: int, layer: LayerSpec, params: Params) -> None:
+    kernels = [params[name]["kernel"] for name in ("query", "key", "value", "output")]
+    if layer.share != "dense" or any(isinstance(kernel, QuantizedArray) for kernel in kernels):
+        raise InputError(
+            f"layer {index} is clustered or quantized already; expected a dense float layer: start from the dense model"
+        )
+
+
+class Stream:
+    """Calibration text on its way through the dense model: what enters the layer whose turn it is."""
+
+    def __init__(self, model: Model, text: Text):
+        if not model.config.bias:
+            raise InputError("the model has no biases; low-rank merges need them: merge by representatives")
+        self.model, self.mask, self.index = model, jnp.asarray(text.mask), 0
+        self.x = embed(model, jnp.asarray(text.tokens), self.mask)
+
+    def advance(self) -> None:
+        self.x = through(self.model, self.index, self.x, self.mask)
+        self.index += 1
+
+    def input_moments(self) -> InputMoments:
+        layer, params = self.model.spec.layers[self.index], self.model.params["layers"][str(self.index)]
+        return input_moments(self.model.config, layer, params, self.x, self.mask)
+
+
+class LayerMerge:
+    """One layer's merge: the spec it leads to and, by `params`, the parameters.
+
+    `kept` and `members` are where the representatives and the heads of each cluster are stored in the dense layer.
+    """
+
+    def __init__(self, model: Model, index: int, wanted: LayerPlan, plan: Plan, stream: Stream | None):
+        self.config, self.dense, self.old = model.config, model.spec.layers[index], model.params["layers"][str(index)]
+        self.plan, self.stream, self.share = plan, stream, wanted.share or plan.share
+        storage_of = dict(zip((heads[0] for heads in self.dense.clusters), self.dense.storages, strict=True))
+        stored_at = {heads[0]: at for at, heads in enumerate(self.dense.clusters)}
+        storages = [storage_of[one.keep] for one in wanted.clusters]
+        order = cluster_order(self.share, [one.heads for one in wanted.clusters], storages)
+        clusters = [wanted.clusters[at] for at in order]
+        self.kept = [stored_at[one.keep] for one in clusters]
+        self.members = [[stored_at[head] for head in one.heads] for one in clusters]
+        heads = tuple(one.heads for one in clusters)
+        self.spec = LayerSpec(
+            self.share,
+            heads,
+            group_clusters(self.share, heads, [storages[at] for at in order]),
+            wanted.key_rank or self.dense.key_rank,
+            wanted.value_rank or self.dense.value_rank,
+            self.dense.weights,
+        )
+
+    def params(self) -> Params:
+        scores = self._scores()
+        return {**self.old, **scores, **self._values(scores)}
+
+    def _whole(self, members: Sequence[int], rank: int) -> bool:
+        """Whether this cluster is a head that stays as it is."""
+        return self.share != "kv" and len(members) == 1 and rank == self.config.head_dim
+
+    def _scores(self) -> Params:
+        if self.share != "kv" and self.plan.score_merge == "representative":
+            return representative_scores(self.old, self.kept)
+        form = latent_scores if self.share == "kv" else low_rank_scores
+        rank, x, found = self.spec.key_rank, self._input, []
+        for members in self.members:
+            heads = dense_heads(self.old, members)
+            found.append(as_they_are(heads)[0] if self._whole(members, rank) else form(heads, x, rank))
+        return score_params(self.old, found)
+
+    def _values(self, scores: Params) -> Params:
+        """Values and output projections; `fit` makes up for what the merged scores get wrong."""
+        if self.share == "qk":
+            return every_value(self.old, self.members)
+        if self.share == "qkv" and self.plan.value_merge == "representative":
+            return representative_values(self.old, self.kept, self.members)
+        rank, x = self.spec.value_rank, self._input
+        if self.share == "qkv" and self.plan.value_merge == "fit":
+            outputs = zip(self.members, self._output(scores), strict=True)
+            fitted = [fitted_values(dense_heads(self.old, members), found, x, rank) for members, found in outputs]
+        else:
+            form = latent_values if self.share == "kv" else low_rank_values
+            fitted = [form(dense_heads(self.old, members), x, rank) for members in self.members]
+        found = [
+            as_they_are(dense_heads(self.old, members))[1] if self._whole(members, rank) else values
+            for members, values in zip(self.members, fitted, strict=True)
+        ]
+        return value_params(self.old, found)
+
+    @cached_property
+    def _input(self) -> InputMoments:
+        assert self.stream is not None  # the plan needs text, so cluster() has it
+        return self.stream.input_moments()
+
+    def _output(self, scores: Params) -> list[OutputMoments]:
+        """Of the merged attention, whatever values it will have; representatives stand in for them."""
+        assert self.stream is not None
+        merged = {**self.old, **scores, **representative_values(self.old, self.kept, self.members)}
+        spec = dataclasses.replace(self.spec, value_rank=self.config.head_dim)
+        return output_moments(self.config, (self.dense, spec), (self.old, merged), self.stream.x, self.stream.mask)

@@ -1,0 +1,99 @@
+"""From what a person asked for to a plan: options of the command line meet the planner."""
+
+from pathlib import Path
+
+from chai_jax.analyse.budget import Budget, plan_within
+from chai_jax.analyse.explain import cache_fraction
+from chai_jax.analyse.planner import plan as make_plan
+from chai_jax.analyse.probe import Probe, probe
+from chai_jax.config import PlanConfig
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+from chai_jax.progress import console
+from chai_jax.spec import STORAGES, Plan
+from chai_jax.work import Work
+
+
+def plan_for(model: Model, work: Work, wanted: PlanConfig, seed: int, costs: Path | None = None) -> Plan:
+    """Look at a dense model on the work's calibration examples and decide.
+
+    Args:
+        costs: where the planner keeps its measurements, for the next attempt.
+    """
+    seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
+    return (
+        _by_clusters(model, seen, wanted, seed)
+        if wanted.kv_budget is None
+        else _by_budget(model, seen, wanted, seed, costs)
+    )
+
+
+def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
+    if wanted.model_budget is not None:
+        raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
+    return make_plan(
+        model,
+        seen,
+        share=wanted.share or "qkv",
+        layers=wanted.layers or 0.0,
+        first=wanted.first,
+        clusters=parse_clusters(wanted.clusters or "elbow"),
+        rank=wanted.rank,
+        score_merge=wanted.score_merge or "representative",
+        value_merge=wanted.value_merge or "representative",
+        sensitivity=wanted.sensitivity,
+        seed=seed,
+    )
+
+
+def _by_budget(model: Model, seen: Probe, wanted: PlanConfig, seed: int, costs: Path | None) -> Plan:
+    assert wanted.kv_budget is not None
+    budget = Budget(
+        wanted.kv_budget,
+        wanted.model_budget,
+        (wanted.share,) if wanted.share else ("qkv", "kv"),
+        parse_list("--storages", wanted.storages, STORAGES),
+        parse_numbers("--pin", wanted.pin),
+    )
+    merges = {"score_merge": wanted.score_merge or "low_rank", "value_merge": wanted.value_merge or "low_rank"}
+    plan = plan_within(model, seen, budget, **merges, seed=seed, file=costs)
+    reached = cache_fraction(plan, model.config)
+    if reached > budget.cache:
+        console.print(
+            f"warning: no plan is so small: the nearest takes {reached:.3f} of the dense cache, not {budget.cache:g}",
+            style="bold red",
+        )
+    return plan
+
+
+def parse_clusters(clusters: str) -> str | int | float:
+    """`--clusters`: elbow, a number, a ratio below 1, or a correlation.
+
+    Raises:
+        InputError: none of these.
+    """
+    if clusters == "elbow" or clusters.startswith("correlation:"):
+        return clusters
+    try:
+        return int(clusters) if clusters.lstrip("-").isdigit() else float(clusters)
+    except ValueError:
+        raise InputError(
+            f"--clusters is {clusters!r}; expected elbow, a number, a ratio below 1, or correlation:0.9"
+        ) from None
+
+
+def parse_list(option: str, given: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with commas between them, in the order of `allowed`."""
+    names = {name.strip() for name in given.split(",") if name.strip()}
+    unknown = sorted(names - set(allowed))
+    if unknown or not names:
+        raise InputError(f"{option} is {given!r}; expected some of {', '.join(allowed)}, with commas")
+    return tuple(name for name in allowed if name in names)
+
+
+def parse_numbers(option: str, given: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(number) for number in given.split(",") if number.strip())
+    except ValueError:
+        raise InputError(f"{option} is {given!r}; expected layer numbers with commas: 0,11") from None

@@ -1,0 +1,168 @@
+"""The planner keeps to its budgets, measures what it says it measures, goes on where it stopped, and predicts."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from chai_jax.analyse.budget import Budget, plan_within
+from chai_jax.analyse.costs import LayerCosts, interpolate
+from chai_jax.analyse.damage import Damage
+from chai_jax.analyse.explain import cache_fraction, planned_spec
+from chai_jax.analyse.gate import Gate, tried
+from chai_jax.analyse.probe import Probe, probe
+from chai_jax.compress.cluster import cluster
+from chai_jax.compress.quantize import quantize
+from chai_jax.data.batches import Windows
+from chai_jax.errors import InputError
+from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.model import Model
+from chai_jax.spec import Plan, Spec
+
+Make = Callable[..., Model]
+DENSE = bytes_per_token(Spec.dense(3, 6, 8, "bfloat16"))
+
+
+@pytest.fixture
+def model(make: Make) -> Model:
+    return make()
+
+
+@pytest.fixture
+def seen(model: Model) -> Probe:
+    random = np.random.default_rng(1)
+    return probe(model, [random.integers(4, 64, 20).tolist() for _ in range(16)])
+
+
+@pytest.fixture(scope="module")
+def costs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Measured once, and read by every test that asks for the same."""
+    return tmp_path_factory.mktemp("costs") / "costs.json"
+
+
+def test_budgets_are_kept_and_the_bytes_are_real(model: Model, seen: Probe, costs: Path) -> None:
+    predicted = []
+    for fraction in (0.8, 0.4, 0.2, 0.1):
+        made = plan_within(model, seen, Budget(fraction), file=costs)
+        small = quantize(cluster(model, made, seen), made)
+        assert small.spec == planned_spec(made, model.config)
+        assert small.kv_bytes_per_token == round(cache_fraction(made, model.config) * DENSE)
+        # Close to the budget too: a finer choice of ranks would not fit.
+        assert 0.85 * fraction * DENSE <= small.kv_bytes_per_token <= fraction * DENSE
+        predicted.append(made.predicted)
+        assert Plan.from_json(json.loads(json.dumps(made.to_json()))) == made
+    assert predicted == sorted(predicted)
+    assert predicted[0] < predicted[-1]
+
+
+def test_what_is_measured_is_the_kl_of_the_changed_model(model: Model, seen: Probe, costs: Path) -> None:
+    """One layer changed and the rest pinned: the prediction is then a measurement."""
+    budget = Budget(0.9, shares=("qkv",), storages=("bfloat16",), pinned=(0, 2), tokens=10**6)
+    made = plan_within(model, seen, budget)
+    assert [layer.clustered for layer in made.layers] == [False, True, False]
+    damage = Damage(model, seen.tokens, seen.mask)
+    small = quantize(cluster(model, made, seen), made)
+    layer = small.spec.layers[1], small.params["layers"]["1"]
+    count = len(made.layers[1].clusters)
+    assert count in (5, 4)
+    # 4 and 5 of 6 clusters are sizes that are measured, not interpolated.
+    assert made.predicted == pytest.approx(damage.of(1, *layer)[0], rel=0.02)
+
+
+def test_shares_and_storages_are_those_allowed(model: Model, seen: Probe) -> None:
+    made = plan_within(model, seen, Budget(0.3, shares=("qkv",), storages=("int8",)))
+    assert {layer.share for layer in planned_spec(made, model.config).layers} <= {"qkv", "dense"}
+    assert {one.storage for layer in made.layers for one in layer.clusters} == {"int8"}
+
+
+def test_weights_keep_to_their_budget(model: Model, seen: Probe) -> None:
+    dense = 2 * sum(leaf.size for leaf in jax.tree.leaves(model.params))
+    made = plan_within(model, seen, Budget(1.0, model=1.1, shares=("qkv",), storages=("bfloat16",)))
+    small = quantize(cluster(model, made, seen), made)
+    assert small.nbytes <= 1.1 * dense < model.nbytes
+    assert {layer.weights for layer in made.layers} & {"int8", "bfloat16"}
+    assert made.predicted is not None
+    assert made.predicted > 0
+
+
+def test_an_impossible_budget_gives_the_smallest_plan(model: Model, seen: Probe, costs: Path) -> None:
+    made = plan_within(model, seen, Budget(1e-6), file=costs)
+    smallest = plan_within(model, seen, Budget(2e-6), file=costs)
+    assert made == smallest
+    assert cache_fraction(made, model.config) > 1e-6
+
+
+def test_measurements_are_taken_up_where_they_stopped(
+    model: Model, seen: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, budget = tmp_path / "costs.json", Budget(0.4, shares=("qkv",), tokens=60)
+    whole = plan_within(model, seen, budget, file=file)
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({**kept, "layers": kept["layers"][:2]}))
+    measured: list[int] = []
+    original = Damage.of
+
+    def counted(self: Damage, index: int, *rest: object) -> tuple[float, float]:
+        measured.append(index)
+        return original(self, index, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Damage, "of", counted)
+    assert plan_within(model, seen, budget, file=file) == whole
+    assert set(measured) == {2}
+    with pytest.raises(InputError, match="costs measured with another key"):
+        plan_within(model, seen, dataclasses.replace(budget, tokens=200), file=file)
+    file.write_text("{}")
+    with pytest.raises(InputError, match="holds no measured costs"):
+        plan_within(model, seen, budget, file=file)
+
+
+def test_interpolation_is_monotone_and_exact_where_measured() -> None:
+    sizes = {2: 0.1, 4: 0.02, 6: 0.03, 8: 0.0}
+    assert interpolate(sizes, 2) == pytest.approx(0.1)
+    # 6 was measured to cost more than 4: noise, so 4 costs as much.
+    assert interpolate(sizes, 4) == pytest.approx(0.03)
+    found = [interpolate(sizes, size) for size in range(2, 9)]
+    assert found == sorted(found, reverse=True)
+    assert interpolate({1: 0.04, 3: 0.01}, 2) == pytest.approx(0.02)
+
+
+def test_costs_survive_json() -> None:
+    costs = LayerCosts({"qkv": {1: 0.5, 6: 0.0}}, {"key": {4: 0.1}, "value": {4: 0.2}}, {"int8": 0.01}, {})
+    assert LayerCosts.from_json(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
+
+
+def test_the_gate_names_the_layer_to_blame(model: Model, seen: Probe) -> None:
+    text = Windows(seen.tokens, seen.mask)
+    assert Gate.between(model, model, text).kl == pytest.approx(0, abs=1e-6)
+    layers = {**model.params["layers"]}
+    layers["1"] = {**layers["1"], "down": {name: 3 * leaf for name, leaf in layers["1"]["down"].items()}}
+    gate = Gate.between(model, model.replace(params={**model.params, "layers": layers}), text)
+    assert gate.layer == 1
+    assert gate.kl == pytest.approx(gate.layer_kl, rel=1e-4)
+    assert "layer 1 alone" in gate.explain(0.5)
+
+
+def test_what_was_tried_is_what_the_whole_compressed_model_does(model: Model, seen: Probe, costs: Path) -> None:
+    made = plan_within(model, seen, Budget(0.3), file=costs)
+    clustered = cluster(model, made, seen)
+    measured = tried(model, clustered, made, Windows(seen.tokens, seen.mask))
+    assert measured == pytest.approx(Damage(model, seen.tokens, seen.mask).of_model(quantize(clustered, made))[0])
+    assert 0.2 < measured / made.predicted < 5
+
+
+def test_bad_budgets_are_refused(model: Model, seen: Probe) -> None:
+    for arguments, message in (
+        ({"cache": 0.0}, "the cache budget is 0"),
+        ({"cache": 0.5, "model": -1.0}, "the model budget is -1"),
+        ({"cache": 0.5, "shares": ()}, "nothing to choose from"),
+    ):
+        with pytest.raises(InputError, match=message):
+            Budget(**arguments)
+    with pytest.raises(InputError, match="layer 3 is pinned"):
+        plan_within(model, seen, Budget(0.5, pinned=(3,)))
+    with pytest.raises(InputError, match="of another model"):
+        plan_within(model, dataclasses.replace(seen, fingerprint="other"), Budget(0.5))
