@@ -36,14 +36,18 @@ def output_moments(
         params: of both.
         x: [N, W, D], what enters the layer.
     """
-    sums = partial(_output_moments, config, tuple(map(anonymous, layers)), layers[1].clusters, layers[0].clusters)
-    total = _sum(sums, params, x, mask)
-    width, count = config.hidden_size, total["count"]
+    place = {heads[0]: at for at, heads in enumerate(layers[0].clusters)}
+    # As an array, so that layers with other clusters of the same number share a program.
+    members = np.zeros((len(layers[1].clusters), config.num_heads), np.float32)
+    for cluster, heads in enumerate(layers[1].clusters):
+        members[cluster, [place[head] for head in heads]] = 1
+    sums = partial(_output_moments, config, tuple(map(anonymous, layers)), jnp.asarray(members))
+    total, width = _sum(sums, params, x, mask), config.hidden_size
     found = []
-    for pairs in total["pairs"] / count:
-        mean = pairs[0, 1:]
-        centred = pairs[1:, 1:] - np.outer(mean, mean)
-        found.append(OutputMoments(mean[:width], mean[width:], centred[:width, :width], centred[:width, width:]))
+    for pairs in total["pairs"] / total["count"]:
+        z, y = pairs[0, 1 : width + 1], pairs[0, width + 1 :]
+        zz, zy = pairs[1:, 1 : width + 1], pairs[1:, width + 1 :]
+        found.append(OutputMoments(z, y, zz - np.outer(z, z), zy - np.outer(z, y)))
     return found
 
 
@@ -64,33 +68,29 @@ def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
 @partial(jax.jit, static_argnums=(0, 1))
 def _input_moments(config: OPTConfig, layer: LayerSpec, params: Params, x: Array, mask: Array) -> Float[Array, "D1 D1"]:
     seen = attention_of(config, layer, params, x, mask)
-    return _second_moment(jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), mask)
-
-
-def _second_moment(rows: Float[Array, "N W X"], mask: Array) -> Float[Array, "X X"]:
-    rows = jnp.where(mask[..., None], rows, 0.0)
+    rows = jnp.where(mask[..., None], jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), 0.0)
     return jnp.einsum("nwx,nwy->xy", rows, rows, precision="highest")
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1))
 def _output_moments(
     config: OPTConfig,
     layers: tuple[LayerSpec, LayerSpec],
-    clusters: tuple[tuple[int, ...], ...],
-    stored: tuple[tuple[int, ...], ...],
+    members: Float[Array, "C H"],
     params: tuple[Params, Params],
     x: Array,
     mask: Array,
 ) -> dict[str, Array]:
-    """Second moments of [1, Z_c, Y_c] for every cluster c."""
+    """Second moments of [1, Z_c] with [1, Z_c, Y_c] for every cluster c."""
     dense, merged = (attention_of(config, layer, tree, x, mask) for layer, tree in zip(layers, params, strict=True))
-    kernel, place = dequantize(params[0]["output"]["kernel"]), {heads[0]: at for at, heads in enumerate(stored)}
+    kernel, real = dequantize(params[0]["output"]["kernel"]), mask[..., None]
 
-    def moment(cluster: int, heads: tuple[int, ...]) -> Array:
-        members = jnp.asarray([place[head] for head in heads])
-        offered = jnp.einsum("nts,nsd->ntd", merged.probabilities[:, cluster], dense.x, precision="highest")
-        wanted = jnp.einsum("nhtr,hrd->ntd", dense.heads[:, members], kernel[members], precision="highest")
-        return _second_moment(jnp.concatenate([jnp.ones_like(x[..., :1]), offered, wanted], axis=-1), mask)
+    def moment(cluster: tuple[Array, Array]) -> Array:
+        attention, weights = cluster
+        offered = jnp.einsum("nts,nsd->ntd", attention, dense.x, precision="highest")
+        wanted = jnp.einsum("nhtr,hrd,h->ntd", dense.heads, kernel, weights, precision="highest")
+        known = jnp.where(real, jnp.concatenate([jnp.ones_like(x[..., :1]), offered], axis=-1), 0.0)
+        return jnp.einsum("nwx,nwy->xy", known, jnp.concatenate([known, wanted], axis=-1), precision="highest")
 
-    pairs = jnp.stack([moment(at, heads) for at, heads in enumerate(clusters)])
+    pairs = jax.lax.map(moment, (jnp.swapaxes(merged.probabilities, 0, 1), members))
     return {"pairs": pairs, "count": mask.sum(dtype=jnp.float32)}
