@@ -54,7 +54,7 @@ class PlanCommand:
         )
         model = load_any(self.model, seed=self.seed)
         costs = self.out.with_suffix(".costs.json")
-        plan = plan_for(model, open_work(config, model), planning, self.seed, costs)
+        plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
         write_json(self.out, plan.to_json())
         print_table(explain_table(plan, model.config))
         return {"plan": str(self.out), "layers": explain(plan, model.config)}

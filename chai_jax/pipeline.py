@@ -203,8 +203,8 @@ class Job:
         """The plan of this run: given, made by an earlier attempt, or made now from the dense model."""
         path = self.folder.path / "plan.json"
         if not path.exists():
-            costs = self.folder.path / "costs.json"
-            self._keep_plan(plan_for(self.dense, self.work, self.config.planning, self.config.seed, costs))
+            costs, picture = self.folder.path / "costs.json", self.folder.path / "report" / "heads"
+            self._keep_plan(plan_for(self.dense, self.work, self.config.planning, self.config.seed, costs, picture))
         return Plan.read(path)
 
     def _keep_plan(self, plan: Plan) -> None:

@@ -10,22 +10,28 @@ from chai_jax.config import PlanConfig
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.progress import console
+from chai_jax.report.figures import head_maps
 from chai_jax.spec import STORAGES, Plan
 from chai_jax.work import Work
 
 
-def plan_for(model: Model, work: Work, wanted: PlanConfig, seed: int, costs: Path | None = None) -> Plan:
+def plan_for(
+    model: Model, work: Work, wanted: PlanConfig, seed: int, costs: Path | None = None, picture: Path | None = None
+) -> Plan:
     """Look at a dense model on the work's calibration examples and decide.
 
     Args:
         costs: where the planner keeps its measurements, for the next attempt.
+        picture: where to draw the heads and their clusters, a path without suffix.
     """
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
-    return (
-        _by_clusters(model, seen, wanted, seed)
-        if wanted.kv_budget is None
-        else _by_budget(model, seen, wanted, seed, costs)
-    )
+    if wanted.kv_budget is None:
+        plan = _by_clusters(model, seen, wanted, seed)
+    else:
+        plan = _by_budget(model, seen, wanted, seed, costs)
+    if picture is not None:
+        head_maps(picture, plan, seen.correlation, model.config, f"{seen.rows} calibration tokens of {work.name}.")
+    return plan
 
 
 def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
