@@ -16,8 +16,8 @@ from chai_jax.errors import InputError
 
 Share = Literal["dense", "qk", "qkv", "kv"]
 SHARES = ("dense", "qk", "qkv", "kv")
-STORAGES = ("float32", "bfloat16", "int8")
-WEIGHTS = ("loaded", "bfloat16", "int8")
+STORAGES = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
 MEMBERSHIPS = ("calibrated", "prompt")
 SCORE_MERGES = ("representative", "low_rank")
 VALUE_MERGES = ("representative", "low_rank", "fit")
@@ -305,6 +305,8 @@ class Plan:
         if self.warmup_tokens < 1:
             raise InputError(f"warmup_tokens is {self.warmup_tokens}; expected at least 1")
         for index, layer in enumerate(self.layers):
+            if any(cluster.storage == "int4" for cluster in layer.clusters):
+                raise InputError(f"plan layer {index}: prompt membership with an int4 cache is not built: use int8")
             if len({cluster.storage for cluster in layer.clusters}) > 1:
                 raise InputError(
                     f"plan layer {index}: prompt membership with two storages in a layer; clusters change from prompt "

@@ -30,8 +30,8 @@ def target(
 ) -> Model:
     """Minimise the cross-entropy of the completions by the plan's chosen layers alone.
 
-    Embeddings, final norm and all other layers come back as the very same arrays. An int8 kernel of a chosen layer has
-    a float32 master during the stage and is quantized again at its end.
+    Embeddings, final norm and all other layers come back as the very same arrays. A quantized kernel of a chosen layer
+    has a float32 master during the stage and is quantized again at its end.
 
     Raises:
         InputError: the plan does not fit the model or chooses no layer; and see `chai_jax.adapt.train.train`.

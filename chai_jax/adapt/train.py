@@ -1,7 +1,7 @@
 """One training step for every stage: AdamW on float32 masters, accumulated microbatches, one jitted program on a mesh.
 
 What trains is data: a tree of booleans beside the parameters. Each trainable leaf has a float32 *master* while the
-stage lasts. An update rounds the masters as they will be stored (bfloat16, int8, ...), takes the gradient at those
+stage lasts. An update rounds the masters as they will be stored (bfloat16, int8, int4), takes the gradient at those
 rounded weights and applies it to the masters: the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432). So
 the loss that falls is that of the model that will be saved. A quantized array is atomic: neither its values nor its
 scale have a gradient. Frozen leaves have no master, no gradient and no optimizer state, and are handed back untouched.
@@ -25,7 +25,7 @@ from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params, declare
-from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf, quantize
+from chai_jax.model.quantized import Leaf, dequantize, is_leaf, quantize_like
 from chai_jax.model.sharding import make_mesh, place, shardings
 from chai_jax.progress import bar
 
@@ -59,7 +59,8 @@ def join(trained: Any, frozen: Any) -> Params:
 
 
 def store(masters: Any, like: Params) -> Any:
-    """Masters in the format of the leaves they stand for: dtype, or int8 with the same axes and type of scale.
+    """Masters in the format of the leaves they stand for: dtype, int8 with the same axes and type of scale, or
+    int4 with the same groups.
 
     Of `like` only structure and dtypes are read.
     """
@@ -67,9 +68,7 @@ def store(masters: Any, like: Params) -> Any:
     def leaf(master: Array | None, old: Any) -> Leaf | None:
         if master is None:
             return None
-        if isinstance(old, QuantizedArray):
-            return quantize(master, old.axes, old.scale.dtype)
-        return master.astype(old.dtype)
+        return quantize_like(master, old) if is_leaf(old) else master.astype(old.dtype)
 
     return jax.tree.map(leaf, masters, like, is_leaf=lambda x: x is None or is_leaf(x))
 

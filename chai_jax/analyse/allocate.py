@@ -11,7 +11,7 @@ import numpy as np
 class Choice:
     """Something a layer could become: its bytes, its cost in nats per token, and whatever says what it is."""
 
-    size: int
+    size: int | float
     cost: float
     what: Any = None
 

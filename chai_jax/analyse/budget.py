@@ -169,7 +169,7 @@ def _pinned(config: OPTConfig) -> Iterator[Choice]:
     yield Choice(_cache_bytes(layer, config), 0.0, layer)
 
 
-def _cache_bytes(layer: LayerPlan, config: OPTConfig) -> int:
+def _cache_bytes(layer: LayerPlan, config: OPTConfig) -> int | float:
     return bytes_per_token(Spec((planned_layer(layer, layer.share or "dense", config),)))
 
 

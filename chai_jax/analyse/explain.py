@@ -6,7 +6,7 @@ from rich import box
 from rich.table import Table
 
 from chai_jax.compress.slice import cluster_order
-from chai_jax.model.cache import BYTES, bytes_per_token, group_bytes_per_token
+from chai_jax.model.cache import BYTES, bytes_per_token
 from chai_jax.model.params import OPTConfig
 from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clusters
 
@@ -66,14 +66,14 @@ def explain(plan: Plan, config: OPTConfig | None = None) -> list[dict[str, Any]]
     if config is None:
         return rows
     spec = planned_spec(plan, config)
-    per_layer = [sum(group_bytes_per_token(group, layer) for group in layer.groups) for layer in spec.layers]
+    per_layer = [bytes_per_token(Spec((layer,))) for layer in spec.layers]
     dense = 2 * config.hidden_size * BYTES["bfloat16"]
     for row, size in zip(rows, per_layer, strict=True):
         row |= _sizes(size, dense)
     return [*rows, {"layer": "total", **_sizes(sum(per_layer), dense * len(rows))}]
 
 
-def _sizes(size: int, dense: int) -> dict[str, Any]:
+def _sizes(size: int | float, dense: int) -> dict[str, Any]:
     return {"kv_bytes_per_token": size, "dense_kv_bytes_per_token": dense, "kv_reduction": 1 - size / dense}
 
 

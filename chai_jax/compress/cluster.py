@@ -21,7 +21,7 @@ from chai_jax.compress.slice import cluster_order, every_value, representative_s
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, Params
-from chai_jax.model.quantized import QuantizedArray
+from chai_jax.model.quantized import Quantized
 from chai_jax.model.stream import Text, embed, through
 from chai_jax.progress import track
 from chai_jax.spec import LayerPlan, LayerSpec, Plan, group_clusters
@@ -64,7 +64,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
 
 def _check_plain(config: OPTConfig, index: int, layer: LayerSpec, params: Params) -> None:
     kernels = [params[name]["kernel"] for name in ("query", "key", "value", "output")]
-    if layer.share != "dense" or any(isinstance(kernel, QuantizedArray) for kernel in kernels):
+    if layer.share != "dense" or any(isinstance(kernel, Quantized) for kernel in kernels):
         raise InputError(
             f"layer {index} is clustered or quantized already; expected a dense float layer: start from the dense model"
         )

@@ -14,8 +14,8 @@ from chai_jax.spec import LayerSpec, Spec, group_clusters
 def expand(model: Model) -> Model:
     """A dense OPT with equal logits (float32 rounding aside): shared heads are repeated, folded ones padded with zeros.
 
-    Each head keeps its cluster's cache format. int8 weights become float32. The heads' order is the stored one, which
-    changes nothing an ordinary OPT computes.
+    Each head keeps its cluster's cache format. Quantized weights become float32. The heads' order is the stored one,
+    which changes nothing an ordinary OPT computes.
 
     Raises:
         InputError: a layer's shared keys or values have a larger rank than a dense head has dimensions.

@@ -10,15 +10,17 @@ from chai_jax.compress.slice import cluster_order, take, take_heads
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf
+from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4
 from chai_jax.model.quantized import quantize as quantize_array
 from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clusters
 
-# The contracted axes of each kernel of a layer: int8 weights have one scale per output channel.
+# The contracted axes of each kernel of a layer: int8 weights have one scale per output channel, int4 weights one for
+# each GROUP entries along the last of these axes.
 CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
-
+GROUP = 64
 
 _quantize = jax.jit(quantize_array, static_argnums=(1, 2))  # one program a shape instead of one per operation
+_quantize_int4 = jax.jit(quantize_int4, static_argnums=(1, 2))
 
 
 def quantize(model: Model, plan: Plan) -> Model:
@@ -81,7 +83,8 @@ def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:
 
 
 def store_weights(params: Params, weights: str) -> Params:
-    """A layer's parameters, kernels in the format `weights`: as loaded, bfloat16, or int8 per output channel."""
+    """A layer's parameters, kernels in the format `weights`: as loaded, bfloat16, int8 per output channel, or
+    int4 by groups."""
     if weights == "loaded":
         return params
     stored = dict(params)
@@ -92,8 +95,12 @@ def store_weights(params: Params, weights: str) -> Params:
 
 
 def _store_kernel(kernel: Leaf, axes: tuple[int, ...], weights: str) -> Leaf:
-    if isinstance(kernel, QuantizedArray):
+    if isinstance(kernel, Int4Array):
         return kernel  # as small as it gets; a second rounding would only cost accuracy
+    if weights == "int4":
+        return _quantize_int4(dequantize(kernel), axes[-1], GROUP)
+    if isinstance(kernel, Quantized):
+        return kernel
     if weights == "int8":
         return _quantize(kernel, axes, jnp.dtype(jnp.float32))
     # A float16 kernel is as small as a bfloat16 one and finer.
@@ -104,7 +111,7 @@ def with_storage(model: Model, storage: str) -> Model:
     """The same model with its whole cache stored in one format.
 
     Raises:
-        InputError: `storage` is none of float32, bfloat16, int8.
+        InputError: `storage` is none of float32, bfloat16, int8, int4.
     """
     if storage not in STORAGES:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
@@ -118,9 +125,9 @@ def layer_with_storage(layer: LayerSpec, storage: str) -> LayerSpec:
 
 
 def dequantize_weights(params: Any) -> Any:
-    """A parameter tree without quantized leaves: int8 kernels become float32, all else stays as it is."""
+    """A parameter tree without quantized leaves: their kernels become float32, all else stays as it is."""
 
     def plain(leaf: Leaf) -> Leaf:
-        return dequantize(leaf) if isinstance(leaf, QuantizedArray) else leaf
+        return dequantize(leaf) if isinstance(leaf, Quantized) else leaf
 
     return jax.tree.map(plain, params, is_leaf=is_leaf)

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from chai_jax.model.params import Params
-from chai_jax.model.quantized import Leaf, QuantizedArray
+from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray
 from chai_jax.spec import STORAGES
 
 
@@ -53,7 +54,8 @@ def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Seq
 
 
 def take(leaf: Leaf, indices: Sequence[int], axis: int) -> Leaf:
-    """Select along a (negative) axis of a leaf, and of its scale where the scale has that axis.
+    """Select along a (negative) axis of a leaf, and of its scale where the scale has that axis; not along the axis
+    of an int4 array's groups.
 
     On the host: every shape is new, and compiling a program for each would take longer than the copies.
     """
@@ -61,6 +63,8 @@ def take(leaf: Leaf, indices: Sequence[int], axis: int) -> Leaf:
     def select(x: Array, axis: int) -> Array:
         return jnp.asarray(np.take(np.asarray(x), indices, axis=axis))
 
+    if isinstance(leaf, Int4Array):
+        return jax.tree.map(lambda x: select(x, axis), leaf)
     if not isinstance(leaf, QuantizedArray):
         return select(leaf, axis)
     scale = leaf.scale

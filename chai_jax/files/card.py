@@ -11,7 +11,7 @@ import jax
 from chai_jax.files.hub import cached
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.quantized import QuantizedArray, is_leaf
+from chai_jax.model.quantized import is_leaf
 from chai_jax.spec import LayerSpec, Spec
 
 OPT_IDS = "facebook/opt-"
@@ -100,8 +100,8 @@ def _size(model: Model) -> str:
 
 def _ordinary(model: Model) -> str:
     leaves = jax.tree.leaves(model.params, is_leaf=is_leaf)
-    rounded = sum(isinstance(leaf, QuantizedArray) for leaf in leaves)
-    note = f" {rounded} tensors were int8 and are written as the float32 numbers they stand for." if rounded else ""
+    rounded = sum(map(is_leaf, leaves))
+    note = f" {rounded} quantized tensors are written as the float32 numbers they stand for." if rounded else ""
     return f"An ordinary OPT ({_size(model)}), for transformers and for chai_jax.{note}\n\n{USE}"
 
 

@@ -1,7 +1,8 @@
-"""The layout of what is no ordinary OPT: clustered models, int8 weights, int8 caches.
+"""The layout of what is no ordinary OPT: clustered models, quantized weights, quantized caches.
 
 config.json says "model_type": "chai_opt", and tensors have the names of our parameter tree. A quantized array is two
-tensors, NAME (int8) and NAME.scale; spec.json says what each layer is, and along which axes each array is quantized.
+tensors, NAME (int8) and NAME.scale, or three, NAME (uint8, two numbers a byte), NAME.scale and NAME.low; spec.json says
+what each layer is, and along which axes, or along which axis in groups of how many, each array is quantized.
 """
 
 from pathlib import Path
@@ -20,14 +21,15 @@ from chai_jax.files.stored import Stored
 from chai_jax.files.weights import write_weights
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
-from chai_jax.model.quantized import QuantizedArray
+from chai_jax.model.quantized import Int4Array, QuantizedArray
 from chai_jax.progress import track
 from chai_jax.spec import Spec
 
 MODEL_TYPE = "chai_opt"
 # transformers stops at a quantization that names no method, even where it is made to look past the model_type.
 FORMAT = {"format": "chai_jax"}
-WEIGHT_BYTES = {"loaded": 4, "bfloat16": 2, "int8": 1}  # at most, per weight of a kernel
+# Per weight of a kernel; "loaded" is the most that may be.
+WEIGHT_BYTES = {"loaded": 4, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
 
 
 def write(folder: Path, model: Model) -> None:
@@ -39,15 +41,23 @@ def write(folder: Path, model: Model) -> None:
 
 def write_spec(folder: Path, model: Model) -> None:
     """Write spec.json."""
-    axes = {".".join(at): leaf.axes for at, leaf in flatten(model.params)[0] if isinstance(leaf, QuantizedArray)}
-    write_json(folder / "spec.json", {**model.spec.to_json(), "quantized": axes})
+    how: dict[str, Any] = {}
+    for path, leaf in flatten(model.params)[0]:
+        if isinstance(leaf, Int4Array):
+            how[".".join(path)] = {"axis": leaf.axis, "group": leaf.group}
+        elif isinstance(leaf, QuantizedArray):
+            how[".".join(path)] = leaf.axes
+    write_json(folder / "spec.json", {**model.spec.to_json(), "quantized": how})
 
 
 def _to_stored(params: Params) -> dict[str, Stored]:
     tensors = {}
     for path, leaf in flatten(params)[0]:
         name = ".".join(path)
-        if isinstance(leaf, QuantizedArray):
+        if isinstance(leaf, Int4Array):
+            tensors[name] = _stored(leaf.packed)
+            tensors[f"{name}.scale"], tensors[f"{name}.low"] = _stored(leaf.scale), _stored(leaf.low)
+        elif isinstance(leaf, QuantizedArray):
             tensors[name], tensors[f"{name}.scale"] = _stored(leaf.values), _stored(leaf.scale)
         else:
             tensors[name] = _stored(leaf)
@@ -59,7 +69,7 @@ def _stored(array: jax.Array) -> Stored:
 
 
 def read_spec(path: Path, config: OPTConfig) -> tuple[Spec, dict[str, Any]]:
-    """The spec in a spec.json, and the axes of the quantized arrays by name.
+    """The spec in a spec.json, and how arrays are quantized (axes, or axis and group) by name.
 
     Raises:
         InputError: it is no spec, or one of a model of another shape.
@@ -78,13 +88,13 @@ def read_spec(path: Path, config: OPTConfig) -> tuple[Spec, dict[str, Any]]:
             )
         if layer.share == "dense" and not dense:
             raise InputError(f"{path} layer {index} is called dense and is not: save the model again")
-    axes = value.get("quantized", {})
-    if not isinstance(axes, dict):
-        raise InputError(f"{path} has quantized {axes!r:.80}; expected names with axes: save the model again")
-    return spec, axes
+    how = value.get("quantized", {})
+    if not isinstance(how, dict):
+        raise InputError(f"{path} has quantized {how!r:.80}; expected names with axes: save the model again")
+    return spec, how
 
 
-def read_params(config: OPTConfig, spec: Spec, tensors: dict[str, Stored], axes: dict[str, Any]) -> Params:
+def read_params(config: OPTConfig, spec: Spec, tensors: dict[str, Stored], how: dict[str, Any]) -> Params:
     """Read our own weights, each checked against what configuration and spec demand; `tensors` is emptied on the way.
 
     Raises:
@@ -94,12 +104,13 @@ def read_params(config: OPTConfig, spec: Spec, tensors: dict[str, Stored], axes:
     leaves = []
     for path, what in track(declared, "reading weights"):
         name = ".".join(path)
-        if name in axes:
-            leaf: Any = _read_quantized(name, what, tensors, axes[name])
+        if name in how:
+            read = _read_int4 if isinstance(how[name], dict) else _read_int8
+            leaf: Any = read(name, what, tensors, how[name])
         else:
             leaf = jnp.array(read_finite(name, _take(name, what.shape, tensors)))
         leaves.append(leaf)
-    unknown = sorted(tensors.keys() | axes.keys() - {".".join(path) for path, _ in declared})
+    unknown = sorted(tensors.keys() | how.keys() - {".".join(path) for path, _ in declared})
     if unknown:
         raise InputError(
             f"spec.json has no place for {unknown[0]!r:.100}, which the folder holds: save the model again"
@@ -118,29 +129,60 @@ def _take(name: str, shape: tuple[int, ...], tensors: dict[str, Stored]) -> Stor
     return stored
 
 
-def _read_quantized(name: str, what: Declared, tensors: dict[str, Stored], axes: Any) -> QuantizedArray:
+def _read_int8(name: str, what: Declared, tensors: dict[str, Stored], axes: Any) -> QuantizedArray:
     rank = len(what.shape)
     fits = isinstance(axes, list) and all(type(axis) is int and -rank <= axis < 0 for axis in axes)
     if what.kind != "kernel" or not fits or len(set(axes)) != len(axes):
         raise InputError(
             f"spec.json quantizes {name} along {axes!r:.80}; expected a kernel along its own axes: save the model again"
         )
-    values = _take(name, what.shape, tensors)
-    if values.dtype != "int8":
-        raise InputError(f"{name} in {values.file} is {values.dtype}; spec.json demands int8: save the model again")
+    values = _take_integers(name, what.shape, "int8", tensors)
     left = tuple(size for axis, size in enumerate(what.shape) if axis - rank not in axes)
-    scale = read_finite(f"{name}.scale", _take(f"{name}.scale", left, tensors))
+    return QuantizedArray(values, _take_scale(name, left, tensors), tuple(axes))
+
+
+def _read_int4(name: str, what: Declared, tensors: dict[str, Stored], how: Any) -> Int4Array:
+    axis, group = how.get("axis"), how.get("group")
+    fits = type(axis) is int and type(group) is int and -len(what.shape) <= axis < 0 < group
+    if what.kind != "kernel" or not fits or len(how) != 2:
+        raise InputError(
+            f"spec.json quantizes {name} by {how!r:.80}; expected a kernel, one of its own axes, and the size of a "
+            "group: save the model again"
+        )
+
+    def shape(share: int) -> tuple[int, ...]:
+        return tuple(-(-size // share) if at == len(what.shape) + axis else size for at, size in enumerate(what.shape))
+
+    packed = _take_integers(name, shape(2), "uint8", tensors)
+    scale = _take_scale(name, shape(group), tensors)
+    low = jnp.array(read_finite(f"{name}.low", _take(f"{name}.low", shape(group), tensors)))
+    return Int4Array(packed, scale, low, axis, group, bool(what.shape[axis] % 2))
+
+
+def _take_integers(name: str, shape: tuple[int, ...], dtype: str, tensors: dict[str, Stored]) -> jax.Array:
+    stored = _take(name, shape, tensors)
+    if stored.dtype != dtype:
+        raise InputError(f"{name} in {stored.file} is {stored.dtype}; spec.json demands {dtype}: save the model again")
+    return jnp.array(stored.read())
+
+
+def _take_scale(name: str, shape: tuple[int, ...], tensors: dict[str, Stored]) -> jax.Array:
+    stored = _take(f"{name}.scale", shape, tensors)
+    scale = read_finite(f"{name}.scale", stored)
     if not (scale > 0).all():
-        raise InputError(f"{name}.scale in {values.file} holds a scale that is not positive: save the model again")
-    return QuantizedArray(jnp.array(values.read()), jnp.array(scale), tuple(axes))
+        raise InputError(f"{name}.scale in {stored.file} holds a scale that is not positive: save the model again")
+    return jnp.array(scale)
 
 
 def check_formats(spec: Spec, params: Params) -> None:
     """A kernel may be smaller than its layer's weight format (a second rounding would cost accuracy), never larger."""
     for path, leaf in flatten(params["layers"])[0]:
         name, weights = ".".join(("layers", *path)), spec.layers[int(path[0])].weights
-        dtype = leaf.values.dtype if isinstance(leaf, QuantizedArray) else leaf.dtype
-        if path[-1] == "kernel" and dtype.itemsize > WEIGHT_BYTES[weights]:
+        if isinstance(leaf, Int4Array):
+            dtype = "int4"
+        else:
+            dtype = str(leaf.values.dtype if isinstance(leaf, QuantizedArray) else leaf.dtype)
+        if path[-1] == "kernel" and WEIGHT_BYTES[dtype] > WEIGHT_BYTES[weights]:
             raise InputError(
                 f"{name} is {dtype}; spec.json says that the weights of its layer are {weights}: save the model again"
             )

@@ -16,7 +16,7 @@ import numpy as np
 from chai_jax.errors import InputError
 from chai_jax.files.stored import FLOATS, Stored
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
-from chai_jax.model.quantized import QuantizedArray, dequantize, is_leaf
+from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.progress import track
 from chai_jax.spec import Spec
 
@@ -185,13 +185,13 @@ def _check_finite(what: str, x: np.ndarray, remedy: str) -> None:
 
 
 def to_hf(config: OPTConfig, params: Params) -> dict[str, Stored]:
-    """A dense model's tensors under their Hugging Face names, each made when it is read; int8 leaves become float32."""
+    """A dense model's tensors by Hugging Face name, each made when it is read; quantized leaves become float32."""
     tree = dict(flatten(params)[0])
     return {row.full_name: _export(row, tree[row.path]) for row in table(config)}
 
 
 def _export(row: Entry, leaf: Any) -> Stored:
-    quantized = isinstance(leaf, QuantizedArray)
+    quantized = is_leaf(leaf)
 
     def read() -> np.ndarray:
         return row.to_theirs(np.asarray(dequantize(leaf) if quantized else leaf))

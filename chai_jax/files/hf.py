@@ -17,8 +17,8 @@ MODEL_TYPE = "opt"
 def export(model: Model, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write a dense model as the Hugging Face folder `out`: configuration, safetensors, tokenizer, model card.
 
-    int8 weights are written as the float32 numbers they stand for; all others keep their dtype. Cache formats are no
-    part of such a folder: `Model.save` keeps them.
+    Quantized weights are written as the float32 numbers they stand for; all others keep their dtype. Cache formats are
+    no part of such a folder: `Model.save` keeps them.
 
     Args:
         out: a new or empty folder.

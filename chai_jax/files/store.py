@@ -19,7 +19,7 @@ from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.files.weights import open_weights
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
-from chai_jax.model.quantized import QuantizedArray
+from chai_jax.model.quantized import is_leaf
 from chai_jax.spec import STORAGES, Plan, Spec
 
 
@@ -40,7 +40,7 @@ def load(
         source: folder or hub id.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or float16, to cast the weights of an ordinary OPT to.
-        storage: cache format of an ordinary OPT: float32 (if not said otherwise), bfloat16 or int8.
+        storage: cache format of an ordinary OPT: float32 (if not said otherwise), bfloat16, int8 or int4.
         tokenizer: whether to load the tokenizer too; a folder without one gives None.
 
     Raises:
@@ -57,14 +57,14 @@ def load(
             f"{folder} holds a compressed model, which keeps the formats it was saved in: leave out dtype and storage"
         )
     config = parse_config(fields, str(folder / "config.json"))
-    spec, axes = _read_spec(folder, config, ordinary, storage)
+    spec, how = _read_spec(folder, config, ordinary, storage)
     if wanted:
         spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
     plan = Plan.read(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if plan is not None:
         plan.check_model(config.num_layers, config.num_heads)
     tensors = open_weights(folder)
-    params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, axes)
+    params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, how)
     compressed.check_formats(spec, params)
     return Model(config, spec, params, load_tokenizer(folder, config) if tokenizer else None, str(source), plan)
 
@@ -84,13 +84,13 @@ def _read_kind(folder: Path) -> tuple[dict[str, Any], bool]:
 
 
 def _read_spec(folder: Path, config: OPTConfig, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:
-    """The folder's spec.json, which an ordinary OPT need not have, and the axes of its quantized arrays by name."""
+    """The folder's spec.json, which an ordinary OPT need not have, and how its arrays are quantized, by name."""
     if ordinary and (storage is not None or not (folder / "spec.json").is_file()):
         return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage or "float32"), {}
-    spec, axes = compressed.read_spec(folder / "spec.json", config)
+    spec, how = compressed.read_spec(folder / "spec.json", config)
     if ordinary and not spec.is_dense:
         raise InputError(f"{folder} has an ordinary OPT in config.json, a clustered one in spec.json: save it again")
-    return spec, axes
+    return spec, how
 
 
 def _dtype_name(dtype: Any) -> str:
@@ -106,8 +106,8 @@ def _dtype_name(dtype: Any) -> str:
 def is_ordinary(model: Model) -> bool:
     """Whether a Hugging Face folder says all there is to say of a model: dense, float weights, float cache."""
     storages = {storage for layer in model.spec.layers for storage in layer.storages}
-    quantized = any(isinstance(leaf, QuantizedArray) for _, leaf in flatten(model.params)[0])
-    return model.spec.is_dense and not quantized and "int8" not in storages
+    quantized = any(is_leaf(leaf) for _, leaf in flatten(model.params)[0])
+    return model.spec.is_dense and not quantized and not {"int8", "int4"} & storages
 
 
 def save(model: Model, path: str | Path) -> None:

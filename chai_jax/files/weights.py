@@ -22,7 +22,7 @@ from chai_jax.files.torch_pickle import read_torch
 from chai_jax.progress import track
 
 MAX_SHARD_BYTES = 5_000_000_000
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
+SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:

@@ -9,17 +9,21 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.blocks import Windowed
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 
 
 def scores_of(
-    query: Float[Array, "B C q T R"], keys: Leaf, allowed: Bool[Array, "B T S"], scale: float
+    query: Float[Array, "B C q T R"], keys: Leaf | Windowed, allowed: Bool[Array, "B T S"], scale: float
 ) -> Float[Array, "B C q T S"]:
     """Scaled pre-softmax scores in float32; pairs that are not allowed hold the lowest finite float32.
 
     An int8 key's scale multiplies its score, so that the stored array goes into the dot as it is.
     """
-    stored = keys.values if isinstance(keys, QuantizedArray) else keys
+    if isinstance(keys, Windowed):
+        old, recent = (scores_of(query, part, allowed, scale) for part in (keys.old, keys.recent))
+        return jnp.where(keys.fresh, recent, old)
+    stored = keys.values if isinstance(keys, QuantizedArray) else dequantize(keys, query.dtype)
     scores = jnp.einsum(
         "bcqtk,bcsk->bcqts", query * scale, stored.astype(query.dtype), preferred_element_type=jnp.float32
     )
@@ -29,7 +33,7 @@ def scores_of(
 
 
 def mix_values(
-    probabilities: Float[Array, "B C q T S"], values: Leaf, value_heads: int, dtype: DTypeLike
+    probabilities: Float[Array, "B C q T S"], values: Leaf | Windowed, value_heads: int, dtype: DTypeLike
 ) -> Float[Array, "B C q v T R"]:
     """Weighted sums of the values [B, C * v, S, R] under each cluster's attention.
 
@@ -37,6 +41,10 @@ def mix_values(
     multiplies them; with many rows they never are: the values are read back instead, and a cluster's value heads all go
     through one matmul.
     """
+    if isinstance(values, Windowed):
+        recent = jnp.where(values.fresh, probabilities, 0.0)
+        old = mix_values(probabilities - recent, values.old, value_heads, dtype)
+        return old + mix_values(recent, values.recent, value_heads, dtype)
     batch, clusters, queries, rows, columns = probabilities.shape
     split = (batch, clusters, value_heads, columns)
     if rows > 1:
@@ -49,7 +57,7 @@ def mix_values(
             probabilities = probabilities * values.scale.astype(jnp.float32).reshape(split)[:, :, None, :, None]
             read = values.values.astype(dtype)
         else:
-            read = values.astype(dtype)
+            read = dequantize(values, dtype)
         equation = "bcqvts,bcvsr->bcqvtr"
     read = read.reshape(*split, -1)
     mixed = jnp.einsum(equation, probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
@@ -58,8 +66,8 @@ def mix_values(
 
 def attend(
     query: Float[Array, "B C q T R"],
-    keys: Leaf,
-    values: Leaf,
+    keys: Leaf | Windowed,
+    values: Leaf | Windowed,
     allowed: Bool[Array, "B T S"],
     scale: float,
     value_heads: int,
@@ -68,8 +76,8 @@ def attend(
 
     Args:
         query: one group's query heads.
-        keys: stored [B, C, S, R], plain or quantized.
-        values: stored [B, C * value_heads, S, R], plain or quantized.
+        keys: stored [B, C, S, R], plain, quantized, or in two precisions.
+        values: stored [B, C * value_heads, S, R], likewise.
         allowed: which columns a row may read (causal, and no padding).
         scale: 1 / sqrt(head dimension of the dense model).
         value_heads: cached value heads of each cluster.

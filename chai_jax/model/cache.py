@@ -10,35 +10,51 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
+from chai_jax.model.blocks import (
+    BLOCK,
+    BY_CHANNEL,
+    BY_TOKEN,
+    BlockStore,
+    Windowed,
+    append_blocks,
+    empty_blocks,
+    extend_blocks,
+    pad,
+)
 from chai_jax.model.quantized import Leaf, dequantize, quantize
 from chai_jax.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-SCALE_BYTES = 2  # bfloat16, one per (sequence, cached head, token), for int8 only
+SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)
 
 
 def store(x: Float[Array, "B heads S R"], storage: str) -> Leaf:
-    """Keys or values as the cache holds them: float32, bfloat16, or int8 with a bfloat16 scale per token."""
+    """Keys or values as the cache holds them token by token: float32, bfloat16, or int8 with a bfloat16 scale each."""
     if storage == "int8":
         return quantize(x, axes=(-1,))
     return x.astype(jnp.dtype(storage))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
+@jax.custom_vjp
+def straight_through(x: Float[Array, "*shape"], read: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`read`, what became of x; its gradient is x's."""
+    return read
+
+
+straight_through.defvjp(lambda x, read: (read, None), lambda _, gradient: (gradient, jnp.zeros_like(gradient)))
+
+
 def through_storage(x: Float[Array, "B heads S R"], storage: str) -> Float[Array, "B heads S R"]:
     """What attention reads back after `store`, in x's dtype; the gradient passes straight through."""
-    return dequantize(store(x, storage), x.dtype)
-
-
-through_storage.defvjp(lambda x, storage: (through_storage(x, storage), None), lambda storage, _, gradient: (gradient,))
+    return straight_through(x, dequantize(store(x, storage), x.dtype))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class GroupCache:
-    """Stored keys [B, C, S, R] and values [B, C * values, S, R] of one group."""
+    """Stored keys [B, C, S, R] and values [B, C * values, S, R] of one group: arrays, int8 arrays, or block stores."""
 
     # Any, because tree operations put other things (shapes, shardings) in their places.
     keys: Any
@@ -78,40 +94,115 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> Group
     return jax.tree.map(write, cache, new)
 
 
+def remember(
+    past: GroupCache | None,
+    key: Float[Array, "B C T R"],
+    value: Float[Array, "B values T R"],
+    storage: str,
+    start: Int32[Array, ""],
+    allowed: Bool[Array, "B T S"],
+) -> tuple[GroupCache, Any, Any]:
+    """Store T tokens in columns `start`...: the group's cache after them, and the keys and values that they read.
+
+    Without a past (`start` is 0 then) the gradient passes straight through what is read.
+    """
+    if storage == "int4":
+        stores = (None, None) if past is None else (past.keys, past.values)
+        real = allowed[:, -1]  # the last row may read every real column
+        keys, read_keys = _remember_blocks(stores[0], key, start, real, BY_CHANNEL)
+        values, read_values = _remember_blocks(stores[1], value, start, real, BY_TOKEN)
+        return GroupCache(keys, values), read_keys, read_values
+    new = GroupCache(store(key, storage), store(value, storage))
+    if past is None:
+        return new, through_storage(key, storage), through_storage(value, storage)
+    new = append(past, new, start)
+    return new, new.keys, new.values
+
+
+def _remember_blocks(past: BlockStore | None, x: Array, start: Array, real: Array, axis: int) -> tuple[BlockStore, Any]:
+    batch, heads, rows, rank = x.shape
+    if past is None:
+        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, axis), x, start, real)
+        return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
+    stored, read = append_blocks(past, x, start, real)
+    return stored, read.recent if rows == 1 else read  # one row has one block of its own
+
+
 def extend(cache: Cache, capacity: int) -> Cache:
     """The same cache with room for `capacity` tokens; new columns are masked out."""
     room = capacity - cache.capacity
 
-    def pad(x: Array) -> Array:
-        return jnp.pad(x, [(0, room if axis == 2 else 0) for axis in range(x.ndim)])
+    def leaf(x: Array | BlockStore) -> Array | BlockStore:
+        return extend_blocks(x, capacity) if isinstance(x, BlockStore) else pad(x, 2, room)
 
-    return Cache(jax.tree.map(pad, cache.layers), jnp.pad(cache.mask, ((0, 0), (0, room))), cache.length)
-
-
-def group_bytes_per_token(group: Group, layer: LayerSpec) -> int:
-    """The formula: C (R_k + values R_v) entries, plus a scale for each cached head where the format is int8."""
-    entries = group.clusters * (layer.key_rank + group.values * layer.value_rank)
-    scales = group.clusters * (1 + group.values) * SCALE_BYTES if group.storage == "int8" else 0
-    return entries * BYTES[group.storage] + scales
+    layers = jax.tree.map(leaf, cache.layers, is_leaf=lambda x: isinstance(x, BlockStore))
+    return Cache(layers, pad(cache.mask, 1, room), cache.length)
 
 
-def bytes_per_token(spec: Spec) -> int:
-    """Cache bytes of one token of one sequence over all layers, by formula."""
-    return sum(group_bytes_per_token(group, layer) for layer in spec.layers for group in layer.groups)
+def group_bytes_per_token(group: Group, layer: LayerSpec) -> int | float:
+    """The formula: C (R_k + values R_v) entries of the format's bytes, and scales.
+
+    int8: one for each cached head. int4: a scale and a lowest value for each channel of a key once a block, and for
+    each `BLOCK` channels of a value at every token (an odd number of which rounds up to whole bytes); a whole number
+    of bytes a token if the rank of keys is a multiple of 8.
+    """
+    keys, values = group.clusters, group.clusters * group.values
+    if group.storage == "int4":
+        key_block = (BLOCK // 2 + 2 * SCALE_BYTES) * layer.key_rank
+        value = -(-layer.value_rank // 2) + 2 * SCALE_BYTES * -(-layer.value_rank // BLOCK)
+        return _whole(keys * key_block / BLOCK + values * value)
+    entries = keys * layer.key_rank + values * layer.value_rank
+    return entries * BYTES[group.storage] + ((keys + values) * SCALE_BYTES if group.storage == "int8" else 0)
+
+
+def bytes_per_token(spec: Spec) -> int | float:
+    """Cache bytes of one more token of one sequence over all layers, by formula."""
+    return _whole(sum(group_bytes_per_token(group, layer) for layer in spec.layers for group in layer.groups))
+
+
+def bytes_per_sequence(spec: Spec) -> int:
+    """Cache bytes of one sequence however long, by formula: of int4 storage, the block in progress in bfloat16."""
+    groups = [(group, layer) for layer in spec.layers for group in layer.groups if group.storage == "int4"]
+    entries = (group.clusters * (layer.key_rank + group.values * layer.value_rank) for group, layer in groups)
+    return BLOCK * BYTES["bfloat16"] * sum(entries)
+
+
+def cache_bytes(spec: Spec, batch: int, capacity: int) -> int:
+    """Cache bytes of `batch` sequences of `capacity` columns, by formula; of int4 only whole blocks count."""
+    blocks = capacity // BLOCK * BLOCK
+    columns = sum(
+        (blocks if group.storage == "int4" else capacity) * group_bytes_per_token(group, layer)
+        for layer in spec.layers
+        for group in layer.groups
+    )
+    return batch * (int(columns) + bytes_per_sequence(spec))
+
+
+def _whole(size: int | float) -> int | float:
+    return int(size) if size == int(size) else size
 
 
 def empty(spec: Spec, batch: int, capacity: int) -> Cache:
-    """An empty cache of `capacity` tokens; its `nbytes` is batch * capacity * `bytes_per_token(spec)`."""
+    """An empty cache of `capacity` tokens; its `nbytes` is `cache_bytes(spec, batch, capacity)`."""
+
+    def leaf(heads: int, rank: int, storage: str, axis: int) -> Leaf | BlockStore:
+        if storage == "int4":
+            return empty_blocks(batch, heads, capacity, rank, axis)
+        return store(jnp.zeros((batch, heads, capacity, rank)), storage)
 
     def group_cache(group: Group, layer: LayerSpec) -> GroupCache:
-        keys = jnp.zeros((batch, group.clusters, capacity, layer.key_rank))
-        values = jnp.zeros((batch, group.clusters * group.values, capacity, layer.value_rank))
-        return GroupCache(store(keys, group.storage), store(values, group.storage))
+        keys = leaf(group.clusters, layer.key_rank, group.storage, BY_CHANNEL)
+        values = leaf(group.clusters * group.values, layer.value_rank, group.storage, BY_TOKEN)
+        return GroupCache(keys, values)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)
     return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
 
-def measured_bytes_per_token(spec: Spec) -> int:
-    """`bytes_per_token` as summed from the real arrays of an allocated cache, scales included."""
-    return empty(spec, batch=1, capacity=1).nbytes
+def measured_bytes_per_token(spec: Spec) -> int | float:
+    """`bytes_per_token` as summed from the real arrays of allocated caches, scales included: what a block adds to them.
+
+    What a sequence costs however long it is (`bytes_per_sequence`) is not in it.
+    """
+    one, two = (empty(spec, batch=1, capacity=capacity).nbytes for capacity in (BLOCK, 2 * BLOCK))
+    return _whole((two - one) / BLOCK)

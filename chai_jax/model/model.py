@@ -75,8 +75,8 @@ class Model:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))
 
     @property
-    def kv_bytes_per_token(self) -> int:
-        """Cache bytes per token, summed from really allocated arrays, scales included."""
+    def kv_bytes_per_token(self) -> int | float:
+        """Cache bytes of one more token, summed from really allocated arrays, scales included."""
         return measured_bytes_per_token(self.spec)
 
     def save(self, path: str | Path) -> None:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend
-from chai_jax.model.cache import Cache, GroupCache, append, store, through_storage
+from chai_jax.model.cache import Cache, GroupCache, remember
 from chai_jax.model.params import POSITION_OFFSET, OPTConfig, Params
 from chai_jax.model.quantized import Leaf, dequantize, einsum
 from chai_jax.spec import Group, LayerSpec, Spec
@@ -137,12 +137,8 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):
-            new = GroupCache(store(key, group.storage), store(value, group.storage))
-            if past is None:
-                keys, values = through_storage(key, group.storage), through_storage(value, group.storage)
-            else:
-                new = append(past[index], new, start)
-                keys, values = new.keys, new.values
+            before = None if past is None else past[index]
+            new, keys, values = remember(before, key, value, group.storage, start, allowed)
             out, score, probability = attend(query, keys, values, allowed, self.scale, group.values)
             heads.append(out)
             scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))

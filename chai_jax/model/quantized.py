@@ -1,6 +1,7 @@
-"""An int8 array with its scale, as one type, and the einsum that reads either kind of weight."""
+"""Quantized arrays as types, int8 by slices and int4 by groups, and the einsum that reads any kind of weight."""
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -39,12 +40,47 @@ class QuantizedArray:
         return self.values.nbytes + self.scale.nbytes
 
 
-Leaf = Array | QuantizedArray
+@partial(jax.tree_util.register_dataclass, data_fields=["packed", "scale", "low"], meta_fields=["axis", "group", "odd"])
+@dataclasses.dataclass(frozen=True)
+class Int4Array:
+    """Asymmetric int4: along `axis`, each `group` neighbours (the last group may be smaller) have a scale and a lowest.
+
+    Laws: `original ~ number * scale + low` with numbers 0 to 15; an entry's error is at most half its scale; zeros
+    come back as zeros. Two neighbours share a byte, the first in its low half. `axis` is negative, so that leading
+    (batch) axes may come and go.
+    """
+
+    # Any, because tree operations put other things (shapes, shardings) in their places.
+    packed: Any  # uint8, shaped as the original, half as long along the axis (rounded up)
+    scale: Any  # bfloat16, shaped as the original, one entry a group along the axis
+    low: Any  # bfloat16, likewise
+    axis: int
+    group: int
+    odd: bool  # whether the last byte along the axis holds one number only
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shape = list(self.packed.shape)
+        shape[self.axis] = 2 * shape[self.axis] - self.odd
+        return tuple(shape)
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored, scales and lowest values included."""
+        return self.packed.nbytes + self.scale.nbytes + self.low.nbytes
+
+
+Quantized = QuantizedArray | Int4Array
+Leaf = Array | Quantized
 
 
 def is_leaf(value: object) -> bool:
-    """For `jax.tree.map(..., is_leaf=is_leaf)`: take a quantized array whole."""
-    return isinstance(value, QuantizedArray)
+    """Whether a value is a quantized array; for `jax.tree.map(..., is_leaf=is_leaf)`, which then takes it whole."""
+    return isinstance(value, Quantized)
 
 
 def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLike = jnp.bfloat16) -> QuantizedArray:
@@ -54,13 +90,62 @@ def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLi
     gradient flows through it: training passes its gradient straight around (`chai_jax.model.cache.through_storage`).
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
-    peak = jnp.max(jnp.abs(x), axis=axes)
-    # Below the smallest normal number XLA would flush the scale to 0; so small a slice is stored as zeros.
-    exact = jnp.where(peak / 127 < float(jnp.finfo(scale_dtype).tiny), 1.0, peak / 127)
-    scale = exact.astype(scale_dtype)
-    scale = jnp.where(scale.astype(jnp.float32) < exact, jnp.nextafter(scale, jnp.full_like(scale, jnp.inf)), scale)
+    scale = _scale(jnp.max(jnp.abs(x), axis=axes) / 127, scale_dtype)
     values = jnp.round(x / jnp.expand_dims(scale.astype(jnp.float32), axes)).astype(jnp.int8)
     return QuantizedArray(values, scale, axes)
+
+
+def _scale(exact: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    """`exact` rounded up in `dtype`; 1 below the smallest normal number, which XLA would flush to 0."""
+    return _round_up(jnp.where(exact < float(jnp.finfo(dtype).tiny), 1.0, exact), dtype)
+
+
+def _round_up(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+    rounded = x.astype(dtype)
+    return jnp.where(rounded.astype(jnp.float32) < x, jnp.nextafter(rounded, jnp.full_like(rounded, jnp.inf)), rounded)
+
+
+def quantize_int4(x: Float[Array, "..."], axis: int, group: int) -> Int4Array:
+    """Quantize to int4 with a bfloat16 scale and lowest value for each `group` neighbours along `axis` (negative).
+
+    The lowest value is rounded down, then the scale, (highest - lowest) / 15, up: no entry can leave 0 to 15. Zero
+    points, since keys (Liu et al. 2024, KIVI, arXiv 2402.02750) have channels that are far from zero and vary little:
+    a symmetric grid spends its sixteen steps on the distance. No gradient flows through it.
+    """
+    x = jax.lax.stop_gradient(x.astype(jnp.float32))
+    at = x.ndim + axis
+    size = x.shape[at]
+    count = -(-size // group)
+    padded = jnp.pad(x, [(0, count * group - size if i == at else 0) for i in range(x.ndim)], mode="edge")
+    grouped = padded.reshape(*x.shape[:at], count, group, *x.shape[at + 1 :])
+    low = -_round_up(-grouped.min(at + 1), jnp.bfloat16)
+    lowest = low.astype(jnp.float32)
+    scale = _scale((grouped.max(at + 1) - lowest) / 15, jnp.bfloat16)
+    steps = (grouped - jnp.expand_dims(lowest, at + 1)) / jnp.expand_dims(scale.astype(jnp.float32), at + 1)
+    numbers = jnp.round(steps).astype(jnp.uint8).reshape(padded.shape)
+    numbers = jax.lax.slice_in_dim(numbers, 0, size, axis=at)
+    numbers = jnp.pad(numbers, [(0, size % 2 if i == at else 0) for i in range(x.ndim)])
+    first, second = (jax.lax.slice_in_dim(numbers, start, None, stride=2, axis=at) for start in (0, 1))
+    return Int4Array(first | second << 4, scale, low, axis, group, bool(size % 2))
+
+
+def _dequantize_int4(x: Int4Array) -> Float[Array, "..."]:
+    at, size = x.packed.ndim + x.axis, x.shape[x.axis]
+    pairs = jnp.stack([x.packed & 15, x.packed >> 4], axis=at + 1)
+    numbers = pairs.reshape(*x.packed.shape[:at], 2 * x.packed.shape[at], *x.packed.shape[at + 1 :])
+
+    def spread(each: Array) -> Array:
+        return jnp.repeat(each.astype(jnp.float32), x.group, axis=at, total_repeat_length=each.shape[at] * x.group)
+
+    scale, low = (jax.lax.slice_in_dim(spread(each), 0, size, axis=at) for each in (x.scale, x.low))
+    return jax.lax.slice_in_dim(numbers, 0, size, axis=at).astype(jnp.float32) * scale + low
+
+
+def quantize_like(x: Float[Array, "..."], like: Quantized) -> Quantized:
+    """Quantize in the format of `like`, of which only structure and dtypes are read."""
+    if isinstance(like, Int4Array):
+        return quantize_int4(x, like.axis, like.group)
+    return quantize(x, like.axes, like.scale.dtype)
 
 
 def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
@@ -68,15 +153,16 @@ def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     if isinstance(x, QuantizedArray):
         scale = jnp.expand_dims(x.scale.astype(jnp.float32), x.axes)
         return (x.values.astype(jnp.float32) * scale).astype(dtype)
-    return x.astype(dtype)
+    return (_dequantize_int4(x) if isinstance(x, Int4Array) else x).astype(dtype)
 
 
 def einsum(equation: str, x: Float[Array, "..."], kernel: Leaf) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, kernel)` in x's dtype, accumulated in float32, for a plain or a quantized kernel.
 
-    A quantized kernel's scale runs over its output axes only (the last ones of the result), so it scales the result.
+    An int8 kernel's scale runs over its output axes only (the last ones of the result), so it scales the result; an
+    int4 kernel has scales along the contracted axis and is read back first.
     """
-    weights = kernel.values if isinstance(kernel, QuantizedArray) else kernel
+    weights = kernel.values if isinstance(kernel, QuantizedArray) else dequantize(kernel, x.dtype)
     y = jnp.einsum(equation, x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
     if isinstance(kernel, QuantizedArray):
         y = y * kernel.scale.astype(jnp.float32)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from chai_jax.errors import InputError
 from chai_jax.model.params import Declared, Params
-from chai_jax.model.quantized import Leaf, QuantizedArray, is_leaf
+from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray, is_leaf
 
 Table = Mapping[str, str | None]
 
@@ -76,9 +76,14 @@ def shardings(declared: Params, mesh: Mesh, table: Table = TABLE) -> Any:
 
 
 def place(params: Any, targets: Any) -> Any:
-    """Copy parameters to where `shardings` wants them; a quantized array's scale is split along with its values."""
+    """Copy parameters to where `shardings` wants them; a quantized array's scale is split along with its values.
+
+    An int4 array is not split along the axis of its groups where a device would get part of a byte or of a group.
+    """
 
     def leaf(value: Leaf, target: NamedSharding) -> Leaf:
+        if isinstance(value, Int4Array):
+            return _place_int4(value, target)
         if not isinstance(value, QuantizedArray):
             return jax.device_put(value, target)
         split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
@@ -88,3 +93,11 @@ def place(params: Any, targets: Any) -> Any:
         return QuantizedArray(jax.device_put(value.values, target), scale, value.axes)
 
     return jax.tree.map(leaf, params, targets, is_leaf=is_leaf)
+
+
+def _place_int4(value: Int4Array, target: NamedSharding) -> Int4Array:
+    split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
+    devices = target.mesh.shape[split[value.axis]] if split[value.axis] else 1
+    if any(part.shape[value.axis] % devices for part in (value.packed, value.scale)):
+        split[value.axis] = None
+    return jax.device_put(value, NamedSharding(target.mesh, PartitionSpec(*split)))

@@ -19,7 +19,7 @@ from chai_jax.model.cache import Cache, extend
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
-from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize, is_leaf
+from chai_jax.model.quantized import Leaf, Quantized, dequantize, is_leaf
 from chai_jax.progress import track
 from chai_jax.serve.sample import Sampling, sample
 from chai_jax.spec import Spec
@@ -55,11 +55,12 @@ def bucket(count: int) -> int:
 def cast(params: Params, dtype: Any) -> Params:
     """Matrices and embeddings in the dtype they are multiplied in, once instead of at every token.
 
-    Vectors (norms, biases) are cast where they are used. int8 is expanded on CPUs alone: accelerators read it faster.
+    Vectors (norms, biases) are cast where they are used. What is quantized is expanded on CPUs alone: accelerators read
+    it faster.
     """
 
     def leaf(x: Leaf) -> Leaf:
-        if isinstance(x, QuantizedArray):
+        if isinstance(x, Quantized):
             return dequantize(x, dtype) if jax.default_backend() == "cpu" else x
         return x.astype(dtype) if x.ndim > 1 else x
 

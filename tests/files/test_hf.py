@@ -86,7 +86,7 @@ def test_int8_weights_are_written_as_what_they_stand_for(tmp_path: Path, random_
     out = quantize(layer["output"]["kernel"], (-3, -2))
     layers = {**model.params["layers"], "0": {**layer, "output": {**layer["output"], "kernel": out}}}
     export(model.replace(params={**model.params, "layers": layers}), tmp_path / "out")
-    assert "1 tensors were int8" in (tmp_path / "out/README.md").read_text()
+    assert "1 quantized tensors are written as the float32 numbers" in (tmp_path / "out/README.md").read_text()
     tensors = load_file(tmp_path / "out/model.safetensors")
     wanted = np.asarray(out.values, np.float32) * np.asarray(out.scale, np.float32)
     written = tensors["model.decoder.layers.0.self_attn.out_proj.weight"]
