@@ -20,7 +20,6 @@ CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), 
 GROUP = 64
 
 _quantize = jax.jit(quantize_array, static_argnums=(1, 2))  # one program a shape instead of one per operation
-_quantize_int4 = jax.jit(quantize_int4, static_argnums=(1, 2))
 
 
 def quantize(model: Model, plan: Plan) -> Model:
@@ -98,7 +97,7 @@ def _store_kernel(kernel: Leaf, axes: tuple[int, ...], weights: str) -> Leaf:
     if isinstance(kernel, Int4Array):
         return kernel  # as small as it gets; a second rounding would only cost accuracy
     if weights == "int4":
-        return _quantize_int4(dequantize(kernel), axes[-1], GROUP)
+        return quantize_int4(dequantize(kernel), axes[-1], GROUP)
     if isinstance(kernel, Quantized):
         return kernel
     if weights == "int8":

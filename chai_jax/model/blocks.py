@@ -50,7 +50,9 @@ class Windowed:
 
 def empty_blocks(batch: int, heads: int, capacity: int, rank: int, axis: int) -> BlockStore:
     """A store of `capacity` columns; `axis` is BY_CHANNEL for keys, BY_TOKEN for values."""
-    blocks = quantize_int4(jnp.zeros((batch, heads, capacity // BLOCK, BLOCK, rank)), axis, BLOCK)
+    columns = jax.ShapeDtypeStruct((batch, heads, capacity // BLOCK, BLOCK, rank), jnp.float32)
+    shapes = jax.eval_shape(partial(quantize_int4, axis=axis, group=BLOCK), columns)
+    blocks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     return BlockStore(blocks, jnp.zeros((batch, heads, BLOCK, rank), jnp.bfloat16))
 
 

@@ -96,8 +96,8 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> Group
 
 def remember(
     past: GroupCache | None,
-    key: Float[Array, "B C T R"],
-    value: Float[Array, "B values T R"],
+    key: Float[Array, "B C T Rk"],
+    value: Float[Array, "B heads T Rv"],
     storage: str,
     start: Int32[Array, ""],
     allowed: Bool[Array, "B T S"],

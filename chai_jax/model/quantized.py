@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["axes"])
@@ -90,21 +90,27 @@ def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLi
     gradient flows through it: training passes its gradient straight around (`chai_jax.model.cache.through_storage`).
     """
     x = jax.lax.stop_gradient(x.astype(jnp.float32))
-    scale = _scale(jnp.max(jnp.abs(x), axis=axes) / 127, scale_dtype)
+    scale = _scale(jnp.max(jnp.abs(x), axis=axes), 127, scale_dtype)
     values = jnp.round(x / jnp.expand_dims(scale.astype(jnp.float32), axes)).astype(jnp.int8)
     return QuantizedArray(values, scale, axes)
 
 
-def _scale(exact: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    """`exact` rounded up in `dtype`; 1 below the smallest normal number, which XLA would flush to 0."""
-    return _round_up(jnp.where(exact < float(jnp.finfo(dtype).tiny), 1.0, exact), dtype)
+def _scale(span: Float[Array, "..."], steps: int, dtype: DTypeLike) -> Float[Array, "..."]:
+    """The smallest scale of `dtype` of which `steps` make up `span`; 1 where XLA would flush it to 0.
+
+    Compared by the product, which is exact: a quotient's rounding, which is the compiler's choice, would decide
+    whether a span that is just so many steps has the next scale.
+    """
+    exact = jnp.where(span / steps < float(jnp.finfo(dtype).tiny), 1.0, span / steps)
+    scale = exact.astype(dtype)
+    return _next_if(steps * scale.astype(jnp.float32) < span, scale, jnp.inf)
 
 
-def _round_up(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    rounded = x.astype(dtype)
-    return jnp.where(rounded.astype(jnp.float32) < x, jnp.nextafter(rounded, jnp.full_like(rounded, jnp.inf)), rounded)
+def _next_if(condition: Bool[Array, "..."], x: Float[Array, "..."], towards: float) -> Float[Array, "..."]:
+    return jnp.where(condition, jnp.nextafter(x, jnp.full_like(x, towards)), x)
 
 
+@partial(jax.jit, static_argnames=("axis", "group"))  # one program a shape instead of one per operation
 def quantize_int4(x: Float[Array, "..."], axis: int, group: int) -> Int4Array:
     """Quantize to int4 with a bfloat16 scale and lowest value for each `group` neighbours along `axis` (negative).
 
@@ -118,9 +124,10 @@ def quantize_int4(x: Float[Array, "..."], axis: int, group: int) -> Int4Array:
     count = -(-size // group)
     padded = jnp.pad(x, [(0, count * group - size if i == at else 0) for i in range(x.ndim)], mode="edge")
     grouped = padded.reshape(*x.shape[:at], count, group, *x.shape[at + 1 :])
-    low = -_round_up(-grouped.min(at + 1), jnp.bfloat16)
+    low = grouped.min(at + 1).astype(jnp.bfloat16)
+    low = _next_if(low.astype(jnp.float32) > grouped.min(at + 1), low, -jnp.inf)
     lowest = low.astype(jnp.float32)
-    scale = _scale((grouped.max(at + 1) - lowest) / 15, jnp.bfloat16)
+    scale = _scale(grouped.max(at + 1) - lowest, 15, jnp.bfloat16)
     steps = (grouped - jnp.expand_dims(lowest, at + 1)) / jnp.expand_dims(scale.astype(jnp.float32), at + 1)
     numbers = jnp.round(steps).astype(jnp.uint8).reshape(padded.shape)
     numbers = jax.lax.slice_in_dim(numbers, 0, size, axis=at)
@@ -129,6 +136,7 @@ def quantize_int4(x: Float[Array, "..."], axis: int, group: int) -> Int4Array:
     return Int4Array(first | second << 4, scale, low, axis, group, bool(size % 2))
 
 
+@jax.jit
 def _dequantize_int4(x: Int4Array) -> Float[Array, "..."]:
     at, size = x.packed.ndim + x.axis, x.shape[x.axis]
     pairs = jnp.stack([x.packed & 15, x.packed >> 4], axis=at + 1)

@@ -22,10 +22,15 @@ CONFIG = OPTConfig(vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Model]:
-    """`tiny(seed, dtype, int8=layers, storage, **config)`: a random model."""
+    """`tiny(seed, dtype, int8=layers, int4=layers, storage, **config)`: a random model."""
 
     def build(
-        seed: int = 0, dtype: Any = jnp.float32, int8: tuple[int, ...] = (), storage: str = "float32", **changes: Any
+        seed: int = 0,
+        dtype: Any = jnp.float32,
+        int8: tuple[int, ...] = (),
+        int4: tuple[int, ...] = (),
+        storage: str = "float32",
+        **changes: Any,
     ) -> Model:
         config = dataclasses.replace(CONFIG, **changes)
         spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
@@ -35,8 +40,8 @@ def tiny() -> Callable[..., Model]:
             return jnp.asarray((what.kind == "scale") + 0.3 * random.standard_normal(what.shape), dtype)
 
         params = jax.tree.map(leaf, declare(config, spec), is_leaf=lambda x: isinstance(x, Declared))
-        for layer in int8:
-            params["layers"][str(layer)] = store_weights(params["layers"][str(layer)], "int8")
+        for layer, weights in (*((at, "int8") for at in int8), *((at, "int4") for at in int4)):
+            params["layers"][str(layer)] = store_weights(params["layers"][str(layer)], weights)
         return Model(config, spec, params)
 
     return build

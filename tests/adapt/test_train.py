@@ -21,7 +21,7 @@ from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import declare
-from chai_jax.model.quantized import QuantizedArray, dequantize, is_leaf
+from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.model.sharding import make_mesh, place, shardings
 
 Build = Callable[..., Model]
@@ -139,7 +139,7 @@ def test_few_programs(tiny: Build, one_device: Mesh) -> None:
 
 
 def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
-    for model in (tiny(dtype=jnp.bfloat16, int8=(0,)), tiny(dtype=jnp.float16), tiny()):
+    for model in (tiny(dtype=jnp.bfloat16, int8=(0,)), tiny(dtype=jnp.float16), tiny(int4=(0,)), tiny()):
         masters, frozen = training.split(model.params, training.everything(model.params))
         assert jax.tree.leaves(frozen) == []
         assert {leaf.dtype for leaf in jax.tree.leaves(masters)} == {jnp.dtype(jnp.float32)}
@@ -151,15 +151,18 @@ def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
         assert_identical(training.rounded(shifted, model.params), jax.tree.map(dequantize, stored, is_leaf=is_leaf))
 
 
-def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
-    """int8 and bfloat16 weights, int8 cache: each update's loss is the score of what the stage would return there."""
-    model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_loss_is_that_of_the_model_as_stored(
+    tiny: Build, examples: list[Encoded], one_device: Mesh, weights: str
+) -> None:
+    """Quantized and bfloat16 weights and cache: each update's loss is the score of what the stage would return."""
+    model = tiny(dtype=jnp.bfloat16, **{weights: (0,)}, storage=weights)
     everything = training.everything(model.params)
     step, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, everything, one_device)
     batch = jax.device_put(pack(examples, (2, 8), 32, 6), NamedSharding(one_device, PartitionSpec()))
     for _ in range(2):
         stored = model.replace(params=training.store(state.masters, model.params))
-        assert isinstance(stored.params["layers"]["0"]["up"]["kernel"], QuantizedArray)
+        assert is_leaf(stored.params["layers"]["0"]["up"]["kernel"])
         expected = score.mean_loss(stored, examples)
         state, means = step(state, frozen, None, batch)
         np.testing.assert_allclose(means["loss"], expected, atol=2e-4)
@@ -176,6 +179,18 @@ def test_a_format_coarser_than_the_updates_still_learns(tiny: Build, examples: l
     assert new.scale.dtype == old.scale.dtype
     assert (new.values != old.values).any()
     assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_int4_weights_train_and_stay_int4(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+    model, config = tiny(num_layers=2, int4=(0, 1)), TrainConfig(lr=2e-3, batch=16, accumulation=1, epochs=20)
+    log: list[dict[str, Any]] = []
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append, mesh=one_device)
+    assert jax.tree.structure(tuned.params) == jax.tree.structure(model.params)
+    assert tuned.nbytes == model.nbytes
+    old, new = (each.params["layers"]["0"]["up"]["kernel"].packed for each in (model, tuned))
+    assert (old != new).any()
+    assert log[-1]["loss"] < log[0]["loss"]
+    np.testing.assert_allclose(score.mean_loss(tuned, examples), log[-1]["loss"], rtol=0.2)
 
 
 def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Mesh) -> None:

@@ -17,7 +17,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
-from chai_jax.model.quantized import QuantizedArray
+from chai_jax.model.quantized import Int4Array, QuantizedArray
 from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
 
 PRE = OPTConfig(64, 48, 3, 6, 64, 24, 48)
@@ -157,19 +157,36 @@ def test_reordering_alone_changes_nothing() -> None:
 
 def test_weight_formats() -> None:
     model = random_model()
-    plans = {weights: plan_of(PARTITION, "qkv", weights=weights) for weights in ("loaded", "bfloat16", "int8")}
+    plans = {weights: plan_of(PARTITION, "qkv", weights=weights) for weights in ("loaded", "bfloat16", "int8", "int4")}
     stored = {weights: quantize(model, plan) for weights, plan in plans.items()}
     jax.tree.map(np.testing.assert_array_equal, stored["loaded"].params, model.params)
-    assert stored["int8"].nbytes < stored["bfloat16"].nbytes < stored["loaded"].nbytes
+    assert stored["int4"].nbytes < stored["int8"].nbytes < stored["bfloat16"].nbytes < stored["loaded"].nbytes
     kernel = stored["int8"].params["layers"]["1"]["output"]["kernel"]
     assert isinstance(kernel, QuantizedArray)
     assert kernel.scale.shape == (48,)
+    down = stored["int4"].params["layers"]["1"]["down"]["kernel"]
+    assert isinstance(down, Int4Array)
+    assert down.nbytes == 64 * 48 * (4 + 32 / 64) // 8  # with a scale and a lowest value of 16 bits for every 64
     _, mask = inputs()
     dense = np.asarray(model(*inputs()))[mask]
-    errors = [np.abs(np.asarray(stored[weights](*inputs()))[mask] - dense).max() for weights in ("bfloat16", "int8")]
-    assert 0 < errors[0] < errors[1] < np.abs(dense).max()
-    again = quantize(stored["int8"], plans["int8"])
-    jax.tree.map(np.testing.assert_array_equal, again.params, stored["int8"].params)
+    errors = [np.abs(np.asarray(stored[to](*inputs()))[mask] - dense).max() for to in ("bfloat16", "int8", "int4")]
+    assert 0 < errors[0] < errors[1] < errors[2] < np.abs(dense).max()
+    for weights in ("int8", "int4"):
+        again = quantize(stored[weights], plans[weights])
+        jax.tree.map(np.testing.assert_array_equal, again.params, stored[weights].params)
+    smaller = quantize(stored["int8"], plans["int4"])
+    assert smaller.nbytes == stored["int4"].nbytes
+    assert quantize(stored["int4"], plans["int8"]).nbytes == stored["int4"].nbytes
+
+
+def test_int4_weights_move_with_their_heads_and_expand_to_what_they_stand_for() -> None:
+    model = quantize(random_model(), plan_of([(head,) for head in range(6)], "qkv", weights="int4"))
+    moved = quantize(model, plan_of([(head,) for head in range(6)], "qkv", ["float32", "bfloat16"] * 3, "int4"))
+    assert moved.spec.layers[0].clusters == ((0,), (2,), (4,), (1,), (3,), (5,))
+    _, mask = inputs()
+    back = with_storage(moved, "float32")
+    for same in (back, expand(back)):
+        np.testing.assert_allclose(np.asarray(same(*inputs()))[mask], np.asarray(model(*inputs()))[mask], atol=1e-5)
 
 
 def test_refusals() -> None:

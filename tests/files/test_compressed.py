@@ -19,14 +19,16 @@ from chai_jax.model.params import OPTConfig
 from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 KERNEL = "layers.1.up.kernel"
+INT4 = "layers.2.down.kernel"  # [20, 12]
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory, random_model: Any) -> Path:
-    """Two layers, clustered qkv: the first with bfloat16, the second with int8 weights."""
+    """Three layers, clustered qkv: the first with bfloat16, the second with int8, the third with int4 weights."""
     clusters = (ClusterPlan((0, 2), 0, storage="int8"), ClusterPlan((1,), 1))
-    plan = Plan((LayerPlan(clusters, "medium", "bfloat16"), LayerPlan(clusters, "low", "int8")))
-    model = cluster(random_model(OPTConfig(19, 12, 2, 3, 20, 16, 12)), plan)
+    tiers = (("medium", "bfloat16"), ("low", "int8"), ("low", "int4"))
+    plan = Plan(tuple(LayerPlan(clusters, tier, weights) for tier, weights in tiers))
+    model = cluster(random_model(OPTConfig(19, 12, 3, 3, 20, 16, 12)), plan)
     folder = tmp_path_factory.mktemp("saved") / "out"
     save(quantize(model, plan), folder)
     (folder / "plan.json").unlink()
@@ -74,6 +76,21 @@ TENSORS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
         lambda x: x.update({f"{KERNEL}.scale": 0 * x[f"{KERNEL}.scale"]}),
         "holds a scale that is not positive",
     ),
+    "missing lowest": (lambda x: x.pop(f"{INT4}.low"), rf"the weights lack {INT4}\.low \[1, 12\]"),
+    "misshapen lowest": (
+        lambda x: x.update({f"{INT4}.low": x[f"{INT4}.low"][:, 1:]}),
+        r"\.low in .* is \[1, 11\]; .* \[1, 12\]",
+    ),
+    "one number a byte": (
+        lambda x: x.update({INT4: np.repeat(x[INT4], 2, axis=0)}),
+        rf"{INT4} in .* is \[20, 12\]; spec\.json demands \[10, 12\]",
+    ),
+    "int8 for int4": (lambda x: x.update({INT4: x[INT4].astype(np.int8)}), rf"{INT4} .* is int8; .* demands uint8"),
+    "zero int4 scale": (
+        lambda x: x.update({f"{INT4}.scale": 0 * x[f"{INT4}.scale"]}),
+        rf"{INT4}\.scale in .* holds a scale that is not positive",
+    ),
+    "NaN lowest": (lambda x: x.update({f"{INT4}.low": x[f"{INT4}.low"] * np.nan}), r"\.low in .* holds a NaN"),
     "infinite scale": (
         lambda x: x.update({f"{KERNEL}.scale": x[f"{KERNEL}.scale"] + np.float32(np.inf)}),
         r"\.scale in .* holds an infinity",
@@ -99,7 +116,7 @@ def at(value: Any, *path: Any) -> Any:
 
 
 SPECS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "layer gone": (lambda x: x["layers"].pop(), r"spec\.json has 1 layers, config\.json 2"),
+    "layer gone": (lambda x: x["layers"].pop(), r"spec\.json has 2 layers, config\.json 3"),
     "head twice": (
         lambda x: at(x, "layers", 0).update(clusters=[[0, 2], [2]]),
         "layer 0 does not have each of the 3 heads once",
@@ -127,6 +144,24 @@ SPECS: dict[str, tuple[Callable[[Any], Any], str]] = {
         rf"quantizes {KERNEL} along \[-3\]; expected a kernel",
     ),
     "axes twice": (lambda x: x["quantized"].update({KERNEL: [-2, -2]}), "along its own axes"),
+    "int4 as int8": (lambda x: x["quantized"].update({INT4: [-2]}), rf"{INT4} in .* is \[10, 12\]; .* \[20, 12\]"),
+    "another group": (
+        lambda x: x["quantized"].update({INT4: {"axis": -2, "group": 10}}),
+        rf"{INT4}\.scale in .* is \[1, 12\]; .* \[2, 12\]",
+    ),
+    "no group": (lambda x: x["quantized"].update({INT4: {"axis": -2}}), rf"quantizes {INT4} by .*; expected a kernel"),
+    "group of none": (
+        lambda x: x["quantized"].update({INT4: {"axis": -2, "group": 0}}),
+        rf"quantizes {INT4} by .*; expected a kernel",
+    ),
+    "axis outside": (
+        lambda x: x["quantized"].update({INT4: {"axis": -3, "group": 64}}),
+        rf"quantizes {INT4} by .*; expected a kernel",
+    ),
+    "wider than its layer": (
+        lambda x: at(x, "layers", 1).update(weights="int4"),
+        r"layers\.1\.\w+\.kernel is int8; spec\.json says that the weights of its layer are int4",
+    ),
     "no axes": (lambda x: x["quantized"].update({KERNEL: "rows"}), rf"quantizes {KERNEL} along 'rows'"),
     "a norm": (lambda x: x["quantized"].update({"final_norm.bias": [-1]}), r"quantizes final_norm\.bias along"),
     "unknown name": (lambda x: x["quantized"].update(other=[-1]), r"spec\.json has no place for 'other'"),

@@ -80,13 +80,23 @@ def test_compressed_models_come_back(
     assert (tmp_path / "twice" / weights).read_bytes() == (tmp_path / "out" / weights).read_bytes()
 
 
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_int4_weights_come_back(tmp_path: Path, random_model: Any) -> None:
+    """With axes of even and odd lengths, and the last group smaller."""
+    for config in (PRE, dataclasses.replace(PRE, hidden_size=15, embed_dim=15, ffn_dim=67)):
+        plan = Plan((LayerPlan(tuple(ClusterPlan((head,), head) for head in range(3)), weights="int4"),) * 3)
+        model, folder = quantize(random_model(config), plan), tmp_path / str(config.hidden_size)
+        save(model, folder)
+        assert_equal(load(folder), model)
+        assert load(folder).nbytes == model.nbytes
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
 def test_cache_formats_come_back(tmp_path: Path, random_model: Any, storage: str) -> None:
     model = with_storage(random_model(PRE), storage)
     save(model, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), model)
     kind = json.loads((tmp_path / "out/config.json").read_text())["model_type"]
-    assert kind == ("chai_opt" if storage == "int8" else "opt")
+    assert kind == ("chai_opt" if storage in ("int8", "int4") else "opt")
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])

@@ -1,4 +1,4 @@
-"""Laws of symmetric int8 and of the einsum that reads it."""
+"""Laws of symmetric int8, of int4 by groups, and of the einsum that reads them."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from chai_jax.model.cache import through_storage
-from chai_jax.model.quantized import QuantizedArray, dequantize, einsum, is_leaf, quantize
+from chai_jax.model.quantized import (
+    Int4Array,
+    QuantizedArray,
+    dequantize,
+    einsum,
+    is_leaf,
+    quantize,
+    quantize_int4,
+    quantize_like,
+)
 
 MAGNITUDES = (1e-44, 1e-37, 1e-36, 1e-20, 1e-3, 1.0, 250.0, 1e30, 3e38)
 LARGEST = float(np.float32(3e38))  # times 1.008, the most that a scale is rounded up, it is still finite
@@ -79,6 +88,71 @@ def test_golden_errors_of_a_seeded_array() -> None:
     assert error.max() == pytest.approx(0.0137264, rel=1e-4)
 
 
+GROUPED = [((3, 8), -1, 4), ((3, 7), -1, 3), ((7, 3), -2, 64), ((2, 5, 3), -3, 1)]
+
+
+@pytest.mark.parametrize(("shape", "axis", "group"), GROUPED)
+def test_int4_equals_a_loop_over_groups_in_float64(shape: tuple[int, ...], axis: int, group: int) -> None:
+    x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32) + np.float32(3)
+    found = quantize_int4(jnp.asarray(x), axis, group)
+    size, brain = shape[axis], ml_dtypes.bfloat16
+    rows = np.moveaxis(x, axis, -1).reshape(-1, size).astype(np.float64)
+    packed, scales, lows = (np.moveaxis(np.asarray(leaf), axis, -1) for leaf in (found.packed, found.scale, found.low))
+    packed, scales, lows = packed.reshape(len(rows), -1), scales.reshape(len(rows), -1), lows.reshape(len(rows), -1)
+    assert (packed.dtype, scales.dtype, lows.dtype) == (np.uint8, brain, brain)
+    for row, numbers, scale, low in zip(rows, packed, scales, lows, strict=True):
+        for at, start in enumerate(range(0, size, group)):
+            part = row[start : start + group]
+            lowest = np.nextafter(brain(part.min()), brain(-np.inf)) if brain(part.min()) > part.min() else part.min()
+            exact = (part.max() - np.float64(brain(lowest))) / 15
+            up = np.nextafter(brain(exact), brain(np.inf)) if np.float64(brain(exact)) < exact else exact
+            assert (low[at], scale[at]) == (brain(lowest), brain(up))
+            for offset, entry in enumerate(part, start):
+                number = numbers[offset // 2] >> 4 if offset % 2 else numbers[offset // 2] & 15
+                assert number == np.round((entry - np.float64(low[at])) / np.float64(scale[at]))
+        if size % 2:
+            assert numbers[-1] < 16
+    assert found.shape == shape
+    assert found.size == x.size
+    slices = x.size // size
+    assert found.nbytes == slices * -(-size // 2) + 4 * slices * -(-size // group)
+    assert dequantize(found).shape == shape
+
+
+@given(arrays(np.float32, (2, 5), elements=st.floats(-LARGEST / 4, LARGEST / 4, width=32)))
+@settings(max_examples=100, deadline=None, database=None, derandomize=True)
+def test_laws_of_int4_of_any_finite_array(x: np.ndarray) -> None:
+    found = quantize_int4(jnp.asarray(x), -1, 3)
+    low, scale = (np.repeat(np.asarray(leaf, np.float64), 3, axis=1)[:, :5] for leaf in (found.low, found.scale))
+    assert (scale > 0).all()
+    assert np.isfinite(scale).all()
+    assert (low <= x + float(np.finfo(np.float32).tiny)).all()  # less than that XLA flushes to 0
+    # float32 has the last word on numbers far from zero that lie close together.
+    rounding = 2.0**-23 * (np.abs(x) + np.abs(low)) + 2 * float(np.finfo(np.float32).tiny)
+    assert (np.abs(np.asarray(dequantize(found), np.float64) - x) <= 0.5 * scale * (1 + 1e-6) + rounding).all()
+
+
+def test_int4_zeros_and_a_span_of_just_fifteen_steps_come_back() -> None:
+    np.testing.assert_array_equal(dequantize(quantize_int4(jnp.zeros((1, 16)), -1, 16)), np.zeros((1, 16)))
+    steps = 0.7109375 * np.arange(16, dtype=np.float32)[None] - 4
+    found = quantize_int4(jnp.asarray(steps), -1, 16)
+    assert (float(found.scale[0, 0]), float(found.low[0, 0])) == (0.7109375, -4)
+    np.testing.assert_array_equal(dequantize(found), steps)
+
+
+LIKE = [quantize(jnp.ones((4, 6)), (-2,), jnp.float32), quantize_int4(jnp.ones((4, 6)), -2, 4)]
+
+
+@pytest.mark.parametrize("like", LIKE)
+def test_quantized_like_another(like: QuantizedArray | Int4Array) -> None:
+    x = jax.random.normal(jax.random.key(0), (4, 6))
+    expected = quantize(x, (-2,), jnp.float32) if isinstance(like, QuantizedArray) else quantize_int4(x, -2, 4)
+    found = quantize_like(x, like)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    assert is_leaf(found)
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_gradient_passes_storage_unchanged(storage: str, dtype: str) -> None:
@@ -99,10 +173,10 @@ def test_the_gradient_passes_storage_unchanged(storage: str, dtype: str) -> None
 def test_einsum_of_a_quantized_kernel_equals_that_of_what_it_stands_for(
     equation: str, kernel: tuple[int, ...], axes: tuple[int, ...], x: tuple[int, ...]
 ) -> None:
-    quantized = quantize(jax.random.normal(jax.random.key(0), kernel), axes, jnp.float32)
-    inputs = jax.random.normal(jax.random.key(1), x)
-    expected = np.einsum(equation, np.float64(inputs), np.float64(dequantize(quantized)))
-    np.testing.assert_allclose(einsum(equation, inputs, quantized), expected, rtol=1e-5, atol=1e-5)
+    weights, inputs = jax.random.normal(jax.random.key(0), kernel), jax.random.normal(jax.random.key(1), x)
+    for quantized in (quantize(weights, axes, jnp.float32), quantize_int4(weights, axes[-1], 8)):
+        expected = np.einsum(equation, np.float64(inputs), np.float64(dequantize(quantized)))
+        np.testing.assert_allclose(einsum(equation, inputs, quantized), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_is_one_leaf_or_two_arrays_and_counts_its_scale() -> None:

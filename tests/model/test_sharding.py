@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 from chai_jax.errors import InputError
 from chai_jax.model.opt import forward
 from chai_jax.model.params import Declared, OPTConfig, declare
-from chai_jax.model.quantized import QuantizedArray, dequantize, quantize
+from chai_jax.model.quantized import QuantizedArray, dequantize, quantize, quantize_int4
 from chai_jax.model.sharding import TABLE, make_mesh, partition_spec, place, shardings
 from chai_jax.spec import Spec
 
@@ -73,6 +73,15 @@ def test_a_scale_is_split_with_its_values(shape: tuple[int, ...], axes: tuple[in
     assert isinstance(placed, QuantizedArray)
     assert placed.values.sharding.is_equivalent_to(jax.NamedSharding(mesh, spec), len(shape))
     assert placed.scale.sharding.spec == scale
+    np.testing.assert_array_equal(dequantize(placed), dequantize(array))
+
+
+@pytest.mark.parametrize(("group", "split"), [(4, P(None, None)), (2, P("model", None))])
+def test_int4_is_split_where_groups_are_whole(group: int, split: P) -> None:
+    array = quantize_int4(jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32), -2, group)
+    target = jax.NamedSharding(make_mesh(model=4), P("model", None))
+    placed = place({"kernel": array}, {"kernel": target})["kernel"]
+    assert {leaf.sharding.spec for leaf in jax.tree.leaves(placed)} == {split}
     np.testing.assert_array_equal(dequantize(placed), dequantize(array))
 
 

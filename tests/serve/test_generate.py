@@ -72,6 +72,20 @@ def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> No
     assert generate_tokens(stored, PROMPTS[:2], 12, stop=False) == [naive(stored, p, 12) for p in PROMPTS[:2]]
 
 
+def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
+    """Blocks are of columns: the uncached model, padded on the left alike, says the same token by token."""
+    stored = with_storage(model, "int4")
+    prompts = [list(range(4, 4 + length)) for length in (20, 26)]
+    found = generate_tokens(stored, prompts, 40, stop=False)
+    tokens, mask = np.full((2, 80), 1, np.int32), np.zeros((2, 80), bool)
+    for row, prompt in enumerate(prompts):
+        tokens[row, 32 - len(prompt) : 32], mask[row, 32 - len(prompt) : 32] = prompt, True
+    for column in range(32, 72):
+        logits = stored(tokens, mask)
+        tokens[:, column], mask[:, column] = np.argmax(logits[:, column - 1], axis=-1), True
+    assert found == tokens[:, 32:72].tolist()
+
+
 def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(model: Model) -> None:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
     params["layers"]["0"]["up"]["kernel"] = quantize(params["layers"]["0"]["up"]["kernel"], (-2,))
