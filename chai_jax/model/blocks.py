@@ -58,7 +58,6 @@ def empty_blocks(batch: int, heads: int, capacity: int, rank: int, axis: int) ->
 
 def extend_blocks(store: BlockStore, capacity: int) -> BlockStore:
     """The same store with room for `capacity` columns."""
-
     room = capacity // BLOCK - store.blocks.shape[2]
     return BlockStore(jax.tree.map(lambda x: pad(x, 2, room), store.blocks), store.recent)
 
