@@ -10,7 +10,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from chai_jax.adapt.finetune import cross_entropy, sum_over_targets
-from chai_jax.adapt.train import Log, Sums, train
+from chai_jax.adapt.step import Sums
+from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
 from chai_jax.config import DistilConfig
 from chai_jax.data.batches import Encoded, Example

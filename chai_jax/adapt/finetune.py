@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from chai_jax.adapt.train import Log, Sums, train
+from chai_jax.adapt.step import Sums
+from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
 from chai_jax.config import FinetuneConfig
 from chai_jax.data.batches import Encoded, Example

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from chai_jax.adapt import train as training
+from chai_jax.adapt import step as steps
 from chai_jax.adapt.distil import distil, distillation_loss
 from chai_jax.adapt.updates import pack
 from chai_jax.config import DistilConfig, TrainConfig
@@ -25,12 +25,12 @@ SHORT = TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=12)
 
 def gradients(
     student: Model, teacher: Model, examples: list[Encoded], temperature: float, alpha: float
-) -> tuple[Any, training.Sums]:
+) -> tuple[Any, steps.Sums]:
     configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
     loss = partial(distillation_loss, configs, specs, jnp.float32, temperature, alpha)
-    masters, frozen = training.split(student.params, training.everything(student.params))
+    masters, frozen = steps.split(student.params, steps.everything(student.params))
     batch = pack(examples, (2, 8), 32, 6)
-    return jax.jit(partial(training.gradients, loss))(masters, frozen, teacher.params, batch)
+    return jax.jit(partial(steps.gradients, loss))(masters, frozen, teacher.params, batch)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import Mesh
 
 from chai_jax.adapt import finetune as module
-from chai_jax.adapt import train as training
+from chai_jax.adapt import step as steps
 from chai_jax.adapt.finetune import completion_loss, cross_entropy, finetune, sum_over_targets
 from chai_jax.adapt.updates import pack
 from chai_jax.config import FinetuneConfig, TrainConfig
@@ -52,9 +52,9 @@ def test_gradient_is_torchs(torch: ModuleType, tmp_path: Path, examples: list[En
             parameter.add_(0.2 * torch.randn_like(parameter))
     network.save_pretrained(tmp_path / "weights")
     model = load(tmp_path / "weights")
-    masters, frozen = training.split(model.params, training.everything(model.params))
+    masters, frozen = steps.split(model.params, steps.everything(model.params))
     loss = partial(completion_loss, model.config, model.spec, jnp.float32)
-    ours, means = jax.jit(partial(training.gradients, loss))(masters, frozen, None, pack(examples, (2, 8), 32, 6))
+    ours, means = jax.jit(partial(steps.gradients, loss))(masters, frozen, None, pack(examples, (2, 8), 32, 6))
 
     expected = torch_loss(torch, network, examples)
     expected.backward()
@@ -74,7 +74,7 @@ def test_steps_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch, examp
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8, 53)), jnp.float32)
 
     def total(hidden: Any) -> Any:
-        def step(positions: Any, targets: Any, weights: Any) -> training.Sums:
+        def step(positions: Any, targets: Any, weights: Any) -> steps.Sums:
             logits = jnp.take_along_axis(hidden, positions[..., None] % 8, axis=1)
             return {"loss": (weights * cross_entropy(logits, targets)).sum()}
 

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chai_jax import score
+from chai_jax.adapt import step as steps
 from chai_jax.adapt import train as training
 from chai_jax.adapt.finetune import completion_loss, finetune
 from chai_jax.adapt.target import layer_mask
@@ -28,7 +29,7 @@ Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)
 
 
-def loss_of(model: Model, dtype: Any = jnp.float32) -> training.Loss:
+def loss_of(model: Model, dtype: Any = jnp.float32) -> steps.Loss:
     return partial(completion_loss, model.config, model.spec, dtype)
 
 
@@ -37,8 +38,8 @@ def gradients(model: Model, batch: Batch, mesh: Mesh | None = None) -> tuple[Any
     if mesh is not None:
         params = place(params, shardings(declare(model.config, model.spec), mesh))
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
-    masters, frozen = training.split(params, training.everything(params))
-    return jax.jit(partial(training.gradients, loss_of(model)))(masters, frozen, None, batch)
+    masters, frozen = steps.split(params, steps.everything(params))
+    return jax.jit(partial(steps.gradients, loss_of(model)))(masters, frozen, None, batch)
 
 
 def assert_close(one: Any, other: Any, atol: float = 1e-5) -> None:
@@ -94,7 +95,7 @@ def test_callers_model_stays_usable(run: Any) -> None:
 def test_the_rate_decays_linearly_to_zero(run: Any) -> None:
     *_, log = run
     np.testing.assert_allclose([entry["lr"] for entry in log], 1e-3 * (1 - np.arange(6) / 6), rtol=1e-6)
-    assert float(training.learning_rate(SHORT, 6)(6)) == 0
+    assert float(steps.learning_rate(SHORT, 6)(6)) == 0
 
 
 def test_log_has_one_entry_per_update(run: Any) -> None:
@@ -129,7 +130,7 @@ def test_few_programs(tiny: Build, one_device: Mesh) -> None:
     model, traced = tiny(), []
     examples = [Encoded((5,) * length, length - 1) for length in (4, 9, 12, 20, 25, 30)]
 
-    def loss(params: Any, batch: Batch, extra: Any) -> training.Sums:
+    def loss(params: Any, batch: Batch, extra: Any) -> steps.Sums:
         traced.append(batch.tokens.shape)
         return loss_of(model)(params, batch, extra)
 
@@ -140,25 +141,25 @@ def test_few_programs(tiny: Build, one_device: Mesh) -> None:
 
 def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
     for model in (tiny(dtype=jnp.bfloat16, int8=(0,)), tiny(dtype=jnp.float16), tiny()):
-        masters, frozen = training.split(model.params, training.everything(model.params))
+        masters, frozen = steps.split(model.params, steps.everything(model.params))
         assert jax.tree.leaves(frozen) == []
         assert {leaf.dtype for leaf in jax.tree.leaves(masters)} == {jnp.dtype(jnp.float32)}
         shifted = jax.tree.map(lambda x: x * 1.01 + 1e-4, masters)
-        stored = training.store(shifted, model.params)
+        stored = steps.store(shifted, model.params)
         assert jax.tree.structure(stored) == jax.tree.structure(model.params)
         for new, old in zip(jax.tree.leaves(stored), jax.tree.leaves(model.params), strict=True):
             assert (new.dtype, new.shape) == (old.dtype, old.shape)
-        assert_identical(training.rounded(shifted, model.params), jax.tree.map(dequantize, stored, is_leaf=is_leaf))
+        assert_identical(steps.rounded(shifted, model.params), jax.tree.map(dequantize, stored, is_leaf=is_leaf))
 
 
 def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
     """int8 and bfloat16 weights, int8 cache: each update's loss is the score of what the stage would return there."""
     model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
-    everything = training.everything(model.params)
+    everything = steps.everything(model.params)
     step, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, everything, one_device)
     batch = jax.device_put(pack(examples, (2, 8), 32, 6), NamedSharding(one_device, PartitionSpec()))
     for _ in range(2):
-        stored = model.replace(params=training.store(state.masters, model.params))
+        stored = model.replace(params=steps.store(state.masters, model.params))
         assert isinstance(stored.params["layers"]["0"]["up"]["kernel"], QuantizedArray)
         expected = score.mean_loss(stored, examples)
         state, means = step(state, frozen, None, batch)
@@ -187,7 +188,7 @@ def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Mesh) -> None
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
     assert len(moments) == 2 * count
     assert len(jax.tree.leaves(frozen)) == len(jax.tree.leaves(model.params)) - count
-    assert_identical(training.join(state.masters, frozen), model.params)
+    assert_identical(steps.join(state.masters, frozen), model.params)
 
 
 def frozen_updates(tx: optax.GradientTransformation, masters: Any, trainable: Any) -> Any:
@@ -200,7 +201,7 @@ def test_optimizer_leaves_frozen_leaves_alone_even_with_gradients() -> None:
     layer = {"up": {"kernel": jnp.full(4, 0.5), "bias": jnp.full(4, 0.5)}}
     masters = {"embed": {"tokens": jnp.full(4, 0.5)}, "layers": {"0": layer, "1": layer}}
     chosen = layer_mask(masters, {1})
-    ours = frozen_updates(training.optimizer(SHORT, 10, chosen), masters, chosen)
+    ours = frozen_updates(steps.optimizer(SHORT, 10, chosen), masters, chosen)
     assert len(ours) == 3
     assert not any(change.any() for change in ours)
     # The trap: a mask alone hands the gradient through as the update, which climbs.
@@ -212,7 +213,7 @@ def test_optimizer_leaves_frozen_leaves_alone_even_with_gradients() -> None:
 def test_only_kernels_and_embeddings_decay(tiny: Build) -> None:
     """With no gradient an update is -lr * decay * weight, or nothing."""
     masters = tiny().params
-    tx = training.optimizer(TrainConfig(lr=0.5, weight_decay=0.1), 10, training.everything(masters))
+    tx = steps.optimizer(TrainConfig(lr=0.5, weight_decay=0.1), 10, steps.everything(masters))
 
     @jax.jit
     def change(masters: Any) -> Any:
@@ -229,7 +230,7 @@ def test_clip_is_of_the_trainable_leaves_norm() -> None:
     masters, chosen = {"kernel": jnp.zeros(4), "frozen": jnp.zeros(4)}, {"kernel": True, "frozen": False}
     gradient = {"kernel": jnp.full(4, 3.0), "frozen": jnp.full(4, 1e6)}
     for clip, expected in ((1.0, 0.05), (None, 0.3), (100.0, 0.3)):
-        tx = training.optimizer(TrainConfig(clip=clip), 10, chosen)
+        tx = steps.optimizer(TrainConfig(clip=clip), 10, chosen)
         _, state = tx.update(gradient, tx.init(masters), masters)
         moments = [leaf for leaf in jax.tree.leaves(state) if leaf.ndim]
         np.testing.assert_allclose(moments[0], expected, rtol=1e-6)
@@ -247,8 +248,8 @@ def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded]
 
 def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
     model = tiny()
-    masters, frozen = training.split(model.params, training.everything(model.params))
-    step = jax.jit(partial(training.gradients, loss_of(model, jnp.bfloat16)))
+    masters, frozen = steps.split(model.params, steps.everything(model.params))
+    step = jax.jit(partial(steps.gradients, loss_of(model, jnp.bfloat16)))
     gradient, means = step(masters, frozen, None, pack(examples, (2, 8), 32, 6))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(means["loss"], whole[1]["loss"], rtol=0.05)
