@@ -59,6 +59,35 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class Checkpoints:
+    """Where a training stage keeps its state, and how often.
+
+    Attributes:
+        path: a folder for this one stage, on a file system that all processes share.
+        every: updates from one checkpoint to the next; None: by the clock alone.
+        minutes: likewise by the clock, whichever comes first; None: by updates alone.
+        keep: how many stay, the newest.
+        deadline: `time.monotonic()` from which on training stops and its state is saved.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    path: Path | str
+    every: int | None = None
+    minutes: float | None = 10.0
+    keep: int = 2
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.every is None or self.every >= 1, "checkpoint_every", self.every, "at least 1")
+        _require(
+            self.minutes is None or self.minutes > 0, "checkpoint_minutes", self.minutes, "a positive number or none"
+        )
+        _require(self.keep >= 1, "keep", self.keep, "at least 1")
+
+
+@dataclass(frozen=True)
 class FinetuneConfig:
     """Cross-entropy tuning of the dense model on the task."""
 
@@ -94,6 +123,9 @@ class TargetConfig:
     def __post_init__(self) -> None:
         _require(self.policy in POLICIES, "policy", self.policy, f"one of {', '.join(POLICIES)}")
         _require(0 < self.fraction <= 1, "fraction", self.fraction, "a number above 0, up to 1")
+
+
+StageConfig = FinetuneConfig | DistilConfig | TargetConfig
 
 
 @dataclass(frozen=True)

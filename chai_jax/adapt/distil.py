@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from chai_jax.adapt.finetune import cross_entropy, sum_over_targets
 from chai_jax.adapt.step import Sums
 from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
-from chai_jax.config import DistilConfig
+from chai_jax.config import Checkpoints, DistilConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
@@ -32,6 +33,7 @@ def distil(
     log: Log | None = None,
     *,
     mesh: Mesh | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise a T^2 KL(teacher || student) + (1 - a) CE over the completions' tokens; every leaf trains.
 
@@ -57,12 +59,13 @@ def distil(
         model,
         examples,
         loss,
-        config.train,
+        config,
         stage="distil",
         extra=place(teacher.params, shardings(declare(teacher.config, teacher.spec), mesh)),
         longest=min(teacher.config.max_positions, model.config.max_positions),
         mesh=mesh,
         log=log,
+        checkpoints=checkpoints,
     )
 
 

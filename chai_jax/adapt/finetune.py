@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int32
 from chai_jax.adapt.step import Sums
 from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
-from chai_jax.config import FinetuneConfig
+from chai_jax.config import Checkpoints, FinetuneConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward
@@ -31,6 +32,7 @@ def finetune(
     log: Log | None = None,
     *,
     mesh: Mesh | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the examples' completions; every leaf trains. Returns a new model.
 
@@ -39,7 +41,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     loss = partial(completion_loss, model.config, model.spec, compute_dtype())
-    return train(model, examples, loss, config.train, stage="finetune", mesh=mesh, log=log)
+    return train(model, examples, loss, config, stage="finetune", mesh=mesh, log=log, checkpoints=checkpoints)
 
 
 def completion_loss(

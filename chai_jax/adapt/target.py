@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax.sharding import Mesh
 
 from chai_jax.adapt.finetune import completion_loss
 from chai_jax.adapt.train import Log, train
-from chai_jax.config import TargetConfig
+from chai_jax.config import Checkpoints, TargetConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
@@ -27,6 +28,7 @@ def target(
     log: Log | None = None,
     *,
     mesh: Mesh | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the completions by the plan's chosen layers alone.
 
@@ -40,7 +42,9 @@ def target(
     plan.check_model(model.config.num_layers, model.config.num_heads)
     trainable = layer_mask(model.params, select_layers(plan, config))
     loss = partial(completion_loss, model.config, model.spec, compute_dtype())
-    return train(model, examples, loss, config.train, stage="target", trainable=trainable, mesh=mesh, log=log)
+    return train(
+        model, examples, loss, config, stage="target", trainable=trainable, mesh=mesh, log=log, checkpoints=checkpoints
+    )
 
 
 def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:

@@ -3,11 +3,16 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from chai_jax.adapt.checkpoints import Keeper
+from chai_jax.adapt.fingerprint import checksums, fingerprint
 from chai_jax.adapt.step import (
     Loss,
     State,
@@ -21,7 +26,7 @@ from chai_jax.adapt.step import (
     store,
 )
 from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
-from chai_jax.config import TrainConfig
+from chai_jax.config import Checkpoints, StageConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
@@ -47,7 +52,7 @@ def train(
     model: Model,
     examples: Sequence[Example | Encoded],
     loss: Loss,
-    config: TrainConfig,
+    config: StageConfig,
     *,
     stage: str,
     trainable: Any = None,
@@ -55,10 +60,11 @@ def train(
     longest: int | None = None,
     mesh: Mesh | None = None,
     log: Log | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Tune a model: the loop of every stage. The caller's model stays as it is.
 
-    Same seed, same devices: the same result bit for bit.
+    Same seed, same devices: the same result bit for bit, in one go or stopped and gone on with any number of times.
 
     Args:
         stage: its name, for the log, the progress bar and errors.
@@ -68,33 +74,57 @@ def train(
         mesh: devices to spread over; all of them along `data`, if not given.
         log: called after every update with stage, step (from 1), steps, lr, tokens_per_s (real tokens through the
             model; an update of a new shape includes its compilation), grad_norm before clipping, and the loss's means
-            per target.
+            per target. A stage that goes on from a checkpoint logs from the update after it.
+        checkpoints: a folder to keep the state in, and to go on from if it holds one; None: nothing is kept.
 
     Raises:
-        InputError: no examples, or a loss or gradient that is not finite; nothing is returned then.
+        InputError: no examples, a loss or gradient that is not finite, checkpoints of another training, or no room for
+            new ones; nothing is returned then.
+        Stopped: SIGTERM arrived or the time is up, and the state is saved (only with `checkpoints`).
     """
+    settings = config.train
     mesh = make_mesh() if mesh is None else mesh
     trainable = everything(model.params) if trainable is None else trainable
     longest = longest or model.config.max_positions
-    encoded = encode_examples(model.tokenizer, examples, config, longest)
-    order = updates([len(example.tokens) for example in encoded], config)
-    shape, widest = microbatches(config, mesh.shape["data"]), max(len(one.tokens) - one.start for one in encoded)
-    step, state, frozen = prepare(model, loss, config, len(order), trainable, mesh)
-    schedule, rows = learning_rate(config, len(order)), NamedSharding(mesh, PartitionSpec(None, "data"))
+    encoded = encode_examples(model.tokenizer, examples, settings, longest)
+    order = updates([len(example.tokens) for example in encoded], settings)
+    shape, widest = microbatches(settings, mesh.shape["data"]), max(len(one.tokens) - one.start for one in encoded)
+    make = partial(prepare, model, loss, settings, len(order), trainable, mesh)
+    step, state, frozen = make()
+    schedule, rows = learning_rate(settings, len(order)), NamedSharding(mesh, PartitionSpec(None, "data"))
 
-    with bar() as progress:
-        task = progress.add_task(stage, total=len(order), note="")
-        for index, members in enumerate(order):
+    with ExitStack() as stack:
+        keeper, done = None, 0
+        if checkpoints is not None:
+            about = fingerprint(stage, config, model, encoded, order, state)
+            about["weights"] = checksums({"trained": state.masters, "frozen": frozen, "beside": extra})
+            keeper = stack.enter_context(Keeper(checkpoints, about))
+            done, state = resume(keeper, state, lambda: make()[1])
+        progress = stack.enter_context(bar())
+        task = progress.add_task(stage, total=len(order), completed=done, note="")
+        for number, members in enumerate(order[done:], done + 1):
             began = time.perf_counter()
             batch = pack([encoded[member] for member in members], shape, longest, widest)
             state, means = step(state, frozen, extra, jax.device_put(batch, rows))
             values = {name: float(value) for name, value in jax.device_get(means).items()}
-            record = {"stage": stage, "step": index + 1, "steps": len(order), "lr": float(schedule(index)), **values}
+            record = {"stage": stage, "step": number, "steps": len(order), "lr": float(schedule(number - 1)), **values}
             _check_finite(record)
             if log is not None:
                 log(record | {"tokens_per_s": float(batch.mask.sum() / (time.perf_counter() - began))})
             progress.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+            if keeper is not None:  # after the log: what a checkpoint has seen is in it
+                keeper.after(number, len(order), state)
     return model.replace(params=_finish(state.masters, model.params))
+
+
+def resume(keeper: Keeper, first: State, again: Callable[[], State]) -> tuple[int, State]:
+    """Updates already done and the state after them; the first state is given up, lest two be in memory at once."""
+    if keeper.empty:
+        return 0, first
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
+    jax.tree.map(lambda x: x.delete(), first)
+    done, state = keeper.restore(like)
+    return done, again() if state is None else state
 
 
 def _check_finite(record: dict[str, Any]) -> None:

@@ -135,7 +135,7 @@ def test_few_programs(tiny: Build, one_device: Mesh) -> None:
         return loss_of(model)(params, batch, extra)
 
     config = TrainConfig(batch=3, accumulation=1, epochs=4)
-    training.train(model, examples, loss, config, stage="test", mesh=one_device)
+    training.train(model, examples, loss, FinetuneConfig(config), stage="test", mesh=one_device)
     assert sorted(traced) == [(3, 16), (3, 32)]
 
 
