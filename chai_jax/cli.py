@@ -1,22 +1,25 @@
 """`chai-jax`: one thin subcommand per thing a person does.
 
 Results go to stdout (the last line is one JSON object), progress and messages to stderr. Bad input gives one line on
-stderr and exit status 2.
+stderr and exit status 2; a run that stopped to be gone on with later exits with status 75.
 """
 
+import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
 from chai_jax.config import PlanConfig, RunConfig
-from chai_jax.errors import InputError
+from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.progress import console
 
 # Heavy libraries are imported inside the commands, so that --help answers at once.
@@ -210,10 +213,18 @@ class EnvCommand:
 
 
 def run_job(config: RunConfig) -> Any:
-    """The main job."""
+    """The main job. While it trains SIGTERM lets the update under way end; at other times there is nothing to save."""
     from chai_jax.pipeline import run
 
-    return run(config)
+    def stop(number: int, frame: FrameType | None) -> None:
+        console.print("stopped (SIGTERM); the same command goes on from there")
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return run(config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 Command = (
@@ -243,8 +254,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        console.print(f"error: {error}; make room and repeat the command", style="red", markup=False, soft_wrap=True)
+        return 2
+    except Stopped:
+        return EXIT_STOPPED
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last finished stage", markup=False)
+        console.print("stopped; the same command goes on from the last checkpoint", markup=False)
         return 130
     try:
         print(json.dumps(result), flush=True)

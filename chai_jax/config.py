@@ -152,6 +152,27 @@ class TrainOverrides:
 
 
 @dataclass(frozen=True)
+class CheckpointOptions:
+    """How often a run saves the state of training, and for how long it works before it is gone on with later.
+
+    They do not change the result, so a run may be gone on with under others.
+    """
+
+    checkpoint_every: int | None = None
+    """Save the state of training after this many updates, too."""
+    checkpoint_minutes: float = 10.0
+    """Save the state of training after this many minutes."""
+    keep: int = 2
+    """Checkpoints that stay, the newest; all go when their stage is done."""
+    max_minutes: float | None = None
+    """Stop after this many minutes, save, and exit with status 75; the same command goes on from there."""
+
+    def at(self, path: Path, deadline: float | None) -> Checkpoints:
+        """Checkpoints of one stage in the folder `path`."""
+        return Checkpoints(path, self.checkpoint_every, self.checkpoint_minutes, self.keep, deadline)
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """Which heads are merged, and what is stored how."""
 
@@ -233,6 +254,7 @@ class RunConfig:
     """Revision of a hub model."""
     planning: PlanConfig = field(default_factory=PlanConfig)
     train: TrainOverrides = field(default_factory=TrainOverrides)
+    saving: CheckpointOptions = field(default_factory=CheckpointOptions)
 
 
 # The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.

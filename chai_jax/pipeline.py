@@ -23,7 +23,7 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.config import STAGES, TOY_TRAIN, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
 from chai_jax.environment import versions, where_computed
-from chai_jax.errors import InputError
+from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import new_folder, write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
@@ -58,6 +58,7 @@ def run(config: RunConfig) -> Record:
     Raises:
         InputError: anything that cannot be used, found out before the work starts where that is possible.
     """
+    began = time.monotonic()
     order = parse_order(config.order)
     plan = Plan.read(config.plan) if config.plan else None
     config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
@@ -70,7 +71,7 @@ def run(config: RunConfig) -> Record:
         )
     teacher = load(config.teacher) if config.teacher else None
     check_request(config, source, plan, teacher)
-    job = Job(config, folder, open_work(config, source), source, teacher)
+    job = Job(config, folder, open_work(config, source), source, teacher, began)
     folder.open()
     for index, stage in enumerate(job.stages(order, plan)):
         job.do(index, stage)
@@ -106,20 +107,25 @@ def parse_order(order: str) -> tuple[str, ...]:
 
 
 def resolved(config: RunConfig) -> Record:
-    """The configuration as JSON, with the defaults that were chosen; paths as given, but for the folder it lies in."""
+    """What decides the result, as JSON, with the defaults that were chosen; paths as given."""
     fields = dataclasses.asdict(config)
-    del fields["out"]
+    for name in ("out", "saving"):
+        del fields[name]
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 class Job:
     """One run under way: the current model and what has been recorded of the stages before it."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, work: Work, source: Model, teacher: Model | None):
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, work: Work, source: Model, teacher: Model | None, began: float
+    ):
         self.config, self.folder, self.work, self.teacher = config, folder, work, teacher
         self.dense = with_storage(source, config.storage)
         self.model = self.dense
         self.done: list[str] = []
+        minutes = config.saving.max_minutes
+        self.deadline = None if minutes is None else began + 60 * minutes
 
     def stages(self, order: tuple[str, ...], plan: Plan | None) -> list[Stage]:
         """Dense first, then clustering, then the stages asked for."""
@@ -139,6 +145,7 @@ class Job:
     def do(self, index: int, stage: Stage) -> None:
         """Run a stage and record it, or take up what an earlier, interrupted run recorded."""
         if not self.folder.finished(index, stage.name):
+            self._stop_if_time_is_up(stage.name)
             console.print(f"[bold]{stage.name}[/bold]", highlight=False)
             began = time.monotonic()
             model = stage.apply(self.model)
@@ -149,11 +156,22 @@ class Job:
                 measured = measured.against(self.work.recall(self.folder.predictions(0, "dense")))
             record = self._record(stage.name, model, measured.metrics(), spent) | gate
             self.folder.finish(index, stage.name, model, record, measured.samples())
+        self.folder.clear_partial(index, stage.name)
         # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
         self.model = load(str(self.folder.stage_path(index, stage.name) / "model"))
         if index == 0:
             self.dense = self.model
         self.done.append(stage.name)
+
+    def _stop_if_time_is_up(self, stage: str) -> None:
+        if self.deadline is not None and time.monotonic() >= self.deadline:
+            console.print(f"stopped before {stage} (the time is up): the same command goes on from there")
+            raise Stopped
+
+    def _keeping(self, stage: str) -> Record:
+        """What the training of the stage that comes next is given to log and keep its state with."""
+        path = self.folder.checkpoints(len(self.done), stage)
+        return {"log": self.folder.logger(stage), "checkpoints": self.config.saving.at(path, self.deadline)}
 
     def _dense(self, model: Model) -> Model:
         wanted = self.config.finetune
@@ -161,7 +179,7 @@ class Job:
         if wanted == "always" or (wanted == "auto" and chance):
             console.print("tuning the dense model on the task first" + (": it is at chance" if chance else ""))
             settings = FinetuneConfig(self._train(FinetuneConfig().train))
-            model = finetune(model, self.work.training, settings, log=self.folder.logger("dense"))
+            model = finetune(model, self.work.training, settings, **self._keeping("dense"))
             chance = self.work.labelled and self.work.judge(model).metrics()["at_chance"]
         if chance:
             console.print(
@@ -189,11 +207,11 @@ class Job:
 
     def _distil(self, model: Model) -> Model:
         settings = dataclasses.replace(DistilConfig(), train=self._train(DistilConfig().train))
-        return distil(model, self.teacher or self.dense, self.work.training, settings, log=self.folder.logger("distil"))
+        return distil(model, self.teacher or self.dense, self.work.training, settings, **self._keeping("distil"))
 
     def _target(self, model: Model) -> Model:
         settings = TargetConfig(self._train(TargetConfig().train), self.config.policy)
-        return target(model, self._plan(), self.work.training, settings, log=self.folder.logger("target"))
+        return target(model, self._plan(), self.work.training, settings, **self._keeping("target"))
 
     def _train(self, train: TrainConfig) -> TrainConfig:
         preset = TOY_TRAIN.apply(train) if self.config.model == TOY else train

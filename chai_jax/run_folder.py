@@ -1,6 +1,7 @@
 """The folder of a run: what is done stays done, what was interrupted is done again, nothing is half written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ class RunFolder:
     """`config.json`, `plan.json`, `sensitivity.json`, `metrics.jsonl`, `stages/`, `results.json`, `model/`, `report/`.
 
     A stage's folder (model, record, predictions) appears by one rename when the stage is done; a run that was killed is
-    opened again with the same configuration and skips the stages it finds.
+    opened again with the same configuration, skips the stages it finds and goes on within the one it was in.
     """
 
     def __init__(self, path: Path, config: Record):
@@ -55,6 +56,14 @@ class RunFolder:
     def stage_path(self, index: int, name: str) -> Path:
         return self.path / "stages" / f"{index}-{name}"
 
+    def checkpoints(self, index: int, name: str) -> Path:
+        """Where a stage under way keeps its state."""
+        return self.path / "stages" / f"{index}-{name}.partial" / "checkpoints"
+
+    def clear_partial(self, index: int, name: str) -> None:
+        """Remove what a stage kept while it was under way."""
+        shutil.rmtree(self.checkpoints(index, name).parent, ignore_errors=True)
+
     def finished(self, index: int, name: str) -> bool:
         """Whether this stage was completed by an earlier, interrupted run."""
         return (self.stage_path(index, name) / "record.json").is_file()
@@ -75,19 +84,32 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def logger(self, stage: str) -> Callable[[Record], None]:
-        """Append records of `stage` to metrics.jsonl; what an interrupted attempt left of it is dropped first."""
+        """Append records of `stage` to metrics.jsonl, each of its steps once.
+
+        The first record says where the stage goes on: what an interrupted attempt left from that step on is dropped.
+        """
         path = self.path / "metrics.jsonl"
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                if json.loads(line).get("run_stage") != stage:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue  # the line a kill cut short
-        write_text(path, "".join(kept))
+        begun = False
 
         def log(record: Record) -> None:
+            nonlocal begun
+            if not begun:
+                write_text(path, "".join(line for line in _lines(path) if not _is_from(line, stage, record["step"])))
+                begun = True
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"run_stage": stage, **record}) + "\n")
 
         return log
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _is_from(line: str, stage: str, step: int) -> bool:
+    """Whether a line is of this stage and step or a later one, or was cut short by a kill."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return True
+    return record.get("run_stage") == stage and record.get("step", step) >= step
