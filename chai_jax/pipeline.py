@@ -33,6 +33,7 @@ from chai_jax.planning import parse_clusters, plan_for
 from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
+from chai_jax.sinks import harmless, tensorboard, together, wandb
 from chai_jax.spec import Plan, Spec
 from chai_jax.work import Work, open_work
 
@@ -80,6 +81,7 @@ def run(config: RunConfig) -> Record:
 
 def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
     """Refuse, before the work starts, what a later stage would refuse."""
+    config.operation.at(Path(), None)
     if plan is not None:
         plan.check_model(source.config.num_layers, source.config.num_heads)
         if "target" in parse_order(config.order):
@@ -109,7 +111,7 @@ def parse_order(order: str) -> tuple[str, ...]:
 def resolved(config: RunConfig) -> Record:
     """What decides the result, as JSON, with the defaults that were chosen; paths as given."""
     fields = dataclasses.asdict(config)
-    for name in ("out", "saving"):
+    for name in ("out", "operation"):
         del fields[name]
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
@@ -124,7 +126,7 @@ class Job:
         self.dense = with_storage(source, config.storage)
         self.model = self.dense
         self.done: list[str] = []
-        minutes = config.saving.max_minutes
+        minutes = config.operation.max_minutes
         self.deadline = None if minutes is None else began + 60 * minutes
 
     def stages(self, order: tuple[str, ...], plan: Plan | None) -> list[Stage]:
@@ -170,8 +172,14 @@ class Job:
 
     def _keeping(self, stage: str) -> Record:
         """What the training of the stage that comes next is given to log and keep its state with."""
+        wanted, out = self.config.operation, self.folder.path
+        logs = [self.folder.logger(stage)]
+        if wanted.tensorboard:
+            logs.append(harmless("TensorBoard", tensorboard(out / "tensorboard", stage)))
+        if wanted.wandb is not None:
+            logs.append(harmless("Weights & Biases", wandb(wanted.wandb, out, self.folder.config, stage)))
         path = self.folder.checkpoints(len(self.done), stage)
-        return {"log": self.folder.logger(stage), "checkpoints": self.config.saving.at(path, self.deadline)}
+        return {"log": together(logs), "checkpoints": wanted.at(path, self.deadline)}
 
     def _dense(self, model: Model) -> Model:
         wanted = self.config.finetune
@@ -206,7 +214,7 @@ class Job:
         return {"gate": dataclasses.asdict(gate)}
 
     def _distil(self, model: Model) -> Model:
-        settings = dataclasses.replace(DistilConfig(), train=self._train(DistilConfig().train))
+        settings = DistilConfig(self._train(DistilConfig().train), cache_teacher=self.config.cache_teacher)
         return distil(model, self.teacher or self.dense, self.work.training, settings, **self._keeping("distil"))
 
     def _target(self, model: Model) -> Model:

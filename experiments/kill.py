@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-UPDATES, EVERY = 240, 5
+UPDATES, EVERY = 160, 4
 
 
 def train(folder: Path) -> None:

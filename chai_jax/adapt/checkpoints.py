@@ -70,7 +70,8 @@ class Keeper:
             save_root_metadata=False,
         )
         try:
-            self.manager = ocp.CheckpointManager(self.folder, options=options)
+            with quiet_orbax():
+                self.manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise InputError(f"cannot keep checkpoints in {self.folder} ({error.strerror or error})") from error
         self.watch = StopWatch(where.deadline)

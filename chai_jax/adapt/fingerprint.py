@@ -37,8 +37,8 @@ def fingerprint(
         "spec": model.spec.to_json(),
         "plan": None if model.plan is None else model.plan.to_json(),
         "state": {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in named(state).items()},
-        "examples": _hash(part for one in encoded for part in (one.tokens, (one.start,))),
-        "order": _hash(order),
+        "examples": hash_arrays(part for one in encoded for part in (one.tokens, (one.start,))),
+        "order": hash_arrays(order),
     }
     return json.loads(json.dumps(record))
 
@@ -82,7 +82,8 @@ def _checksum(x: Array) -> UInt32[Array, ""]:
     return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
 
-def _hash(arrays: Iterable[Any]) -> str:
+def hash_arrays(arrays: Iterable[Any]) -> str:
+    """SHA-256 of integer arrays and their lengths."""
     digest = hashlib.sha256()
     for array in arrays:
         values = np.asarray(array, np.int64)

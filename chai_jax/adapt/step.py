@@ -82,7 +82,9 @@ def optimizer(config: TrainConfig, steps: int, trainable: Any) -> optax.Gradient
         return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
 
     schedule = learning_rate(config, steps)
-    adamw = _with_standard_promotion(optax.adamw(schedule, weight_decay=config.weight_decay, mask=decays))
+    adamw = _with_standard_promotion(
+        optax.adamw(schedule, mu_dtype=config.moments, weight_decay=config.weight_decay, mask=decays)
+    )
     clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
     labels = jax.tree.map(lambda trains: "trainable" if trains else "frozen", trainable)
     return optax.partition({"trainable": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, labels)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chai_jax.adapt.checkpoints import Keeper
 from chai_jax.adapt.fingerprint import checksums, fingerprint
+from chai_jax.adapt.flops import Cost, cost, peak_flops
 from chai_jax.adapt.step import (
     Loss,
     State,
@@ -25,7 +26,8 @@ from chai_jax.adapt.step import (
     split,
     store,
 )
-from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
+from chai_jax.adapt.teacher import CachedTeacher
+from chai_jax.adapt.updates import Batch, encode_examples, microbatches, pack, updates
 from chai_jax.config import Checkpoints, StageConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
@@ -57,6 +59,8 @@ def train(
     stage: str,
     trainable: Any = None,
     extra: Any = None,
+    answers: Callable[[Sequence[Encoded]], CachedTeacher] | None = None,
+    beside: Cost | None = None,
     longest: int | None = None,
     mesh: Mesh | None = None,
     log: Log | None = None,
@@ -70,11 +74,14 @@ def train(
         stage: its name, for the log, the progress bar and errors.
         trainable: tree of booleans, one per leaf of the parameters (a quantized array is one leaf); None: everything.
         extra: arrays on the mesh that are handed to `loss` (a teacher's parameters); not changed, not consumed.
+        answers: makes a teacher's answers to the examples, which come to `loss` with the batch.
+        beside: FLOPs that `loss` takes besides forward and backward of the model (a teacher's).
         longest: the most tokens of an input; the model's positions, if not given.
         mesh: devices to spread over; all of them along `data`, if not given.
-        log: called after every update with stage, step (from 1), steps, lr, tokens_per_s (real tokens through the
-            model; an update of a new shape includes its compilation), grad_norm before clipping, and the loss's means
-            per target. A stage that goes on from a checkpoint logs from the update after it.
+        log: called after every update with stage, step (from 1), steps, lr, grad_norm before clipping, the loss's means
+            per target, step_s (seconds; an update of a new shape includes its compilation), tokens_per_s (real tokens
+            through the model) and, where the devices' peak is known, mfu (model FLOPs utilisation, of the bfloat16
+            peak; see `chai_jax.adapt.flops`). A stage that goes on from a checkpoint logs from the update after it.
         checkpoints: a folder to keep the state in, and to go on from if it holds one; None: nothing is kept.
 
     Raises:
@@ -87,16 +94,19 @@ def train(
     trainable = everything(model.params) if trainable is None else trainable
     longest = longest or model.config.max_positions
     encoded = encode_examples(model.tokenizer, examples, settings, longest)
+    cached = None if answers is None else answers(encoded)
     order = updates([len(example.tokens) for example in encoded], settings)
     shape, widest = microbatches(settings, mesh.shape["data"]), max(len(one.tokens) - one.start for one in encoded)
     make = partial(prepare, model, loss, settings, len(order), trainable, mesh)
     step, state, frozen = make()
+    flops = cost(model.config, model.spec, trainable) + (beside or Cost())
     schedule, rows = learning_rate(settings, len(order)), NamedSharding(mesh, PartitionSpec(None, "data"))
 
     with ExitStack() as stack:
         keeper, done = None, 0
         if checkpoints is not None:
             about = fingerprint(stage, config, model, encoded, order, state)
+            about["teacher"] = None if cached is None else cached.about
             about["weights"] = checksums({"trained": state.masters, "frozen": frozen, "beside": extra})
             keeper = stack.enter_context(Keeper(checkpoints, about))
             done, state = resume(keeper, state, lambda: make()[1])
@@ -105,16 +115,31 @@ def train(
         for number, members in enumerate(order[done:], done + 1):
             began = time.perf_counter()
             batch = pack([encoded[member] for member in members], shape, longest, widest)
+            batch = batch if cached is None else cached.attach(batch, members)
             state, means = step(state, frozen, extra, jax.device_put(batch, rows))
             values = {name: float(value) for name, value in jax.device_get(means).items()}
             record = {"stage": stage, "step": number, "steps": len(order), "lr": float(schedule(number - 1)), **values}
             _check_finite(record)
+            record |= speed(batch, time.perf_counter() - began, flops.of(batch), mesh)
             if log is not None:
-                log(record | {"tokens_per_s": float(batch.mask.sum() / (time.perf_counter() - began))})
-            progress.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+                log(record)
+            progress.update(task, advance=1, note=note(record))
             if keeper is not None:  # after the log: what a checkpoint has seen is in it
                 keeper.after(number, len(order), state)
     return model.replace(params=_finish(state.masters, model.params))
+
+
+def speed(batch: Batch, seconds: float, flops: float, mesh: Mesh) -> dict[str, float]:
+    """How fast an update was; without `mfu` where the devices' peak is not known."""
+    record = {"step_s": seconds, "tokens_per_s": float(batch.mask.sum()) / seconds}
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return record if peak is None else record | {"mfu": flops / seconds / (peak * mesh.devices.size)}
+
+
+def note(record: dict[str, Any]) -> str:
+    """What the progress bar says of an update."""
+    used = f", {record['mfu']:.0%} MFU" if "mfu" in record else ""
+    return f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.2f} s{used}"
 
 
 def resume(keeper: Keeper, first: State, again: Callable[[], State]) -> tuple[int, State]:

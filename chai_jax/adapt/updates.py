@@ -32,6 +32,7 @@ class Batch:
     positions: Any  # int32 [B, P], columns whose hidden state predicts a target
     targets: Any  # int32 [B, P], the token that should follow there
     weights: Any  # float32 [B, P], 1 for a target, 0 for padding; an empty row has none
+    teacher: Any = None  # float [B, P, V], a teacher's log-probabilities there, where they were cached
 
 
 def encode_examples(

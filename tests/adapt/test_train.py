@@ -1,5 +1,6 @@
 """The training step: what must not change a result, what may not move, and what the optimizer is."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -257,9 +258,53 @@ def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole:
     assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.98
 
 
+def test_bfloat16_moments(tiny: Build, one_device: Mesh) -> None:
+    """The first moment alone; the second would lose its small changes."""
+    model, config = tiny(), TrainConfig(moments="bfloat16")
+    _, state, _ = training.prepare(model, loss_of(model), config, 2, steps.everything(model.params), one_device)
+    count = len(jax.tree.leaves(model.params))
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert dtypes.count(jnp.dtype(jnp.bfloat16)) == dtypes.count(jnp.dtype(jnp.float32)) == count
+
+
+@pytest.mark.parametrize("setting", [{"moments": "bfloat16"}, {"compute": "bfloat16"}, {"remat": True}])
+def test_choices_of_memory_change_little(
+    setting: dict[str, Any], run: Any, tiny: Build, examples: list[Encoded], one_device: Mesh
+) -> None:
+    """Rounding alone tells them apart."""
+    log: list[dict[str, Any]] = []
+    finetune(tiny(), examples, FinetuneConfig(dataclasses.replace(SHORT, **setting)), log.append, mesh=one_device)
+    found, expected = ([entry["loss"] for entry in each] for each in (log, run[3]))
+    np.testing.assert_allclose(found, expected, rtol=1e-5 if "remat" in setting else 2e-2)
+
+
+def test_remat_keeps_little_for_the_backward_pass(tiny: Build, examples: list[Encoded]) -> None:
+    """Each layer's input rather than all it made; counted where autodiff keeps it, before any compiler."""
+    model, batch = tiny(), jax.tree.map(lambda x: jnp.asarray(x[0]), pack(examples, (1, 16), 32, 6))
+    weights = {id(leaf) for leaf in jax.tree.leaves(model.params)}
+
+    def kept(remat: bool) -> int:
+        def loss(params: Any) -> jax.Array:
+            return completion_loss(model.config, model.spec, jnp.float32, params, batch, remat=remat)["loss"]
+
+        _, backward = jax.vjp(loss, model.params)
+        return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(backward) if id(leaf) not in weights}.values())
+
+    assert kept(remat=True) < 0.4 * kept(remat=False)
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("lr", 0.0), ("lr", float("nan")), ("batch", 0), ("max_steps", 0), ("clip", -1.0), ("seed", -1)],
+    [
+        ("compute", "int8"),
+        ("moments", "float16"),
+        ("lr", 0.0),
+        ("lr", float("nan")),
+        ("batch", 0),
+        ("max_steps", 0),
+        ("clip", -1.0),
+        ("seed", -1),
+    ],
 )
 def test_settings_out_of_range(setting: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{setting} is"):
