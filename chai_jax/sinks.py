@@ -44,11 +44,16 @@ def wandb(project: str, folder: Path, config: Record, stage: str) -> Callable[[R
     def begin(first: Record) -> Log:
         import wandb
 
-        # Never asks for an account: without one, what is logged stays in the folder (`wandb sync` sends it later).
-        mode = None if wandb.api.api_key else "offline"
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
         run = wandb.run or wandb.init(
-            project=project, dir=str(folder), id=name, name=folder.name, config=config, resume="allow", mode=mode
+            project=project,
+            dir=str(folder),
+            id=name,
+            name=folder.name,
+            config=config,
+            resume="allow",
+            # Nobody is asked for an account: without one the records stay in the folder, for `wandb sync` to send.
+            mode=None if wandb.login(prompt=False) else "offline",
         )
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 

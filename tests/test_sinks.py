@@ -45,9 +45,9 @@ def test_tensorboard_goes_on_at_the_first_step(tmp_path: Path, monkeypatch: pyte
     ]
 
 
-@pytest.mark.parametrize(("key", "mode"), [("secret", None), (None, "offline")])
+@pytest.mark.parametrize(("known", "mode"), [(True, None), (False, "offline")])
 def test_wandb_is_one_run_that_is_resumed(
-    key: str | None, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    known: bool, mode: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     logged: list[dict[str, float]] = []
     opened: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ def test_wandb_is_one_run_that_is_resumed(
         opened.append(settings)
         return run
 
-    module("wandb", monkeypatch, api=SimpleNamespace(api_key=key), run=None, init=init)
+    module("wandb", monkeypatch, login=lambda prompt: known, run=None, init=init)
     log = harmless("Weights & Biases", wandb("opt", tmp_path, {"seed": 0}, "distil"))
     for record in RECORDS:
         log(record)
@@ -82,14 +82,14 @@ def missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fails_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
     module("tensorboardX", monkeypatch, SummaryWriter=broken)
-    module("wandb", monkeypatch, api=SimpleNamespace(api_key="secret"), run=None, init=leaves)
+    module("wandb", monkeypatch, login=lambda prompt: True, run=None, init=leaves)
 
 
 def fails_later(monkeypatch: pytest.MonkeyPatch) -> None:
     writer = SimpleNamespace(add_scalar=broken, flush=broken)
     module("tensorboardX", monkeypatch, SummaryWriter=lambda *_, **__: writer)
     run = SimpleNamespace(define_metric=broken, log=broken)
-    module("wandb", monkeypatch, api=SimpleNamespace(api_key=None), run=run, init=None)
+    module("wandb", monkeypatch, login=lambda prompt: True, run=run, init=None)
 
 
 @pytest.mark.parametrize("how", [missing, fails_to_begin, fails_later])
