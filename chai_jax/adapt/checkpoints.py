@@ -109,18 +109,13 @@ class Keeper:
         """
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
-                saved = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
-                about, sums = saved["fingerprint"], saved["checksums"]
-            except Exception as error:
-                self._pass_over(step, error)
-                continue
-            self._check_same(about)
-            try:
-                state = self._read(step, like)
-                if checksums(state) != sums:
-                    raise ValueError("its contents do not have the checksums they were saved with")
-            except Exception as error:
-                self._pass_over(step, error)
+                state, error = self._read(step, like), None
+            except InputError:
+                raise
+            except Exception as found:
+                state, error = None, found
+            if anywhere([error is not None])[0]:
+                self._pass_over(step, error or ValueError("another process could not read it"))
                 continue
             console.print(f"going on from the checkpoint of update {step}", highlight=False)
             self.last_step = step
@@ -147,8 +142,9 @@ class Keeper:
         except Exception as error:
             raise self._refusal(error) from error
         if stops:
-            why = "SIGTERM" if self.watch.terminated else "the time is up"
-            console.print(f"stopped after update {step} of {steps} ({why}): the same command goes on from there")
+            why = "the time is up" if self.watch.late else "SIGTERM"
+            message = f"stopped after update {step} of {steps} ({why}): the same command goes on from there"
+            console.print(message, highlight=False, soft_wrap=True)
             raise Stopped
 
     def _due(self, step: int) -> bool:
@@ -157,8 +153,13 @@ class Keeper:
         return by_count or (minutes is not None and time.monotonic() - self.last_time >= 60 * minutes)
 
     def _read(self, step: int, like: Any) -> Any:
+        saved = self.manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore())).about
+        about, sums = saved["fingerprint"], saved["checksums"]
+        self._check_same(about)
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(named(like)))
         found = self.manager.restore(step, args=wanted).state
+        if checksums(found) != sums:
+            raise ValueError("its contents do not have the checksums they were saved with")
         return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in named(like)])
 
     def _check_same(self, before: Record) -> None:
@@ -171,13 +172,14 @@ class Keeper:
 
     def _pass_over(self, step: int, error: Exception) -> None:
         """Say that a checkpoint is of no use, and move it out of the way of a new one of the same update."""
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
         console.print(
             f"warning: the checkpoint of update {step} is damaged ({reason}); going back to the one before, or to the "
             "beginning of the stage",
             style="bold red",
             markup=False,
             highlight=False,
+            soft_wrap=True,
         )
         # Kept, since it may be the disk or the memory that failed; the whole folder goes when its stage is done.
         if jax.process_index() == 0:

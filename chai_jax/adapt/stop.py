@@ -39,9 +39,14 @@ class StopWatch:
         self.terminated = True
 
     @property
+    def late(self) -> bool:
+        """Whether the time is up."""
+        return self.deadline is not None and time.monotonic() >= self.deadline
+
+    @property
     def stops(self) -> bool:
-        """Whether it is time to stop."""
-        return self.terminated or (self.deadline is not None and time.monotonic() >= self.deadline)
+        """Whether training should stop."""
+        return self.terminated or self.late
 
 
 def anywhere(flags: Sequence[bool]) -> list[bool]:

@@ -134,12 +134,13 @@ def test_restores_onto_other_devices(
     np.testing.assert_allclose([record["loss"] for record in log], expected, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_moments_and_int8_weights_come_back(
     tiny: Build, examples: list[Encoded], one_device: Mesh, folder: Path
 ) -> None:
     model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
     teacher = tiny(1)
-    config = DistilConfig(TrainConfig(lr=1e-3, batch=8, accumulation=1, epochs=2))
+    config = DistilConfig(TrainConfig(lr=1e-3, batch=8, accumulation=1, epochs=2, moments="bfloat16"))
     plain = distil(model, teacher, examples, config, mesh=one_device)
     with pytest.raises(Killed):
         distil(model, teacher, examples, config, stop_after(3, []), mesh=one_device, checkpoints=Checkpoints(folder, 1))
