@@ -9,15 +9,14 @@ there is no gradient at all.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import jax
-import numpy as np
 
-from chai_jax.adapt.updates import Batch
+from chai_jax.data.batches import Encoded
 from chai_jax.model.params import Declared, OPTConfig, declare
 from chai_jax.spec import Spec
 
@@ -56,10 +55,11 @@ class Cost:
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(self.token + other.token, self.pair + other.pair, self.target + other.target)
 
-    def of(self, batch: Batch) -> float:
-        """FLOPs of a batch."""
-        lengths = np.asarray(batch.mask).sum(-1, dtype=np.float64)
-        return float(self.token * lengths.sum() + self.pair * (lengths**2).sum() + self.target * batch.weights.sum())
+    def of(self, examples: Sequence[Encoded]) -> int:
+        """FLOPs of an update with these examples."""
+        inputs = [len(example.tokens) - 1 for example in examples]
+        pairs, targets = sum(n * n for n in inputs), sum(len(example.tokens) - example.start for example in examples)
+        return self.token * sum(inputs) + self.pair * pairs + self.target * targets
 
 
 def cost(config: OPTConfig, spec: Spec, trainable: Any = None) -> Cost:

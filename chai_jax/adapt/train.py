@@ -27,7 +27,7 @@ from chai_jax.adapt.step import (
     store,
 )
 from chai_jax.adapt.teacher import CachedTeacher
-from chai_jax.adapt.updates import Batch, encode_examples, microbatches, pack, updates
+from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
 from chai_jax.config import Checkpoints, StageConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
@@ -114,13 +114,14 @@ def train(
         task = progress.add_task(stage, total=len(order), completed=done, note="")
         for number, members in enumerate(order[done:], done + 1):
             began = time.perf_counter()
-            batch = pack([encoded[member] for member in members], shape, longest, widest)
+            chosen = [encoded[member] for member in members]
+            batch = pack(chosen, shape, longest, widest)
             batch = batch if cached is None else cached.attach(batch, members)
             state, means = step(state, frozen, extra, jax.device_put(batch, rows))
             values = {name: float(value) for name, value in jax.device_get(means).items()}
             record = {"stage": stage, "step": number, "steps": len(order), "lr": float(schedule(number - 1)), **values}
             _check_finite(record)
-            record |= speed(batch, time.perf_counter() - began, flops.of(batch), mesh)
+            record |= speed(chosen, time.perf_counter() - began, flops.of(chosen), mesh)
             if log is not None:
                 log(record)
             progress.update(task, advance=1, note=note(record))
@@ -129,9 +130,9 @@ def train(
     return model.replace(params=_finish(state.masters, model.params))
 
 
-def speed(batch: Batch, seconds: float, flops: float, mesh: Mesh) -> dict[str, float]:
+def speed(examples: Sequence[Encoded], seconds: float, flops: int, mesh: Mesh) -> dict[str, float]:
     """How fast an update was; without `mfu` where the devices' peak is not known."""
-    record = {"step_s": seconds, "tokens_per_s": float(batch.mask.sum()) / seconds}
+    record = {"step_s": seconds, "tokens_per_s": sum(len(example.tokens) - 1 for example in examples) / seconds}
     peak = peak_flops(mesh.devices.flat[0].device_kind)
     return record if peak is None else record | {"mfu": flops / seconds / (peak * mesh.devices.size)}
 

@@ -181,6 +181,23 @@ def test_a_damaged_newest_falls_back(name: str, damage: str, folder: Path, capsy
     assert steps(folder) == [1, 2]
 
 
+def test_contents_that_changed_unseen_are_damage(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Orbax's own checks see a flipped bit of a file; ours see what was wrong before it was written."""
+    states = [{"x": jnp.full(9, float(step))} for step in (1, 2)]
+    with Keeper(Checkpoints(folder, every=1), {}) as keeper:
+        keeper.after(1, 2, states[0])
+        monkeypatch.setattr(keeping, "checksums", lambda _: checksums(states[0]))
+        keeper.after(2, 2, states[1])
+    monkeypatch.undo()
+    with Keeper(folder, {}) as keeper:
+        step, state = keeper.restore(jax.eval_shape(lambda: states[0]))
+    assert step == 1
+    assert_identical(state, states[0])
+    assert "do not have the checksums" in capsys.readouterr().err
+
+
 def test_if_all_are_damaged_the_stage_begins_again(
     interrupted: Path,
     undisturbed: tuple[Model, Log],
