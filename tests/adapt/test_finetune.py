@@ -74,7 +74,7 @@ def test_steps_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch, examp
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8, 53)), jnp.float32)
 
     def total(hidden: Any) -> Any:
-        def step(positions: Any, targets: Any, weights: Any) -> steps.Sums:
+        def step(positions: Any, targets: Any, weights: Any, teacher: None) -> steps.Sums:
             logits = jnp.take_along_axis(hidden, positions[..., None] % 8, axis=1)
             return {"loss": (weights * cross_entropy(logits, targets)).sum()}
 

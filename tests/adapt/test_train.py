@@ -101,7 +101,7 @@ def test_the_rate_decays_linearly_to_zero(run: Any) -> None:
 
 def test_log_has_one_entry_per_update(run: Any) -> None:
     *_, log = run
-    names = {"stage", "step", "steps", "lr", "loss", "grad_norm", "tokens_per_s"}
+    names = {"stage", "step", "steps", "lr", "loss", "grad_norm", "step_s", "tokens_per_s"}
     assert [set(entry) for entry in log] == [names] * 6
     assert [(entry["step"], entry["steps"], entry["stage"]) for entry in log] == [
         (n, 6, "finetune") for n in range(1, 7)
