@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -24,8 +23,8 @@ from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params, declare
-from chai_jax.model.sharding import make_mesh, place, shardings
+from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout, current_layout
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec
 
@@ -37,7 +36,7 @@ def distil(
     config: DistilConfig | None = None,
     log: Log | None = None,
     *,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise a T^2 KL(teacher || student) + (1 - a) CE over the completions' tokens; every leaf trains.
@@ -53,7 +52,7 @@ def distil(
     """
     config = config or DistilConfig()
     check_vocabulary(model, teacher)
-    mesh = make_mesh() if mesh is None else mesh
+    layout = layout or current_layout()
     dtype = compute_dtype(config.train.compute)
     loss = partial(
         distillation_loss,
@@ -67,12 +66,12 @@ def distil(
     with ExitStack() as stack:
         extra, answers, beside = None, None, None
         if config.cache_teacher is None:
-            extra = place(teacher.params, shardings(declare(teacher.config, teacher.spec), mesh))
+            extra = layout.params(teacher.config, teacher.spec, teacher.params)
             beside = cost(teacher.config, teacher.spec)
         else:
             given = checkpoints or stack.enter_context(TemporaryDirectory())
             folder = Path(given.path if isinstance(given, Checkpoints) else given)
-            answers = partial(cache_teacher, teacher, folder, config.cache_teacher, dtype, mesh)
+            answers = partial(cache_teacher, teacher, folder, config.cache_teacher, dtype, layout)
         return train(
             model,
             examples,
@@ -83,7 +82,7 @@ def distil(
             answers=answers,
             beside=beside,
             longest=min(teacher.config.max_positions, model.config.max_positions),
-            mesh=mesh,
+            layout=layout,
             log=log,
             checkpoints=checkpoints,
         )

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -19,6 +18,7 @@ from chai_jax.data.batches import Encoded, Example
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec
 
@@ -31,7 +31,7 @@ def finetune(
     config: FinetuneConfig | None = None,
     log: Log | None = None,
     *,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the examples' completions; every leaf trains. Returns a new model.
@@ -41,7 +41,7 @@ def finetune(
     """
     config = config or FinetuneConfig()
     loss = loss_of(model, config.train)
-    return train(model, examples, loss, config, stage="finetune", mesh=mesh, log=log, checkpoints=checkpoints)
+    return train(model, examples, loss, config, stage="finetune", layout=layout, log=log, checkpoints=checkpoints)
 
 
 def loss_of(model: Model, train: TrainConfig) -> Loss:

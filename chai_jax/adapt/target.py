@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from chai_jax.adapt.finetune import loss_of
 from chai_jax.adapt.train import Log, train
@@ -16,6 +15,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import is_leaf
+from chai_jax.model.sharding import Layout
 from chai_jax.spec import Plan
 
 
@@ -26,7 +26,7 @@ def target(
     config: TargetConfig | None = None,
     log: Log | None = None,
     *,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the completions by the plan's chosen layers alone.
@@ -41,9 +41,8 @@ def target(
     plan.check_model(model.config.num_layers, model.config.num_heads)
     trainable = layer_mask(model.params, select_layers(plan, config))
     loss = loss_of(model, config.train)
-    return train(
-        model, examples, loss, config, stage="target", trainable=trainable, mesh=mesh, log=log, checkpoints=checkpoints
-    )
+    chosen = {"trainable": trainable, "layout": layout, "log": log, "checkpoints": checkpoints}
+    return train(model, examples, loss, config, stage="target", **chosen)
 
 
 def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:

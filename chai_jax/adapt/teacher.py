@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
@@ -25,8 +24,8 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file, write_json
 from chai_jax.model.model import Model
 from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params, declare
-from chai_jax.model.sharding import place, shardings
+from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout
 from chai_jax.progress import console, track
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec
@@ -60,7 +59,7 @@ class CachedTeacher:
 
 
 def cache_teacher(
-    teacher: Model, folder: Path, stored: str, dtype: DTypeLike, mesh: Mesh, encoded: Sequence[Encoded]
+    teacher: Model, folder: Path, stored: str, dtype: DTypeLike, layout: Layout, encoded: Sequence[Encoded]
 ) -> CachedTeacher:
     """Run the teacher over the examples, or take what an earlier call left in `folder` for the same ones.
 
@@ -73,7 +72,7 @@ def cache_teacher(
     """
     if jax.process_count() > 1:
         raise InputError("a teacher's answers are cached by one process only: leave out --cache-teacher")
-    params = place(teacher.params, shardings(declare(teacher.config, teacher.spec), mesh))
+    params = layout.params(teacher.config, teacher.spec, teacher.params)
     targets = [len(one.tokens) - one.start for one in encoded]
     begins = np.concatenate([[0], np.cumsum(targets)])
     shape = (int(begins[-1]), teacher.config.vocab_size)
@@ -93,7 +92,7 @@ def cache_teacher(
         with new_file(path) as temporary:
             values = np.lib.format.open_memmap(temporary, "w+", np.dtype(stored), shape)
             compute = partial(logprobs, teacher.config, teacher.spec, dtype, params)
-            fill(values, begins, compute, mesh, encoded, teacher.config.max_positions)
+            fill(values, begins, compute, layout, encoded, teacher.config.max_positions)
             values.flush()
         write_json(note, about)
     return CachedTeacher(np.load(path, mmap_mode="r"), begins, about)
@@ -111,16 +110,14 @@ def check_room(folder: Path, shape: tuple[int, int], stored: str) -> None:
     console.print(f"caching the teacher's answers: {what}", highlight=False)
 
 
-def fill(values: Any, begins: Any, compute: Any, mesh: Mesh, encoded: Sequence[Encoded], longest: int) -> None:
+def fill(values: Any, begins: Any, compute: Any, layout: Layout, encoded: Sequence[Encoded], longest: int) -> None:
     """Write every example's log-probabilities; examples of like length share a batch."""
-    split = NamedSharding(mesh, PartitionSpec(None, "data"))
     widest = max(len(one.tokens) - one.start for one in encoded)
-    devices = mesh.shape["data"]
-    rows = devices * max(1, min(64, ROWS // widest) // devices)
+    rows = layout.ways * max(1, min(64, ROWS // widest) // layout.ways)
     order = sorted(range(len(encoded)), key=lambda at: len(encoded[at].tokens))
     batches = [order[at : at + rows] for at in range(0, len(order), rows)]
     for members in track(batches, "Teacher"):
-        batch = jax.device_put(pack([encoded[member] for member in members], (1, rows), longest, widest), split)
+        batch = layout.join(pack([encoded[member] for member in members], (1, rows), longest, widest), rows)
         found = np.asarray(compute(jax.tree.map(lambda x: x[0], batch)))
         for row, member in enumerate(members):
             begin, end = begins[member], begins[member + 1]

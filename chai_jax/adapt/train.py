@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from chai_jax.adapt.checkpoints import Keeper
 from chai_jax.adapt.fingerprint import checksums, fingerprint
@@ -32,21 +32,21 @@ from chai_jax.config import Checkpoints, StageConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.params import Params, declare
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, is_leaf
-from chai_jax.model.sharding import make_mesh, place, shardings
+from chai_jax.model.sharding import Layout, current_layout, put
 from chai_jax.progress import bar
 
 Log = Callable[[dict[str, Any]], None]
 
 
 def prepare(
-    model: Model, loss: Loss, config: TrainConfig, steps: int, trainable: Any, mesh: Mesh
+    model: Model, loss: Loss, config: TrainConfig, steps: int, trainable: Any, layout: Layout
 ) -> tuple[Step, State, Any]:
-    """The update of a stage, its first state, and the frozen leaves, all on the mesh."""
-    masters, frozen = split(place(model.params, shardings(declare(model.config, model.spec), mesh)), trainable)
+    """The update of a stage, its first state, and the frozen leaves, all placed by the layout."""
+    masters, frozen = split(layout.params(model.config, model.spec, model.params), trainable)
     tx = optimizer(config, steps, trainable)
-    state = first_state(masters, tx, mesh)
+    state = first_state(masters, tx, layout.mesh)
     return make_update(loss, tx, model.params, jax.tree.map(lambda x: x.sharding, state)), state, frozen
 
 
@@ -62,7 +62,7 @@ def train(
     answers: Callable[[Sequence[Encoded]], CachedTeacher] | None = None,
     beside: Cost | None = None,
     longest: int | None = None,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
     log: Log | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
@@ -77,7 +77,7 @@ def train(
         answers: makes a teacher's answers to the examples, which come to `loss` with the batch.
         beside: FLOPs that `loss` takes besides forward and backward of the model (a teacher's).
         longest: the most tokens of an input; the model's positions, if not given.
-        mesh: devices to spread over; all of them along `data`, if not given.
+        layout: devices to spread over, and how; the current one (`chai_jax.model.sharding.use`), if not given.
         log: called after every update with stage, step (from 1), steps, lr, grad_norm before clipping, the loss's means
             per target, step_s (seconds; an update of a new shape includes its compilation), tokens_per_s (real tokens
             through the model) and, where the devices' peak is known, mfu (model FLOPs utilisation, of the bfloat16
@@ -89,18 +89,17 @@ def train(
             new ones; nothing is returned then.
         Stopped: SIGTERM arrived or the time is up, and the state is saved (only with `checkpoints`).
     """
-    settings = config.train
-    mesh = make_mesh() if mesh is None else mesh
+    settings, layout = config.train, layout or current_layout()
     trainable = everything(model.params) if trainable is None else trainable
     longest = longest or model.config.max_positions
     encoded = encode_examples(model.tokenizer, examples, settings, longest)
     cached = None if answers is None else answers(encoded)
     order = updates([len(example.tokens) for example in encoded], settings)
-    shape, widest = microbatches(settings, mesh.shape["data"]), max(len(one.tokens) - one.start for one in encoded)
-    make = partial(prepare, model, loss, settings, len(order), trainable, mesh)
+    shape, widest = microbatches(settings, layout.ways), max(len(one.tokens) - one.start for one in encoded)
+    make = partial(prepare, model, loss, settings, len(order), trainable, layout)
     step, state, frozen = make()
     flops = cost(model.config, model.spec, trainable) + (beside or Cost())
-    schedule, rows = learning_rate(settings, len(order)), NamedSharding(mesh, PartitionSpec(None, "data"))
+    schedule, share = learning_rate(settings, len(order)), layout.share(shape[1])
 
     with ExitStack() as stack:
         keeper, done = None, 0
@@ -115,13 +114,13 @@ def train(
         for number, members in enumerate(order[done:], done + 1):
             began = time.perf_counter()
             chosen = [encoded[member] for member in members]
-            batch = pack(chosen, shape, longest, widest)
-            batch = batch if cached is None else cached.attach(batch, members)
-            state, means = step(state, frozen, extra, jax.device_put(batch, rows))
+            batch = pack(chosen, shape, longest, widest, share)
+            batch = layout.join(batch if cached is None else cached.attach(batch, members), shape[1])
+            state, means = step(state, frozen, extra, batch)
             values = {name: float(value) for name, value in jax.device_get(means).items()}
             record = {"stage": stage, "step": number, "steps": len(order), "lr": float(schedule(number - 1)), **values}
             _check_finite(record)
-            record |= speed(chosen, time.perf_counter() - began, flops.of(chosen), mesh)
+            record |= speed(chosen, time.perf_counter() - began, flops.of(chosen), layout.mesh)
             if log is not None:
                 log(record)
             progress.update(task, advance=1, note=note(record))
@@ -169,6 +168,6 @@ def _finish(masters: Any, params: Params) -> Params:
     def leaf(new: Leaf | None, old: Leaf) -> Leaf:
         if new is None:
             return old
-        return jax.tree.map(lambda x, before: jax.device_put(x, before.sharding), new, old)
+        return jax.tree.map(lambda x, before: put(x, before.sharding), new, old)
 
     return jax.tree.map(leaf, store(masters, params), params, is_leaf=lambda x: x is None or is_leaf(x))

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
 from orbax.checkpoint._src.serialization import serialization
 
 from chai_jax.adapt import checkpoints as keeping
@@ -29,7 +28,7 @@ from chai_jax.config import Checkpoints, DistilConfig, FinetuneConfig, TrainConf
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.model.model import Model
-from chai_jax.model.sharding import make_mesh
+from chai_jax.model.sharding import Layout, make_mesh
 
 Build = Callable[..., Model]
 CONFIG = FinetuneConfig(TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=4))  # eight updates
@@ -73,9 +72,9 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Build, examples: list[Encoded], one_device: Mesh) -> tuple[Model, Log]:
+def undisturbed(tiny: Build, examples: list[Encoded], one_device: Layout) -> tuple[Model, Log]:
     log: Log = []
-    return finetune(tiny(), examples, CONFIG, log.append, mesh=one_device), log
+    return finetune(tiny(), examples, CONFIG, log.append, layout=one_device), log
 
 
 @pytest.fixture
@@ -85,13 +84,18 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def interrupted(
-    tiny: Build, examples: list[Encoded], one_device: Mesh, tmp_path_factory: pytest.TempPathFactory
+    tiny: Build, examples: list[Encoded], one_device: Layout, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """The checkpoints of updates 3 and 4 of a stage that was killed in its fifth; to be copied."""
     path = tmp_path_factory.mktemp("interrupted") / "checkpoints"
     with pytest.raises(Killed):
         finetune(
-            tiny(), examples, CONFIG, stop_after(5, []), mesh=one_device, checkpoints=Checkpoints(path, every=1, keep=2)
+            tiny(),
+            examples,
+            CONFIG,
+            stop_after(5, []),
+            layout=one_device,
+            checkpoints=Checkpoints(path, every=1, keep=2),
         )
     return path
 
@@ -106,17 +110,17 @@ def test_keeps_the_newest(interrupted: Path) -> None:
 
 
 def test_goes_on_to_the_same_bits(
-    undisturbed: tuple[Model, Log], tiny: Build, examples: list[Encoded], one_device: Mesh, folder: Path
+    undisturbed: tuple[Model, Log], tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
 ) -> None:
     """Killed in updates 3, 4 and 7, and once more after the last; the losses it logs are those of one run."""
     log: Log = []
     for step in (3, 4, 7):
         with pytest.raises(Killed):
             finetune(
-                tiny(), examples, CONFIG, stop_after(step, log), mesh=one_device, checkpoints=Checkpoints(folder, 1)
+                tiny(), examples, CONFIG, stop_after(step, log), layout=one_device, checkpoints=Checkpoints(folder, 1)
             )
     for _ in range(2):
-        after = finetune(tiny(), examples, CONFIG, log.append, mesh=one_device, checkpoints=Checkpoints(folder, 1))
+        after = finetune(tiny(), examples, CONFIG, log.append, layout=one_device, checkpoints=Checkpoints(folder, 1))
         assert_identical(after.params, undisturbed[0].params)
     assert [record["step"] for record in log] == [1, 2, 3, 3, 4, 4, 5, 6, 7, 7, 8]
     of = {record["step"]: record["loss"] for record in undisturbed[1]}
@@ -128,7 +132,7 @@ def test_restores_onto_other_devices(
 ) -> None:
     shutil.copytree(interrupted, folder)
     log: Log = []
-    finetune(tiny(), examples, CONFIG, log.append, mesh=make_mesh(data=2, model=2), checkpoints=folder)
+    finetune(tiny(), examples, CONFIG, log.append, layout=Layout(make_mesh(data=2, model=2)), checkpoints=folder)
     assert [record["step"] for record in log] == [5, 6, 7, 8]
     expected = [record["loss"] for record in undisturbed[1][4:]]
     np.testing.assert_allclose([record["loss"] for record in log], expected, rtol=1e-4)
@@ -136,15 +140,19 @@ def test_restores_onto_other_devices(
 
 @pytest.mark.slow
 def test_bfloat16_moments_and_int8_weights_come_back(
-    tiny: Build, examples: list[Encoded], one_device: Mesh, folder: Path
+    tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
 ) -> None:
     model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
     teacher = tiny(1)
     config = DistilConfig(TrainConfig(lr=1e-3, batch=8, accumulation=1, epochs=2, moments="bfloat16"))
-    plain = distil(model, teacher, examples, config, mesh=one_device)
+    plain = distil(model, teacher, examples, config, layout=one_device)
     with pytest.raises(Killed):
-        distil(model, teacher, examples, config, stop_after(3, []), mesh=one_device, checkpoints=Checkpoints(folder, 1))
-    assert_identical(distil(model, teacher, examples, config, mesh=one_device, checkpoints=folder).params, plain.params)
+        distil(
+            model, teacher, examples, config, stop_after(3, []), layout=one_device, checkpoints=Checkpoints(folder, 1)
+        )
+    assert_identical(
+        distil(model, teacher, examples, config, layout=one_device, checkpoints=folder).params, plain.params
+    )
 
 
 FILES = ("about/metadata", "state/manifest.ocdbt", "state/_METADATA", "state/d", "state", "about")
@@ -203,7 +211,7 @@ def test_if_all_are_damaged_the_stage_begins_again(
     undisturbed: tuple[Model, Log],
     tiny: Build,
     examples: list[Encoded],
-    one_device: Mesh,
+    one_device: Layout,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -211,7 +219,7 @@ def test_if_all_are_damaged_the_stage_begins_again(
     for step in (3, 4):
         (folder / str(step) / "about" / "metadata").write_text("{")
     log: Log = []
-    after = finetune(tiny(), examples, CONFIG, log.append, mesh=one_device, checkpoints=Checkpoints(folder, keep=1))
+    after = finetune(tiny(), examples, CONFIG, log.append, layout=one_device, checkpoints=Checkpoints(folder, keep=1))
     assert log[0]["step"] == 1
     assert_identical(after.params, undisturbed[0].params)
     assert capsys.readouterr().err.count("is damaged") == 2
@@ -252,26 +260,26 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("change", DIFFERENCES, ids=lambda change: change.__name__)
 def test_checkpoints_of_another_training_are_refused(
-    change: Any, interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Mesh
+    change: Any, interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Layout
 ) -> None:
     config, model, rows = change(CONFIG.train, tiny(), [example for example in examples if len(example.tokens) < 9])
     before = sorted(interrupted.rglob("*"))
     if change is not other_shape:
         rows = change(CONFIG.train, tiny(), examples)[2]
     with pytest.raises(InputError, match=f"holds checkpoints of another training: {DIFFERENCES[change]}"):
-        finetune(model, rows, FinetuneConfig(config), mesh=one_device, checkpoints=interrupted)
+        finetune(model, rows, FinetuneConfig(config), layout=one_device, checkpoints=interrupted)
     assert sorted(interrupted.rglob("*")) == before
 
 
 def test_another_stage_and_teacher_are_refused(
-    interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Mesh, folder: Path
+    interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
 ) -> None:
     with pytest.raises(InputError, match="stage is 'finetune' there and 'distil' here"):
-        distil(tiny(), tiny(), examples, mesh=one_device, checkpoints=interrupted)
+        distil(tiny(), tiny(), examples, layout=one_device, checkpoints=interrupted)
     config = DistilConfig(TrainConfig(batch=16, max_steps=1))
-    distil(tiny(), tiny(1), examples, config, mesh=one_device, checkpoints=folder)
+    distil(tiny(), tiny(1), examples, config, layout=one_device, checkpoints=folder)
     with pytest.raises(InputError, match=r"weights\.beside\.embed\.positions is \d+ there"):
-        distil(tiny(), tiny(2), examples, config, mesh=one_device, checkpoints=folder)
+        distil(tiny(), tiny(2), examples, config, layout=one_device, checkpoints=folder)
 
 
 @pytest.mark.parametrize("where", ["in the call", "in the background"])
@@ -280,7 +288,7 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(
     undisturbed: tuple[Model, Log],
     tiny: Build,
     examples: list[Encoded],
-    one_device: Mesh,
+    one_device: Layout,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -296,10 +304,10 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(
 
     whole = "[23]"  # in the background, update 3 may have been written or not when the disk was full
     with pytest.raises(InputError, match=f"No space left on device.*; the checkpoint of update {whole} is whole: make"):
-        finetune(tiny(), examples, CONFIG, fill, mesh=one_device, checkpoints=Checkpoints(folder, 1))
+        finetune(tiny(), examples, CONFIG, fill, layout=one_device, checkpoints=Checkpoints(folder, 1))
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.undo()
-    after = finetune(tiny(), examples, CONFIG, mesh=one_device, checkpoints=Checkpoints(folder, 1))
+    after = finetune(tiny(), examples, CONFIG, layout=one_device, checkpoints=Checkpoints(folder, 1))
     assert_identical(after.params, undisturbed[0].params)
 
 
@@ -307,7 +315,7 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(
     undisturbed: tuple[Model, Log],
     tiny: Build,
     examples: list[Encoded],
-    one_device: Mesh,
+    one_device: Layout,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -317,29 +325,29 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
-        finetune(tiny(), examples, CONFIG, terminate, mesh=one_device, checkpoints=folder)
+        finetune(tiny(), examples, CONFIG, terminate, layout=one_device, checkpoints=folder)
     assert stopped.value.code == EXIT_STOPPED == 75
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped after update 5 of 8 (SIGTERM)" in " ".join(capsys.readouterr().err.split())
     assert steps(folder) == [5]
     log: Log = []
-    after = finetune(tiny(), examples, CONFIG, log.append, mesh=one_device, checkpoints=folder)
+    after = finetune(tiny(), examples, CONFIG, log.append, layout=one_device, checkpoints=folder)
     assert [record["step"] for record in log] == [6, 7, 8]
     assert_identical(after.params, undisturbed[0].params)
 
 
 def test_stops_when_the_time_is_up(
-    tiny: Build, examples: list[Encoded], one_device: Mesh, folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A deadline that has passed allows one update, so that any number of short turns gets to the end."""
     config = FinetuneConfig(TrainConfig(batch=8, accumulation=2, epochs=1))
     over = Checkpoints(folder, deadline=time.monotonic())
     for step in (1, 2):
         with pytest.raises(Stopped):
-            finetune(tiny(), examples, config, mesh=one_device, checkpoints=over)
+            finetune(tiny(), examples, config, layout=one_device, checkpoints=over)
         assert steps(folder)[-1] == step
     assert "stopped after update 2 of 2 (the time is up)" in " ".join(capsys.readouterr().err.split())
-    finetune(tiny(), examples, config, mesh=one_device, checkpoints=over)
+    finetune(tiny(), examples, config, layout=one_device, checkpoints=over)
 
 
 def test_trains_outside_the_main_thread(folder: Path) -> None:

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from chai_jax.adapt import finetune as module
 from chai_jax.adapt import step as steps
@@ -20,6 +19,7 @@ from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
+from chai_jax.model.sharding import Layout
 
 SHAPES = {
     "pre-norm": {"word_embed_proj_dim": 16},
@@ -91,7 +91,7 @@ def test_steps_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch, examp
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
 
 
-def test_learns_what_can_be_learned(tiny: Callable[..., Model], one_device: Mesh) -> None:
+def test_learns_what_can_be_learned(tiny: Callable[..., Model], one_device: Layout) -> None:
     """The answer repeats the last token; with an int8 cache."""
     random = np.random.default_rng(0)
     texts = random.integers(4, 53, (64, 3)).tolist()
@@ -99,7 +99,7 @@ def test_learns_what_can_be_learned(tiny: Callable[..., Model], one_device: Mesh
     config = TrainConfig(lr=1e-2, batch=32, accumulation=2, epochs=30)
     log: list[dict[str, Any]] = []
     model = tiny(storage="int8")
-    tuned = finetune(model, examples, FinetuneConfig(config), log.append, mesh=one_device)
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append, layout=one_device)
     assert log[0]["loss"] > 4
     assert log[-1]["loss"] < 0.5
     assert (tuned(np.array([[2, *text] for text in texts]))[:, -1].argmax(-1) == np.array(texts)[:, -1]).mean() > 0.9

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from chai_jax.adapt import teacher as caching
 from chai_jax.adapt.distil import distil
@@ -19,7 +18,7 @@ from chai_jax.config import Checkpoints, DistilConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.sharding import make_mesh
+from chai_jax.model.sharding import Layout, make_mesh
 
 Build = Callable[..., Model]
 TRAIN = TrainConfig(lr=1e-3, batch=8, accumulation=2, max_steps=3)
@@ -31,20 +30,20 @@ def teacher(tiny: Build) -> Model:
 
 
 def means(
-    student: Model, teacher: Model, examples: list[Encoded], mesh: Mesh, cached: str | None, **rest: Any
+    student: Model, teacher: Model, examples: list[Encoded], layout: Layout, cached: str | None, **rest: Any
 ) -> np.ndarray:
     """Loss, kl, ce and gradient norm of every update."""
     log: list[dict[str, Any]] = []
-    distil(student, teacher, examples, DistilConfig(TRAIN, cache_teacher=cached), log.append, mesh=mesh, **rest)
+    distil(student, teacher, examples, DistilConfig(TRAIN, cache_teacher=cached), log.append, layout=layout, **rest)
     return np.array([[entry[name] for name in ("loss", "kl", "ce", "grad_norm")] for entry in log])
 
 
 def test_losses_and_gradients_are_those_of_a_teacher_that_is_there(
-    tiny: Build, teacher: Model, examples: list[Encoded], one_device: Mesh
+    tiny: Build, teacher: Model, examples: list[Encoded], one_device: Layout
 ) -> None:
     present = means(tiny(), teacher, examples, one_device, None)
     np.testing.assert_allclose(means(tiny(), teacher, examples, one_device, "float32"), present, atol=1e-5, rtol=1e-5)
-    half = means(tiny(), teacher, examples, make_mesh(), "float16")
+    half = means(tiny(), teacher, examples, Layout(make_mesh()), "float16")
     np.testing.assert_allclose(half, present, atol=5e-3)
     assert not np.array_equal(half, present)
 
@@ -53,7 +52,7 @@ def test_the_file_holds_every_target_once_and_is_used_again(
     tiny: Build,
     teacher: Model,
     examples: list[Encoded],
-    one_device: Mesh,
+    one_device: Layout,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -89,7 +88,7 @@ def test_a_disk_without_room_is_refused(
     tiny: Build,
     teacher: Model,
     examples: list[Encoded],
-    one_device: Mesh,
+    one_device: Layout,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -105,7 +104,7 @@ def test_it_lies_with_the_checkpoints_and_a_kill_does_not_lose_it(
     tiny: Build,
     teacher: Model,
     examples: list[Encoded],
-    one_device: Mesh,
+    one_device: Layout,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -123,7 +122,7 @@ def test_refuses_an_unknown_format() -> None:
 
 
 def test_many_processes_are_refused(
-    teacher: Model, examples: list[Encoded], one_device: Mesh, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Model, examples: list[Encoded], one_device: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="by one process only"):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chai_jax import score
 from chai_jax.adapt import step as steps
@@ -24,7 +23,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, is_leaf
-from chai_jax.model.sharding import make_mesh, place, shardings
+from chai_jax.model.sharding import Layout, make_mesh
 
 Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)
@@ -34,11 +33,11 @@ def loss_of(model: Model, dtype: Any = jnp.float32) -> steps.Loss:
     return partial(completion_loss, model.config, model.spec, dtype)
 
 
-def gradients(model: Model, batch: Batch, mesh: Mesh | None = None) -> tuple[Any, Any]:
+def gradients(model: Model, batch: Batch, layout: Layout | None = None) -> tuple[Any, Any]:
     params = model.params
-    if mesh is not None:
-        params = place(params, shardings(declare(model.config, model.spec), mesh))
-        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec(None, "data")))
+    if layout is not None:
+        params = layout.params(model.config, model.spec, params)
+        batch = layout.join(batch, batch.tokens.shape[1])
     masters, frozen = steps.split(params, steps.everything(params))
     return jax.jit(partial(steps.gradients, loss_of(model)))(masters, frozen, None, batch)
 
@@ -65,8 +64,8 @@ def test_accumulation_changes_nothing(tiny: Build, examples: list[Encoded], whol
 def test_devices_and_empty_rows_change_nothing(
     tiny: Build, examples: list[Encoded], whole: tuple[Any, Any], model_axis: int
 ) -> None:
-    mesh = make_mesh(model=model_axis)
-    found = gradients(tiny(), pack(examples, (3, 8), 32, 6), mesh)  # eight rows are empty
+    layout = Layout(make_mesh(model=model_axis))
+    found = gradients(tiny(), pack(examples, (3, 8), 32, 6), layout)  # eight rows are empty
     assert len(jax.tree.leaves(found)[0].sharding.device_set) == 8
     assert_close(found, whole)
 
@@ -76,11 +75,11 @@ def test_mean_is_over_targets(tiny: Build, examples: list[Encoded], whole: tuple
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Build, examples: list[Encoded], one_device: Mesh) -> tuple[Model, Model, Any, list[dict[str, Any]]]:
+def run(tiny: Build, examples: list[Encoded], one_device: Layout) -> tuple[Model, Model, Any, list[dict[str, Any]]]:
     """A model, what six updates made of it, its parameters as they were before, and the log."""
     model, log = tiny(), []
     before = jax.tree.map(np.array, model.params)
-    return model, finetune(model, examples, FinetuneConfig(SHORT), log.append, mesh=one_device), before, log
+    return model, finetune(model, examples, FinetuneConfig(SHORT), log.append, layout=one_device), before, log
 
 
 def test_callers_model_stays_usable(run: Any) -> None:
@@ -109,10 +108,10 @@ def test_log_has_one_entry_per_update(run: Any) -> None:
     assert all(entry["tokens_per_s"] > 0 and entry["grad_norm"] > 0 for entry in log)
 
 
-def test_same_seed_same_bits(run: Any, tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+def test_same_seed_same_bits(run: Any, tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
     *_, first = run
     log: list[dict[str, Any]] = []
-    again = finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, mesh=one_device)
+    again = finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, layout=one_device)
     assert_identical(again.params, run[1].params)
     assert [entry["loss"] for entry in log] == [entry["loss"] for entry in first]
 
@@ -121,12 +120,12 @@ def test_devices_see_the_same_examples(run: Any, tiny: Build, examples: list[Enc
     """The losses of all updates agree; the parameters need not, since AdamW amplifies gradients near zero."""
     *_, first = run
     log: list[dict[str, Any]] = []
-    finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, mesh=make_mesh())
+    finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, layout=Layout(make_mesh()))
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([entry[name] for entry in log], [entry[name] for entry in first], rtol=1e-4)
 
 
-def test_few_programs(tiny: Build, one_device: Mesh) -> None:
+def test_few_programs(tiny: Build, one_device: Layout) -> None:
     """One trace per shape of batch, however many updates."""
     model, traced = tiny(), []
     examples = [Encoded((5,) * length, length - 1) for length in (4, 9, 12, 20, 25, 30)]
@@ -136,7 +135,7 @@ def test_few_programs(tiny: Build, one_device: Mesh) -> None:
         return loss_of(model)(params, batch, extra)
 
     config = TrainConfig(batch=3, accumulation=1, epochs=4)
-    training.train(model, examples, loss, FinetuneConfig(config), stage="test", mesh=one_device)
+    training.train(model, examples, loss, FinetuneConfig(config), stage="test", layout=one_device)
     assert sorted(traced) == [(3, 16), (3, 32)]
 
 
@@ -153,12 +152,12 @@ def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
         assert_identical(steps.rounded(shifted, model.params), jax.tree.map(dequantize, stored, is_leaf=is_leaf))
 
 
-def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
     """int8 and bfloat16 weights, int8 cache: each update's loss is the score of what the stage would return there."""
     model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
     everything = steps.everything(model.params)
     step, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, everything, one_device)
-    batch = jax.device_put(pack(examples, (2, 8), 32, 6), NamedSharding(one_device, PartitionSpec()))
+    batch = one_device.join(pack(examples, (2, 8), 32, 6), 8)
     for _ in range(2):
         stored = model.replace(params=steps.store(state.masters, model.params))
         assert isinstance(stored.params["layers"]["0"]["up"]["kernel"], QuantizedArray)
@@ -167,11 +166,13 @@ def test_loss_is_that_of_the_model_as_stored(tiny: Build, examples: list[Encoded
         np.testing.assert_allclose(means["loss"], expected, atol=2e-4)
 
 
-def test_a_format_coarser_than_the_updates_still_learns(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+def test_a_format_coarser_than_the_updates_still_learns(
+    tiny: Build, examples: list[Encoded], one_device: Layout
+) -> None:
     """One update is far below a step of int8; the float32 masters add them up."""
     model, config = tiny(int8=(0,)), TrainConfig(lr=2e-4, batch=16, accumulation=1, epochs=30)
     log: list[dict[str, Any]] = []
-    tuned = finetune(model, examples, FinetuneConfig(config), log.append, mesh=one_device)
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append, layout=one_device)
     old, new = (each.params["layers"]["0"]["up"]["kernel"] for each in (model, tuned))
     assert new.values.dtype == jnp.int8
     assert new.axes == old.axes
@@ -180,7 +181,7 @@ def test_a_format_coarser_than_the_updates_still_learns(tiny: Build, examples: l
     assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Mesh) -> None:
+def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Layout) -> None:
     model = tiny(num_layers=2, int8=(0,))
     chosen = layer_mask(model.params, {1})
     _, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, chosen, one_device)
@@ -237,13 +238,13 @@ def test_clip_is_of_the_trainable_leaves_norm() -> None:
         np.testing.assert_allclose(moments[0], expected, rtol=1e-6)
 
 
-def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
     model, log = tiny(), []
     model.params["final_norm"]["scale"] = model.params["final_norm"]["scale"].at[0].set(jnp.nan)
     with pytest.raises(
         InputError, match=r"finetune stopped at update 1 of 6: its \w+ is nan; .* lower the learning rate"
     ):
-        finetune(model, examples, FinetuneConfig(SHORT), log.append, mesh=one_device)
+        finetune(model, examples, FinetuneConfig(SHORT), log.append, layout=one_device)
     assert log == []
 
 
@@ -258,7 +259,7 @@ def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole:
     assert found @ expected / np.linalg.norm(found) / np.linalg.norm(expected) > 0.98
 
 
-def test_bfloat16_moments(tiny: Build, one_device: Mesh) -> None:
+def test_bfloat16_moments(tiny: Build, one_device: Layout) -> None:
     """The first moment alone; the second would lose its small changes."""
     model, config = tiny(), TrainConfig(moments="bfloat16")
     _, state, _ = training.prepare(model, loss_of(model), config, 2, steps.everything(model.params), one_device)
@@ -269,11 +270,11 @@ def test_bfloat16_moments(tiny: Build, one_device: Mesh) -> None:
 
 @pytest.mark.parametrize("setting", [{"moments": "bfloat16"}, {"compute": "bfloat16"}, {"remat": True}])
 def test_choices_of_memory_change_little(
-    setting: dict[str, Any], run: Any, tiny: Build, examples: list[Encoded], one_device: Mesh
+    setting: dict[str, Any], run: Any, tiny: Build, examples: list[Encoded], one_device: Layout
 ) -> None:
     """Rounding alone tells them apart."""
     log: list[dict[str, Any]] = []
-    finetune(tiny(), examples, FinetuneConfig(dataclasses.replace(SHORT, **setting)), log.append, mesh=one_device)
+    finetune(tiny(), examples, FinetuneConfig(dataclasses.replace(SHORT, **setting)), log.append, layout=one_device)
     found, expected = ([entry["loss"] for entry in each] for each in (log, run[3]))
     np.testing.assert_allclose(found, expected, rtol=1e-5 if "remat" in setting else 2e-2)
 
