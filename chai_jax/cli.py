@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from chai_jax.config import PlanConfig, RunConfig
+from chai_jax.config import DeviceConfig, PlanConfig, RunConfig
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.progress import console
 
@@ -42,12 +43,14 @@ class PlanCommand:
     seed: int = 0
     """Seed of the clustering."""
     planning: PlanConfig = field(default_factory=PlanConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import check_writable, write_json
         from chai_jax.pipeline import load_any, print_table
         from chai_jax.planning import plan_for
+        from chai_jax.processes import once
         from chai_jax.work import open_work
 
         check_writable(self.out.parent)
@@ -58,7 +61,7 @@ class PlanCommand:
         model = load_any(self.model, seed=self.seed)
         costs = self.out.with_suffix(".costs.json")
         plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
-        write_json(self.out, plan.to_json())
+        once(lambda: write_json(self.out, plan.to_json()))
         print_table(explain_table(plan, model.config))
         return {"plan": str(self.out), "layers": explain(plan, model.config)}
 
@@ -105,12 +108,14 @@ class EvaluateCommand:
     """Folder for one JSONL file of per-example results per task."""
     revision: str | None = None
     """Revision of a hub model."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.data.tasks import get_task
         from chai_jax.files.atomic import check_writable
         from chai_jax.measure.evaluate import evaluate, perplexity
         from chai_jax.pipeline import load_any
+        from chai_jax.processes import once
 
         if (self.task is None) == (self.text is None):
             raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
@@ -125,7 +130,7 @@ class EvaluateCommand:
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
             if self.samples:
-                result.write_samples(self.samples / f"samples_{task.name}.jsonl")
+                once(partial(result.write_samples, self.samples / f"samples_{task.name}.jsonl"))
             found[task.name] = result.metrics()
         return found
 
@@ -148,6 +153,7 @@ class GenerateCommand:
     """Sample from the smallest set of tokens with this probability (nucleus)."""
     seed: int = 0
     """Seed of the sampling."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.pipeline import load_any
@@ -206,6 +212,8 @@ class VerifyCommand:
 class EnvCommand:
     """Print versions, devices and what this machine computes in."""
 
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
     def run(self) -> Any:
         from chai_jax.environment import environment
 
@@ -250,8 +258,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",
     )
     try:
+        if hasattr(command, "devices"):
+            from chai_jax.devices import start
+
+            start(command.devices)
         result = run_job(command) if isinstance(command, RunConfig) else command.run()
     except InputError as error:
+        console.quiet = False  # as it is in all processes but the first
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except OSError as error:

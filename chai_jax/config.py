@@ -202,6 +202,26 @@ class RunOptions:
 
 
 @dataclass(frozen=True)
+class DeviceConfig:
+    """Which devices a command runs on; results do not depend on it (but for rounding)."""
+
+    mesh: str | None = None
+    """Devices as DATAxMODEL, 4x2 say: batches are split DATA ways, heads and matrices MODEL ways (default: all x1)."""
+    fsdp: bool = False
+    """Split weights and optimizer state over the data axis too."""
+    require_backend: Literal["tpu", "gpu", "cpu"] | None = None
+    """Stop unless JAX computes on this."""
+    distributed: bool = False
+    """This is one of several processes that the cluster (SLURM, MPI) knows; a TPU pod is recognised without this."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, where no cluster knows it."""
+    process_count: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: which one this is, from 0."""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """Which heads are merged, and what is stored how."""
 
@@ -286,6 +306,7 @@ class RunConfig:
     planning: PlanConfig = field(default_factory=PlanConfig)
     train: TrainOverrides = field(default_factory=TrainOverrides)
     operation: RunOptions = field(default_factory=RunOptions)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 # The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.

@@ -30,6 +30,7 @@ from chai_jax.measure.bench import latency
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.planning import parse_clusters, plan_for
+from chai_jax.processes import agreed, first_process, once
 from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
@@ -111,7 +112,7 @@ def parse_order(order: str) -> tuple[str, ...]:
 def resolved(config: RunConfig) -> Record:
     """What decides the result, as JSON, with the defaults that were chosen; paths as given."""
     fields = dataclasses.asdict(config)
-    for name in ("out", "operation"):
+    for name in ("out", "operation", "devices"):
         del fields[name]
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
@@ -166,7 +167,7 @@ class Job:
         self.done.append(stage.name)
 
     def _stop_if_time_is_up(self, stage: str) -> None:
-        if self.deadline is not None and time.monotonic() >= self.deadline:
+        if self.deadline is not None and agreed(time.monotonic() >= self.deadline):
             console.print(f"stopped before {stage} (the time is up): the same command goes on from there")
             raise Stopped
 
@@ -174,9 +175,9 @@ class Job:
         """What the training of the stage that comes next is given to log and keep its state with."""
         wanted, out = self.config.operation, self.folder.path
         logs = [self.folder.logger(stage)]
-        if wanted.tensorboard:
+        if wanted.tensorboard and first_process():
             logs.append(harmless("TensorBoard", tensorboard(out / "tensorboard", stage)))
-        if wanted.wandb is not None:
+        if wanted.wandb is not None and first_process():
             logs.append(harmless("Weights & Biases", wandb(wanted.wandb, out, self.folder.config, stage)))
         path = self.folder.checkpoints(len(self.done), stage)
         return {"log": together(logs), "checkpoints": wanted.at(path, self.deadline)}
@@ -228,7 +229,7 @@ class Job:
     def _plan(self) -> Plan:
         """The plan of this run: given, made by an earlier attempt, or made now from the dense model."""
         path = self.folder.path / "plan.json"
-        if not path.exists():
+        if not agreed(path.exists()):
             costs, picture = self.folder.path / "costs.json", self.folder.path / "report" / "heads"
             self._keep_plan(plan_for(self.dense, self.work, self.config.planning, self.config.seed, costs, picture))
         return Plan.read(path)
@@ -239,8 +240,8 @@ class Job:
             "layers": list(plan.sensitivity),
             "tiers": [layer.tier for layer in plan.layers],
         }
-        write_json(self.folder.path / "sensitivity.json", scores)
-        write_json(self.folder.path / "plan.json", plan.to_json())
+        once(lambda: write_json(self.folder.path / "sensitivity.json", scores))
+        once(lambda: write_json(self.folder.path / "plan.json", plan.to_json()))
 
     def _record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
         config = model.config
@@ -267,21 +268,25 @@ class Job:
         """Time all stages side by side, write results.json, model/ and report/, and print the table."""
         path = self.folder.path
         results = path / "results.json"
-        if not results.exists():
+        if not agreed(results.exists()):
             models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
             timed = latency(models)
             records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
             chosen = choose(self.config.select, records, lambda stage: self._held_out_cost(models[stage]))
-            write_text(path / "report" / "results.md", markdown(records))
-            write_text(path / "report" / "results.csv", as_csv(records))
-            shutil.rmtree(path / "model", ignore_errors=True)
-            with new_folder(path / "model") as copy:
-                best = self.folder.stage_path(chosen, self.done[chosen])
-                shutil.copytree(best / "model", copy, dirs_exist_ok=True)
-            write_json(results, records)
+            once(lambda: self._write_results(records, chosen))
         records = json.loads(results.read_text(encoding="utf-8"))
         print_table(terminal(records, f"{self.config.model} on {self.work.name}"))
         return {"out": str(path), "stages": [summary(record) for record in records]}
+
+    def _write_results(self, records: list[Record], chosen: int) -> None:
+        path = self.folder.path
+        write_text(path / "report" / "results.md", markdown(records))
+        write_text(path / "report" / "results.csv", as_csv(records))
+        shutil.rmtree(path / "model", ignore_errors=True)
+        with new_folder(path / "model") as copy:
+            best = self.folder.stage_path(chosen, self.done[chosen])
+            shutil.copytree(best / "model", copy, dirs_exist_ok=True)
+        write_json(path / "results.json", records)
 
     def _held_out_cost(self, model: Model) -> float:
         """1 - accuracy (or, of a text, the loss) on held-out training examples."""

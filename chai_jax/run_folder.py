@@ -6,9 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable, new_folder, write_json, write_text
 from chai_jax.model.model import Model
+from chai_jax.processes import agreed, first_process, once
 
 Record = dict[str, Any]
 
@@ -34,9 +37,17 @@ class RunFolder:
         check_writable(path)
 
     def open(self) -> None:
-        """Make the folder, once it is known that the run can start."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "config.json", self.config)
+        """Make the folder, once it is known that the run can start.
+
+        Raises:
+            InputError: another host's process does not see it.
+        """
+        once(lambda: write_json(self.path / "config.json", self.config))
+        if not (self.path / "config.json").is_file():
+            raise InputError(
+                f"process {jax.process_index()} does not see {self.path}; expected a folder that all hosts share "
+                "(NFS, a mounted bucket): choose another --out"
+            )
 
     def _check_same(self, config: Record) -> None:
         try:
@@ -62,19 +73,24 @@ class RunFolder:
 
     def clear_partial(self, index: int, name: str) -> None:
         """Remove what a stage kept while it was under way."""
-        shutil.rmtree(self.checkpoints(index, name).parent, ignore_errors=True)
+        if first_process():
+            shutil.rmtree(self.checkpoints(index, name).parent, ignore_errors=True)
 
     def finished(self, index: int, name: str) -> bool:
         """Whether this stage was completed by an earlier, interrupted run."""
-        return (self.stage_path(index, name) / "record.json").is_file()
+        return agreed((self.stage_path(index, name) / "record.json").is_file())
 
     def finish(self, index: int, name: str, model: Model, record: Record, predictions: list[Record]) -> None:
         """Write a completed stage: its model, its record, and one JSON line per evaluated example."""
-        with new_folder(self.stage_path(index, name)) as folder:
-            model.save(folder / "model")
-            lines = "".join(json.dumps(entry) + "\n" for entry in predictions)
-            (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
-            (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+        def write() -> None:
+            with new_folder(self.stage_path(index, name)) as folder:
+                model.save(folder / "model")
+                lines = "".join(json.dumps(entry) + "\n" for entry in predictions)
+                (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+                (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+        once(write)
 
     def record(self, index: int, name: str) -> Record:
         return json.loads((self.stage_path(index, name) / "record.json").read_text(encoding="utf-8"))
@@ -84,10 +100,12 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def logger(self, stage: str) -> Callable[[Record], None]:
-        """Append records of `stage` to metrics.jsonl, each of its steps once.
+        """Append records of `stage` to metrics.jsonl, each of its steps once; in all processes but the first, nothing.
 
         The first record says where the stage goes on: what an interrupted attempt left from that step on is dropped.
         """
+        if not first_process():
+            return lambda record: None
         path = self.path / "metrics.jsonl"
         begun = False
 

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From below to above; what shares a line may import each other.
 ORDER = """
-errors progress
+errors progress processes
 config spec data
 model files
 compress
@@ -28,7 +28,7 @@ adapt
 serve
 measure
 report
-environment run_folder sinks work
+environment devices run_folder sinks work
 planning
 pipeline
 __init__
