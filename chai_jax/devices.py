@@ -72,7 +72,7 @@ def join_processes(config: DeviceConfig) -> None:
     if not (config.coordinator or config.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or tpu_hosts() > 1):
         return
     try:
-        jax.distributed.initialize(*named)
+        jax.distributed.initialize(config.coordinator, config.process_count, config.process_id)
     except (RuntimeError, ValueError) as error:
         raise InputError(
             f"cannot join the other processes ({error}); expected --coordinator HOST:PORT, --process-count and "

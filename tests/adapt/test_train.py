@@ -60,11 +60,11 @@ def test_accumulation_changes_nothing(tiny: Build, examples: list[Encoded], whol
     assert_close(gradients(tiny(), pack(examples, (8, 2), 32, 6)), whole)
 
 
-@pytest.mark.parametrize("model_axis", [1, 2])
+@pytest.mark.parametrize(("model_axis", "fsdp"), [(1, False), (2, False), (2, True)])
 def test_devices_and_empty_rows_change_nothing(
-    tiny: Build, examples: list[Encoded], whole: tuple[Any, Any], model_axis: int
+    tiny: Build, examples: list[Encoded], whole: tuple[Any, Any], model_axis: int, fsdp: bool
 ) -> None:
-    layout = Layout(make_mesh(model=model_axis))
+    layout = Layout(make_mesh(model=model_axis), fsdp)
     found = gradients(tiny(), pack(examples, (3, 8), 32, 6), layout)  # eight rows are empty
     assert len(jax.tree.leaves(found)[0].sharding.device_set) == 8
     assert_close(found, whole)
