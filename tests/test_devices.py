@@ -161,20 +161,7 @@ def test_two_processes_evaluate_as_one(
 def test_two_processes_run_a_job(small_model: Path, data: Path, tmp_path: Path) -> None:
     """Every file is written once, by the first; repeating the command computes nothing."""
     job = ["run", small_model, "--task", "sst2", "--data-dir", data, "--out", tmp_path / "out", "--finetune", "never"]
-    job += [
-        "--layers",
-        "1",
-        "--clusters",
-        "2",
-        "--calibration",
-        "8",
-        "--batch",
-        "8",
-        "--max-steps",
-        "2",
-        "--mesh",
-        "2x2",
-    ]
+    job += ["--layers=1", "--clusters=2", "--calibration=8", "--batch=8", "--max-steps=2", "--mesh=2x2"]
     for _ in range(2):
         first, second = in_processes(2, *job)
         assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
