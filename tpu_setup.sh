@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# Set up chai_jax on a TPU VM (Cloud v3-8, v5e-8, newer; a Kaggle TPU session) and check that JAX sees the TPU.
+# Set up chai_jax on a TPU machine (Cloud TPU VM v3-8, v4, v5e, v6e; a Kaggle TPU notebook) and check that JAX sees the
+# TPU: it must be there, and nothing here or after this falls back to the CPU.
 #
 #   bash tpu_setup.sh            make or update .venv, print the devices
 #   bash tpu_setup.sh --smoke    then run the main job on the built-in toy with few examples
 #
-# It may be run again: what is in order is kept. Environment variables:
-#   PYTHON                   the interpreter, 3.11 or newer; otherwise the first one found, else one that uv fetches
-#   CHAI_JAX_DEVICE_CHECK    a command to run in place of the device check, to try this script without a TPU
+# It may be run again: what is in order is kept. On a pod, run it on all hosts at once. Environment variables:
+#   PYTHON       the interpreter, 3.11 or newer; otherwise the first one found, else one that uv fetches
+#   HUGEPAGES    the kernel's switch for transparent hugepages, if it is not where Linux has it
 set -euo pipefail
 cd "$(dirname "$0")"
 
 venv=.venv
+hugepages=${HUGEPAGES:-/sys/kernel/mm/transparent_hugepage/enabled}
 
 fail() {
     echo "tpu_setup.sh: $*" >&2
@@ -19,11 +21,12 @@ fail() {
 
 new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# The Ubuntu 22.04 of v2 to v4 images has Python 3.10 only, and some images have a Python without ensurepip.
+# The Ubuntu 22.04 of v2 to v4 images has Python 3.10 only, and some images have a Python without ensurepip. On Kaggle
+# the system's Python would do, but its libtpu is pinned for another jax: a venv leaves it alone, and needs no restart.
 make_venv() {
     local python
     for python in ${PYTHON:-python3.12 python3.13 python3.11 python3}; do
-        if new_enough "$python" && "$python" -m venv "$venv"; then return; fi
+        if new_enough "$python" && "$python" -m venv --clear "$venv"; then return; fi
     done
     [ -z "${PYTHON:-}" ] || fail "PYTHON=$PYTHON cannot make a venv; expected Python 3.11 or newer with its venv module"
     echo "no Python 3.11 or newer with its venv module: asking uv for one"
@@ -34,30 +37,19 @@ make_venv() {
 }
 
 # libtpu-nightly writes the same folder as libtpu: whichever is installed second wins, so both go. A libtpu of another
-# version is replaced by pip, because jax[tpu] names the one it needs.
+# version is replaced by pip, because jax[tpu] names the one it needs; which jax it is, pyproject.toml says.
 remove_stale_libtpu() {
-    if "$venv/bin/pip" show --quiet libtpu-nightly 2>/dev/null; then
-        "$venv/bin/pip" uninstall --quiet --yes libtpu-nightly libtpu
+    if "$venv/bin/python" -m pip show --quiet libtpu-nightly 2>/dev/null; then
+        "$venv/bin/python" -m pip uninstall --quiet --yes libtpu-nightly libtpu
     fi
 }
 
-# JAX falls back to the CPU without a word when it may choose; naming the TPU first makes it an error.
-check_devices() {
-    if [ -n "${CHAI_JAX_DEVICE_CHECK:-}" ]; then
-        bash -c "$CHAI_JAX_DEVICE_CHECK"
-        return
-    fi
-    JAX_PLATFORMS=tpu,cpu "$venv/bin/python" - <<'PYTHON'
-import sys
-
-import jax
-
-try:
-    devices = jax.devices("tpu")
-except RuntimeError as error:
-    sys.exit(f"JAX {jax.__version__} sees no TPU: {error}")
-print(f"{len(devices)} x {devices[0].device_kind}, JAX {jax.__version__}")
-PYTHON
+# From v5e on, the TPU runtime wants transparent hugepages: without them transfers are slow, and JAX warns at each start.
+enable_hugepages() {
+    case "$1" in *"TPU v2"* | *"TPU v3"* | *"TPU v4"*) return ;; esac
+    if [ ! -e "$hugepages" ] || grep -qs '\[always\]' "$hugepages"; then return; fi
+    { echo always >"$hugepages"; } 2>/dev/null || echo always | sudo -n tee "$hugepages" >/dev/null 2>&1 ||
+        echo "could not switch on transparent hugepages; as root: echo always > $hugepages"
 }
 
 case "${1:-}" in
@@ -71,16 +63,22 @@ for name in TPU_LIBRARY_PATH JAX_PLATFORMS; do
         unset "$name"
     fi
 done
+# Where JAX may choose, it falls back to the CPU; where the TPU is named, it says why it cannot have it.
+export JAX_PLATFORMS=tpu,cpu
 
-if ! { [ -x "$venv/bin/pip" ] && new_enough "$venv/bin/python"; }; then make_venv; fi
+if ! { [ -x "$venv/bin/python" ] && new_enough "$venv/bin/python"; }; then make_venv; fi
 remove_stale_libtpu
 "$venv/bin/python" -m pip install --quiet -e ".[tpu]"
 
-check_devices || fail "no TPU to run on; is this a TPU VM, and is the TPU free? (sudo lsof -w /dev/accel* /dev/vfio/*)"
+found=$("$venv/bin/chai-jax" env --require-backend tpu) ||
+    fail "no TPU to run on; is this a TPU machine, and is the TPU free? (sudo lsof -w /dev/accel* /dev/vfio/*)"
+devices=$(sed -n 's/.*"device": "\([^"]*\)".*/\1/p' <<<"$found")
+echo "${devices:-the first host of this pod prints the devices}"
+enable_hugepages "$devices"
 
 if [ "${1:-}" = --smoke ]; then
     out=$(mktemp -d)
     trap 'rm -rf "$out"' EXIT
-    "$venv/bin/chai-jax" run --limit 32 --out "$out/run"
+    "$venv/bin/chai-jax" run --require-backend tpu --limit 32 --out "$out/run"
 fi
-echo "ready: $venv/bin/chai-jax run"
+echo "ready: $venv/bin/chai-jax run --require-backend tpu"

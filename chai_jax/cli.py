@@ -1,22 +1,26 @@
 """`chai-jax`: one thin subcommand per thing a person does.
 
 Results go to stdout (the last line is one JSON object), progress and messages to stderr. Bad input gives one line on
-stderr and exit status 2.
+stderr and exit status 2; a run that stopped to be gone on with later exits with status 75.
 """
 
+import errno
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, Positional, subcommand
 
-from chai_jax.config import PlanConfig, RunConfig
-from chai_jax.errors import InputError
+from chai_jax.config import DeviceConfig, PlanConfig, RunConfig
+from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.progress import console
 
 # Heavy libraries are imported inside the commands, so that --help answers at once.
@@ -39,12 +43,14 @@ class PlanCommand:
     seed: int = 0
     """Seed of the clustering."""
     planning: PlanConfig = field(default_factory=PlanConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import check_writable, write_json
         from chai_jax.pipeline import load_any, print_table
         from chai_jax.planning import plan_for
+        from chai_jax.processes import once
         from chai_jax.work import open_work
 
         check_writable(self.out.parent)
@@ -55,7 +61,7 @@ class PlanCommand:
         model = load_any(self.model, seed=self.seed)
         costs = self.out.with_suffix(".costs.json")
         plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
-        write_json(self.out, plan.to_json())
+        once(lambda: write_json(self.out, plan.to_json()))
         print_table(explain_table(plan, model.config))
         return {"plan": str(self.out), "layers": explain(plan, model.config)}
 
@@ -102,12 +108,14 @@ class EvaluateCommand:
     """Folder for one JSONL file of per-example results per task."""
     revision: str | None = None
     """Revision of a hub model."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.data.tasks import get_task
         from chai_jax.files.atomic import check_writable
         from chai_jax.measure.evaluate import evaluate, perplexity
         from chai_jax.pipeline import load_any
+        from chai_jax.processes import once
 
         if (self.task is None) == (self.text is None):
             raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
@@ -122,7 +130,7 @@ class EvaluateCommand:
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
             if self.samples:
-                result.write_samples(self.samples / f"samples_{task.name}.jsonl")
+                once(partial(result.write_samples, self.samples / f"samples_{task.name}.jsonl"))
             found[task.name] = result.metrics()
         return found
 
@@ -145,6 +153,7 @@ class GenerateCommand:
     """Sample from the smallest set of tokens with this probability (nucleus)."""
     seed: int = 0
     """Seed of the sampling."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.pipeline import load_any
@@ -203,6 +212,8 @@ class VerifyCommand:
 class EnvCommand:
     """Print versions, devices and what this machine computes in."""
 
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
     def run(self) -> Any:
         from chai_jax.environment import environment
 
@@ -210,10 +221,18 @@ class EnvCommand:
 
 
 def run_job(config: RunConfig) -> Any:
-    """The main job."""
+    """The main job. While it trains SIGTERM lets the update under way end; at other times there is nothing to save."""
     from chai_jax.pipeline import run
 
-    return run(config)
+    def stop(number: int, frame: FrameType | None) -> None:
+        console.print("stopped (SIGTERM); the same command goes on from there")
+        raise Stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        return run(config)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 Command = (
@@ -239,12 +258,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",
     )
     try:
+        if hasattr(command, "devices"):
+            from chai_jax.devices import start
+
+            start(command.devices)
         result = run_job(command) if isinstance(command, RunConfig) else command.run()
     except InputError as error:
+        console.quiet = False  # as it is in all processes but the first
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        console.print(f"error: {error}; make room and repeat the command", style="red", markup=False, soft_wrap=True)
+        return 2
+    except Stopped:
+        return EXIT_STOPPED
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last finished stage", markup=False)
+        console.print("stopped; the same command goes on from the last checkpoint", markup=False)
         return 130
     try:
         print(json.dumps(result), flush=True)

@@ -11,6 +11,7 @@ from chai_jax.errors import InputError
 
 STAGES = ("distil", "quantize", "target")
 POLICIES = ("sensitive", "medium-low")
+DTYPES = ("float32", "bfloat16")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:
@@ -33,6 +34,11 @@ class TrainConfig:
         weight_decay: of kernels and embeddings; biases and norms have none.
         clip: largest global norm of the gradient; None for no clipping.
         seed: of the order of the examples.
+        compute: dtype of activations, `float32` or `bfloat16`; None: the device's fast one. Masters, gradients and the
+            softmax stay float32.
+        moments: dtype in which AdamW's first moment is kept. The second stays float32: in bfloat16, whose steps are
+            1/256, its changes by 1/1000 would be rounded away.
+        remat: keep only the input of each layer for the backward pass and compute the layer again there.
 
     Raises:
         InputError: a value out of its range.
@@ -47,6 +53,9 @@ class TrainConfig:
     weight_decay: float = 0.01
     clip: float | None = 1.0
     seed: int = 0
+    compute: str | None = None
+    moments: str = "float32"
+    remat: bool = False
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
@@ -56,6 +65,37 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.seed >= 0, "seed", self.seed, "a whole number from 0")
+        _require(self.compute in (None, *DTYPES), "compute", self.compute, f"one of {', '.join(DTYPES)}, or none")
+        _require(self.moments in DTYPES, "moments", self.moments, f"one of {', '.join(DTYPES)}")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a training stage keeps its state, and how often.
+
+    Attributes:
+        path: a folder for this one stage, on a file system that all processes share.
+        every: updates from one checkpoint to the next; None: by the clock alone.
+        minutes: likewise by the clock, whichever comes first; None: by updates alone.
+        keep: how many stay, the newest.
+        deadline: `time.monotonic()` from which on training stops and its state is saved.
+
+    Raises:
+        InputError: a value out of its range.
+    """
+
+    path: Path | str
+    every: int | None = None
+    minutes: float | None = 10.0
+    keep: int = 2
+    deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.every is None or self.every >= 1, "checkpoint_every", self.every, "at least 1")
+        _require(
+            self.minutes is None or self.minutes > 0, "checkpoint_minutes", self.minutes, "a positive number or none"
+        )
+        _require(self.keep >= 1, "keep", self.keep, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -67,13 +107,21 @@ class FinetuneConfig:
 
 @dataclass(frozen=True)
 class DistilConfig:
-    """CHAI-KD: alpha T^2 KL(teacher || student) + (1 - alpha) CE (Hinton et al. 2015, arXiv 1503.02531)."""
+    """CHAI-KD: alpha T^2 KL(teacher || student) + (1 - alpha) CE (Hinton et al. 2015, arXiv 1503.02531).
+
+    Attributes:
+        cache_teacher: run the teacher once over the examples, before the first update, and keep its log-probabilities
+            at the answers on disk as `float32` or `float16`; None: run it in every update.
+    """
 
     train: TrainConfig = field(default_factory=lambda: TrainConfig(batch=128, epochs=1))
     temperature: float = 2.0
     alpha: float = 0.5
+    cache_teacher: str | None = None
 
     def __post_init__(self) -> None:
+        known = (None, "float32", "float16")
+        _require(self.cache_teacher in known, "cache_teacher", self.cache_teacher, "float32, float16 or none")
         _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a positive number")
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number from 0 to 1")
 
@@ -96,6 +144,9 @@ class TargetConfig:
         _require(0 < self.fraction <= 1, "fraction", self.fraction, "a number above 0, up to 1")
 
 
+StageConfig = FinetuneConfig | DistilConfig | TargetConfig
+
+
 @dataclass(frozen=True)
 class TrainOverrides:
     """Override the paper's training settings in every training stage of the run."""
@@ -112,11 +163,62 @@ class TrainOverrides:
     """Stop each training stage after this many updates."""
     max_train_examples: int | None = None
     """Use only this many training examples."""
+    compute: Literal["float32", "bfloat16"] | None = None
+    """Dtype of activations in training (default: bfloat16 on TPUs and GPUs, float32 on CPUs); masters are float32."""
+    moments: Literal["float32", "bfloat16"] | None = None
+    """Dtype of AdamW's first moment (default: float32)."""
+    remat: bool = False
+    """Compute each layer again in the backward pass rather than keep what it made: less memory, a third more work."""
 
     def apply(self, train: TrainConfig) -> TrainConfig:
         """`train` with what is set here."""
         named = {"max_examples" if name == "max_train_examples" else name: value for name, value in vars(self).items()}
         return replace(train, **{name: value for name, value in named.items() if value is not None})
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How often a run saves the state of training, how long it works at a time, and where it logs.
+
+    They do not change the result, so a run may be gone on with under others.
+    """
+
+    checkpoint_every: int | None = None
+    """Save the state of training after this many updates, too."""
+    checkpoint_minutes: float = 10.0
+    """Save the state of training after this many minutes."""
+    keep: int = 2
+    """Checkpoints that stay, the newest; all go when their stage is done."""
+    max_minutes: float | None = None
+    """Stop after this many minutes, save, and exit with status 75; the same command goes on from there."""
+    tensorboard: bool = False
+    """Write TensorBoard event files of training to the run folder, too (needs tensorboardX)."""
+    wandb: str | None = None
+    """Log training to this Weights & Biases project, too (needs wandb)."""
+
+    def at(self, path: Path, deadline: float | None) -> Checkpoints:
+        """Checkpoints of one stage in the folder `path`."""
+        return Checkpoints(path, self.checkpoint_every, self.checkpoint_minutes, self.keep, deadline)
+
+
+@dataclass(frozen=True)
+class DeviceConfig:
+    """Which devices a command runs on; results do not depend on it (but for rounding)."""
+
+    mesh: str | None = None
+    """Devices as DATAxMODEL, 4x2 say: batches are split DATA ways, heads and matrices MODEL ways (default: all x1)."""
+    fsdp: bool = False
+    """Split weights and optimizer state over the data axis too."""
+    require_backend: Literal["tpu", "gpu", "cpu"] | None = None
+    """Stop unless JAX computes on this."""
+    distributed: bool = False
+    """This is one of several processes that the cluster (SLURM, MPI) knows; a TPU pod is recognised without this."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes, where no cluster knows it."""
+    process_count: int | None = None
+    """With --coordinator: how many processes there are."""
+    process_id: int | None = None
+    """With --coordinator: which one this is, from 0."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +283,8 @@ class RunConfig:
     """Use this plan.json instead of making one."""
     teacher: str | None = None
     """Teacher for distillation (hub id or folder, same vocabulary); default: the dense model of this run."""
+    cache_teacher: Literal["float32", "float16"] | None = None
+    """Run the teacher once over all examples and keep its answers on disk, so that it takes no memory in training."""
     finetune: Literal["auto", "always", "never"] = "auto"
     """Tune the dense model on the task first: `auto` does if it is within two standard errors of the majority label."""
     policy: Literal["sensitive", "medium-low"] = "sensitive"
@@ -201,6 +305,8 @@ class RunConfig:
     """Revision of a hub model."""
     planning: PlanConfig = field(default_factory=PlanConfig)
     train: TrainOverrides = field(default_factory=TrainOverrides)
+    operation: RunOptions = field(default_factory=RunOptions)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
 
 
 # The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.

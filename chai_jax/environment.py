@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from chai_jax.model.model import compute_dtype
+from chai_jax.model.sharding import current_layout
 
 PACKAGES = ("chai_jax", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "scikit-learn", "kneed")
 
@@ -24,10 +25,12 @@ def versions() -> dict[str, str]:
 
 
 def where_computed() -> dict[str, Any]:
-    """Device and dtype of the computation."""
-    devices = jax.devices()
+    """Devices, processes, mesh and dtype of the computation."""
+    devices, layout = jax.devices(), current_layout()
     return {
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
+        "processes": jax.process_count(),
+        "mesh": {**layout.mesh.shape, "fsdp": layout.fsdp},
         "compute_dtype": str(np.dtype(compute_dtype())),
     }
 

@@ -23,16 +23,18 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.config import STAGES, TOY_TRAIN, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
 from chai_jax.environment import versions, where_computed
-from chai_jax.errors import InputError
+from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import new_folder, write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.planning import parse_clusters, plan_for
+from chai_jax.processes import agreed, first_process, once
 from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
+from chai_jax.sinks import harmless, tensorboard, together, wandb
 from chai_jax.spec import Plan, Spec
 from chai_jax.work import Work, open_work
 
@@ -58,6 +60,7 @@ def run(config: RunConfig) -> Record:
     Raises:
         InputError: anything that cannot be used, found out before the work starts where that is possible.
     """
+    began = time.monotonic()
     order = parse_order(config.order)
     plan = Plan.read(config.plan) if config.plan else None
     config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
@@ -70,7 +73,7 @@ def run(config: RunConfig) -> Record:
         )
     teacher = load(config.teacher) if config.teacher else None
     check_request(config, source, plan, teacher)
-    job = Job(config, folder, open_work(config, source), source, teacher)
+    job = Job(config, folder, open_work(config, source), source, teacher, began)
     folder.open()
     for index, stage in enumerate(job.stages(order, plan)):
         job.do(index, stage)
@@ -79,6 +82,7 @@ def run(config: RunConfig) -> Record:
 
 def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
     """Refuse, before the work starts, what a later stage would refuse."""
+    config.operation.at(Path(), None)
     if plan is not None:
         plan.check_model(source.config.num_layers, source.config.num_heads)
         if "target" in parse_order(config.order):
@@ -106,20 +110,25 @@ def parse_order(order: str) -> tuple[str, ...]:
 
 
 def resolved(config: RunConfig) -> Record:
-    """The configuration as JSON, with the defaults that were chosen; paths as given, but for the folder it lies in."""
+    """What decides the result, as JSON, with the defaults that were chosen; paths as given."""
     fields = dataclasses.asdict(config)
-    del fields["out"]
+    for name in ("out", "operation", "devices"):
+        del fields[name]
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
 class Job:
     """One run under way: the current model and what has been recorded of the stages before it."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, work: Work, source: Model, teacher: Model | None):
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, work: Work, source: Model, teacher: Model | None, began: float
+    ):
         self.config, self.folder, self.work, self.teacher = config, folder, work, teacher
         self.dense = with_storage(source, config.storage)
         self.model = self.dense
         self.done: list[str] = []
+        minutes = config.operation.max_minutes
+        self.deadline = None if minutes is None else began + 60 * minutes
 
     def stages(self, order: tuple[str, ...], plan: Plan | None) -> list[Stage]:
         """Dense first, then clustering, then the stages asked for."""
@@ -139,6 +148,7 @@ class Job:
     def do(self, index: int, stage: Stage) -> None:
         """Run a stage and record it, or take up what an earlier, interrupted run recorded."""
         if not self.folder.finished(index, stage.name):
+            self._stop_if_time_is_up(stage.name)
             console.print(f"[bold]{stage.name}[/bold]", highlight=False)
             began = time.monotonic()
             model = stage.apply(self.model)
@@ -149,11 +159,28 @@ class Job:
                 measured = measured.against(self.work.recall(self.folder.predictions(0, "dense")))
             record = self._record(stage.name, model, measured.metrics(), spent) | gate
             self.folder.finish(index, stage.name, model, record, measured.samples())
+        self.folder.clear_partial(index, stage.name)
         # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
         self.model = load(str(self.folder.stage_path(index, stage.name) / "model"))
         if index == 0:
             self.dense = self.model
         self.done.append(stage.name)
+
+    def _stop_if_time_is_up(self, stage: str) -> None:
+        if self.deadline is not None and agreed(time.monotonic() >= self.deadline):
+            console.print(f"stopped before {stage} (the time is up): the same command goes on from there")
+            raise Stopped
+
+    def _keeping(self, stage: str) -> Record:
+        """What the training of the stage that comes next is given to log and keep its state with."""
+        wanted, out = self.config.operation, self.folder.path
+        logs = [self.folder.logger(stage)]
+        if wanted.tensorboard and first_process():
+            logs.append(harmless("TensorBoard", tensorboard(out / "tensorboard", stage)))
+        if wanted.wandb is not None and first_process():
+            logs.append(harmless("Weights & Biases", wandb(wanted.wandb, out, self.folder.config, stage)))
+        path = self.folder.checkpoints(len(self.done), stage)
+        return {"log": together(logs), "checkpoints": wanted.at(path, self.deadline)}
 
     def _dense(self, model: Model) -> Model:
         wanted = self.config.finetune
@@ -161,7 +188,7 @@ class Job:
         if wanted == "always" or (wanted == "auto" and chance):
             console.print("tuning the dense model on the task first" + (": it is at chance" if chance else ""))
             settings = FinetuneConfig(self._train(FinetuneConfig().train))
-            model = finetune(model, self.work.training, settings, log=self.folder.logger("dense"))
+            model = finetune(model, self.work.training, settings, **self._keeping("dense"))
             chance = self.work.labelled and self.work.judge(model).metrics()["at_chance"]
         if chance:
             console.print(
@@ -188,12 +215,12 @@ class Job:
         return {"gate": dataclasses.asdict(gate)}
 
     def _distil(self, model: Model) -> Model:
-        settings = dataclasses.replace(DistilConfig(), train=self._train(DistilConfig().train))
-        return distil(model, self.teacher or self.dense, self.work.training, settings, log=self.folder.logger("distil"))
+        settings = DistilConfig(self._train(DistilConfig().train), cache_teacher=self.config.cache_teacher)
+        return distil(model, self.teacher or self.dense, self.work.training, settings, **self._keeping("distil"))
 
     def _target(self, model: Model) -> Model:
         settings = TargetConfig(self._train(TargetConfig().train), self.config.policy)
-        return target(model, self._plan(), self.work.training, settings, log=self.folder.logger("target"))
+        return target(model, self._plan(), self.work.training, settings, **self._keeping("target"))
 
     def _train(self, train: TrainConfig) -> TrainConfig:
         preset = TOY_TRAIN.apply(train) if self.config.model == TOY else train
@@ -202,7 +229,7 @@ class Job:
     def _plan(self) -> Plan:
         """The plan of this run: given, made by an earlier attempt, or made now from the dense model."""
         path = self.folder.path / "plan.json"
-        if not path.exists():
+        if not agreed(path.exists()):
             costs, picture = self.folder.path / "costs.json", self.folder.path / "report" / "heads"
             self._keep_plan(plan_for(self.dense, self.work, self.config.planning, self.config.seed, costs, picture))
         return Plan.read(path)
@@ -213,8 +240,8 @@ class Job:
             "layers": list(plan.sensitivity),
             "tiers": [layer.tier for layer in plan.layers],
         }
-        write_json(self.folder.path / "sensitivity.json", scores)
-        write_json(self.folder.path / "plan.json", plan.to_json())
+        once(lambda: write_json(self.folder.path / "sensitivity.json", scores))
+        once(lambda: write_json(self.folder.path / "plan.json", plan.to_json()))
 
     def _record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
         config = model.config
@@ -241,21 +268,25 @@ class Job:
         """Time all stages side by side, write results.json, model/ and report/, and print the table."""
         path = self.folder.path
         results = path / "results.json"
-        if not results.exists():
+        if not agreed(results.exists()):
             models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
             timed = latency(models)
             records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
             chosen = choose(self.config.select, records, lambda stage: self._held_out_cost(models[stage]))
-            write_text(path / "report" / "results.md", markdown(records))
-            write_text(path / "report" / "results.csv", as_csv(records))
-            shutil.rmtree(path / "model", ignore_errors=True)
-            with new_folder(path / "model") as copy:
-                best = self.folder.stage_path(chosen, self.done[chosen])
-                shutil.copytree(best / "model", copy, dirs_exist_ok=True)
-            write_json(results, records)
+            once(lambda: self._write_results(records, chosen))
         records = json.loads(results.read_text(encoding="utf-8"))
         print_table(terminal(records, f"{self.config.model} on {self.work.name}"))
         return {"out": str(path), "stages": [summary(record) for record in records]}
+
+    def _write_results(self, records: list[Record], chosen: int) -> None:
+        path = self.folder.path
+        write_text(path / "report" / "results.md", markdown(records))
+        write_text(path / "report" / "results.csv", as_csv(records))
+        shutil.rmtree(path / "model", ignore_errors=True)
+        with new_folder(path / "model") as copy:
+            best = self.folder.stage_path(chosen, self.done[chosen])
+            shutil.copytree(best / "model", copy, dirs_exist_ok=True)
+        write_json(path / "results.json", records)
 
     def _held_out_cost(self, model: Model) -> float:
         """1 - accuracy (or, of a text, the loss) on held-out training examples."""

@@ -1,6 +1,9 @@
 """From what a person asked for to a plan: options of the command line meet the planner."""
 
+from functools import partial
 from pathlib import Path
+
+import jax
 
 from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.explain import cache_fraction
@@ -9,6 +12,7 @@ from chai_jax.analyse.probe import Probe, probe
 from chai_jax.config import PlanConfig
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
+from chai_jax.processes import once
 from chai_jax.progress import console
 from chai_jax.report.figures import head_maps
 from chai_jax.spec import STORAGES, Plan
@@ -21,16 +25,18 @@ def plan_for(
     """Look at a dense model on the work's calibration examples and decide.
 
     Args:
-        costs: where the planner keeps its measurements, for the next attempt.
+        costs: where the planner keeps its measurements, for the next attempt; of several processes none does, since
+            some might find them and others not.
         picture: where to draw the heads and their clusters, a path without suffix.
     """
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
     if wanted.kv_budget is None:
         plan = _by_clusters(model, seen, wanted, seed)
     else:
-        plan = _by_budget(model, seen, wanted, seed, costs)
+        plan = _by_budget(model, seen, wanted, seed, costs if jax.process_count() == 1 else None)
     if picture is not None:
-        head_maps(picture, plan, seen.correlation, model.config, f"{seen.rows} calibration tokens of {work.name}.")
+        caption = f"{seen.rows} calibration tokens of {work.name}."
+        once(partial(head_maps, picture, plan, seen.correlation, model.config, caption))
     return plan
 
 

@@ -1,13 +1,17 @@
 """The folder of a run: what is done stays done, what was interrupted is done again, nothing is half written."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable, new_folder, write_json, write_text
 from chai_jax.model.model import Model
+from chai_jax.processes import agreed, first_process, once
 
 Record = dict[str, Any]
 
@@ -16,7 +20,7 @@ class RunFolder:
     """`config.json`, `plan.json`, `sensitivity.json`, `metrics.jsonl`, `stages/`, `results.json`, `model/`, `report/`.
 
     A stage's folder (model, record, predictions) appears by one rename when the stage is done; a run that was killed is
-    opened again with the same configuration and skips the stages it finds.
+    opened again with the same configuration, skips the stages it finds and goes on within the one it was in.
     """
 
     def __init__(self, path: Path, config: Record):
@@ -33,9 +37,17 @@ class RunFolder:
         check_writable(path)
 
     def open(self) -> None:
-        """Make the folder, once it is known that the run can start."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        write_json(self.path / "config.json", self.config)
+        """Make the folder, once it is known that the run can start.
+
+        Raises:
+            InputError: another host's process does not see it.
+        """
+        once(lambda: write_json(self.path / "config.json", self.config))
+        if not (self.path / "config.json").is_file():
+            raise InputError(
+                f"process {jax.process_index()} does not see {self.path}; expected a folder that all hosts share "
+                "(NFS, a mounted bucket): choose another --out"
+            )
 
     def _check_same(self, config: Record) -> None:
         try:
@@ -55,17 +67,30 @@ class RunFolder:
     def stage_path(self, index: int, name: str) -> Path:
         return self.path / "stages" / f"{index}-{name}"
 
+    def checkpoints(self, index: int, name: str) -> Path:
+        """Where a stage under way keeps its state."""
+        return self.path / "stages" / f"{index}-{name}.partial" / "checkpoints"
+
+    def clear_partial(self, index: int, name: str) -> None:
+        """Remove what a stage kept while it was under way."""
+        if first_process():
+            shutil.rmtree(self.checkpoints(index, name).parent, ignore_errors=True)
+
     def finished(self, index: int, name: str) -> bool:
         """Whether this stage was completed by an earlier, interrupted run."""
-        return (self.stage_path(index, name) / "record.json").is_file()
+        return agreed((self.stage_path(index, name) / "record.json").is_file())
 
     def finish(self, index: int, name: str, model: Model, record: Record, predictions: list[Record]) -> None:
         """Write a completed stage: its model, its record, and one JSON line per evaluated example."""
-        with new_folder(self.stage_path(index, name)) as folder:
-            model.save(folder / "model")
-            lines = "".join(json.dumps(entry) + "\n" for entry in predictions)
-            (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
-            (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+        def write() -> None:
+            with new_folder(self.stage_path(index, name)) as folder:
+                model.save(folder / "model")
+                lines = "".join(json.dumps(entry) + "\n" for entry in predictions)
+                (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+                (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+        once(write)
 
     def record(self, index: int, name: str) -> Record:
         return json.loads((self.stage_path(index, name) / "record.json").read_text(encoding="utf-8"))
@@ -75,19 +100,34 @@ class RunFolder:
         return [json.loads(line) for line in lines]
 
     def logger(self, stage: str) -> Callable[[Record], None]:
-        """Append records of `stage` to metrics.jsonl; what an interrupted attempt left of it is dropped first."""
+        """Append records of `stage` to metrics.jsonl, each of its steps once; in all processes but the first, nothing.
+
+        The first record says where the stage goes on: what an interrupted attempt left from that step on is dropped.
+        """
+        if not first_process():
+            return lambda record: None
         path = self.path / "metrics.jsonl"
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                if json.loads(line).get("run_stage") != stage:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:
-                continue  # the line a kill cut short
-        write_text(path, "".join(kept))
+        begun = False
 
         def log(record: Record) -> None:
+            nonlocal begun
+            if not begun:
+                write_text(path, "".join(line for line in _lines(path) if not _is_from(line, stage, record["step"])))
+                begun = True
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"run_stage": stage, **record}) + "\n")
 
         return log
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+
+
+def _is_from(line: str, stage: str, step: int) -> bool:
+    """Whether a line is of this stage and step or a later one, or was cut short by a kill."""
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return True
+    return record.get("run_stage") == stage and record.get("step", step) >= step

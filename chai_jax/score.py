@@ -1,8 +1,8 @@
 """Log-likelihoods and divergences of given answers: every accuracy, loss and sensitivity is computed here.
 
 Sequences that are equal but for their last token (the choices of a one-token answer) go through the model once. The
-rest is sorted by length, padded on the right to a few static shapes, and spread over all local devices. Only the hidden
-states that predict a target meet the vocabulary head, some rows at a time: logits [B, T, V] never exist.
+rest is sorted by length, padded on the right to a few static shapes, and spread over the current layout's mesh. Only
+the hidden states that predict a target meet the vocabulary head, some rows at a time: logits [B, T, V] never exist.
 """
 
 from collections import defaultdict
@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.data.batches import Encoded
@@ -22,6 +21,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
 from chai_jax.spec import Spec
 
@@ -144,10 +144,11 @@ def loglikelihoods(
     Raises:
         InputError: an example without context, without target, or longer than the model's positions + 1.
     """
-    out = np.zeros((len(encoded), 2))
+    out, layout = np.zeros((len(encoded), 2)), current_layout()
+    params = layout.params(model.config, model.spec, model.params)
     for indices, (sums, greedy) in _run(
-        partial(target_logprobs, model.config, model.spec, compute_dtype()),
-        model.params,
+        partial(target_logprobs, model.config, model.spec, compute_dtype(), params),
+        layout,
         encoded,
         model.config.max_positions,
         batch_size,
@@ -173,10 +174,11 @@ def answer_kl(
         )
     configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
     longest = min(teacher.config.max_positions, student.config.max_positions)
-    out = np.zeros(len(encoded))
+    out, layout = np.zeros(len(encoded)), current_layout()
+    params = tuple(layout.params(model.config, model.spec, model.params) for model in (teacher, student))
     for indices, divergence in _run(
-        partial(target_kl, configs, specs, compute_dtype()),
-        (teacher.params, student.params),
+        partial(target_kl, configs, specs, compute_dtype(), params),
+        layout,
         encoded,
         longest,
         batch_size,
@@ -232,8 +234,8 @@ def padded_length(length: int, longest: int) -> int:
     return min(max(SHORTEST, between if length <= between else power), longest)
 
 
-def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, sharding: NamedSharding) -> Questions:
-    """Pad groups on the right to [rows, length], on the devices of `sharding`; missing rows have length 0."""
+def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, layout: Layout) -> Questions:
+    """Pad groups on the right to [rows, length], split over the mesh; missing rows have length 0."""
     tokens = np.zeros((rows, length), np.int32)
     start, lengths = np.ones(rows, np.int32), np.zeros(rows, np.int32)
     last = np.zeros((rows, alternatives), np.int32)
@@ -241,37 +243,33 @@ def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, shard
         tokens[row, : len(group.tokens)] = group.tokens
         start[row], lengths[row] = group.start, len(group.tokens)
         last[row, : len(group.last)] = group.last
-    return Questions(*jax.device_put((tokens, start, lengths, last), sharding))
+    return Questions(*layout.rows((tokens, start, lengths, last)))
 
 
-def _batches(groups: list[_Group], batch_size: int, longest: int, devices: int) -> list[tuple[list[_Group], int, int]]:
+def _batches(groups: list[_Group], batch_size: int, longest: int, ways: int) -> list[tuple[list[_Group], int, int]]:
     """Cut sorted groups into (groups, rows, padded length); the first of a batch sets the length, so shapes are few."""
     batches = []
-    batch_size = min(batch_size, -(-len(groups) // devices))
+    batch_size = min(batch_size, -(-len(groups) // ways))
     while groups:
         length = padded_length(len(groups[0].tokens), longest)
-        rows = devices * max(1, min(batch_size, PAIRS // length**2))
+        rows = ways * max(1, min(batch_size, PAIRS // length**2))
         batches.append((groups[:rows], rows, length))
         groups = groups[rows:]
     return batches
 
 
 def _run(
-    compute: Callable[[Any, Questions], Any],
-    params: Any,
+    compute: Callable[[Questions], Any],
+    layout: Layout,
     encoded: Sequence[Encoded],
     longest: int,
     batch_size: int,
     description: str,
 ) -> Iterator[tuple[list[int], Any]]:
-    """Yield for each row of `compute(params, questions)` the examples it holds; batches are spread over all devices."""
+    """Yield for each row of `compute(questions)` the examples it holds."""
     groups = _grouped(encoded, longest)
     alternatives = max((len(group.last) for group in groups), default=1)
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), (jax.sharding.AxisType.Auto,), devices=devices)
-    split = NamedSharding(mesh, PartitionSpec("data"))
-    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
-    for batch, rows, length in track(_batches(groups, batch_size, longest, len(devices)), description):
-        result = jax.device_get(compute(params, _pack(batch, rows, length, alternatives, split)))
+    for batch, rows, length in track(_batches(groups, batch_size, longest, layout.ways), description):
+        result = whole(compute(_pack(batch, rows, length, alternatives, layout)))
         for row, group in enumerate(batch):
             yield group.members, jax.tree.map(lambda x, row=row: x[row], result)

@@ -1,9 +1,11 @@
 """The command line: every bad input gives one clear line, exit status 2, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import pickle
 import shutil
+import signal
 import stat
 import zipfile
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from chai_jax import pipeline
 from chai_jax.cli import main
 from chai_jax.data.toy import POSITIONS
 
@@ -251,3 +254,32 @@ def test_export_of_a_model_is_the_model(model: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     assert main(["verify", str(model), str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["max_logit_difference"] <= 1e-5
+
+
+def test_a_run_that_is_terminated_exits_with_a_status_of_its_own(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outside of training, where SIGTERM need not wait for an update to end."""
+
+    def terminated(config: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(pipeline, "run", terminated)
+    before = signal.getsignal(signal.SIGTERM)
+    arguments = ["run", str(model), "--task", "sst2", "--data-dir", str(data), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 75
+    assert signal.getsignal(signal.SIGTERM) is before
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "the same command goes on from there" in captured.err
+
+
+def test_a_full_disk_is_one_line(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(config: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(pipeline, "run", full)
+    line = refused(capsys, "run", model, "--task", "sst2", "--data-dir", data, "--out", tmp_path / "out")
+    assert "No space left on device: 'metrics.jsonl'; make room and repeat the command" in line

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From below to above; what shares a line may import each other.
 ORDER = """
-errors progress
+errors progress processes
 config spec data
 model files
 compress
@@ -28,7 +28,7 @@ adapt
 serve
 measure
 report
-environment run_folder work
+environment devices run_folder sinks work
 planning
 pipeline
 __init__
@@ -86,7 +86,8 @@ def test_heavy_libraries_have_one_door(source: Path) -> None:
 def test_what_is_imported_is_declared() -> None:
     """Each third-party import is a dependency of ours, not one of some dependency's that may go away."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = project["dependencies"] + project["optional-dependencies"]["eval"]
+    extras = project["optional-dependencies"]
+    lines = project["dependencies"] + extras["eval"] + extras["sinks"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     modules = {name.split(".")[0] for source in SOURCES for name in imports(source)}
     modules -= sys.stdlib_module_names | {"chai_jax"}

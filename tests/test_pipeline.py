@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 
 from chai_jax import pipeline
-from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
+from chai_jax.adapt.stop import StopWatch
+from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
 from chai_jax.data.toy import toy_rows
-from chai_jax.errors import InputError
+from chai_jax.errors import InputError, Stopped
+from chai_jax.run_folder import RunFolder
 
 TIMES = ("seconds", "latency")
 
@@ -123,6 +125,63 @@ def test_interrupted_anywhere_it_ends_the_same(
     assert results(out) == expected
     assert weights(out) == weights(undisturbed)
     assert (out / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_stopped_after_every_update_it_ends_the_same(
+    undisturbed: Path, small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As SIGTERM would; what a stage keeps while it is under way is gone at its end."""
+    out = tmp_path / "run"
+    monkeypatch.setattr(StopWatch, "stops", True)
+    stops = 0
+    while True:
+        try:
+            pipeline.run(job(small_model, data, out, operation=RunOptions(checkpoint_every=1)))
+            break
+        except Stopped:
+            stops += 1
+            (partial,) = (out / "stages").glob("*.partial")
+            assert (partial / "checkpoints").is_dir()
+    assert stops == 4
+    assert results(out) == results(undisturbed)
+    assert weights(out) == weights(undisturbed)
+    assert not list((out / "stages").glob("*.partial"))
+    steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [(step["run_stage"], step["step"]) for step in steps] == [
+        ("distil", 1),
+        ("distil", 2),
+        ("target", 1),
+        ("target", 2),
+    ]
+
+
+def test_a_run_whose_time_is_up_stops_before_the_next_stage(small_model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        pipeline.run(job(small_model, data, tmp_path / "out", operation=RunOptions(max_minutes=1e-9)))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["seed"] == 0
+
+
+def test_each_step_is_logged_once(tmp_path: Path) -> None:
+    """An attempt that goes on from step 3 drops what an earlier one left from there on, cut lines and all."""
+    folder = RunFolder(tmp_path, {})
+    for stage, steps in (("distil", (1, 2, 3, 4)), ("target", (1, 2))):
+        log = folder.logger(stage)
+        for step in steps:
+            log({"step": step, "attempt": 1})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"run_stage": "dis')
+    log = folder.logger("distil")
+    log({"step": 3, "attempt": 2})
+    log({"step": 4, "attempt": 2})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["run_stage"], line["step"], line["attempt"]) for line in lines] == [
+        ("distil", 1, 1),
+        ("distil", 2, 1),
+        ("target", 1, 1),
+        ("target", 2, 1),
+        ("distil", 3, 2),
+        ("distil", 4, 2),
+    ]
 
 
 def test_repeating_a_finished_run_computes_nothing(

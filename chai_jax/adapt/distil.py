@@ -1,24 +1,30 @@
 """CHAI-KD: the student learns the teacher's next-token distribution and the completion itself."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from chai_jax.adapt.finetune import cross_entropy, sum_over_targets
-from chai_jax.adapt.train import Log, Sums, train
+from chai_jax.adapt.flops import cost
+from chai_jax.adapt.step import Sums
+from chai_jax.adapt.teacher import cache_teacher
+from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
-from chai_jax.config import DistilConfig
+from chai_jax.config import Checkpoints, DistilConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params, declare
-from chai_jax.model.sharding import make_mesh, place, shardings
+from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout, current_layout
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec
 
@@ -30,39 +36,56 @@ def distil(
     config: DistilConfig | None = None,
     log: Log | None = None,
     *,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise a T^2 KL(teacher || student) + (1 - a) CE over the completions' tokens; every leaf trains.
 
     Hinton et al. 2015 (arXiv 1503.02531); T^2 keeps the gradient's size independent of T. The teacher, of any size but
-    with the student's vocabulary, runs in the same program and is never changed. `log` also receives `kl` (at
-    temperature T, without T^2) and `ce`, in nats per target.
+    with the student's vocabulary, runs in the same program and is never changed. With `cache_teacher` it runs before
+    the first update instead, and its log-probabilities at the targets lie in the folder of the checkpoints, or without
+    one in a temporary folder. `log` also receives `kl` (at temperature T, without T^2) and `ce`, in nats per target.
 
     Raises:
-        InputError: the vocabularies differ; and see `chai_jax.adapt.train.train`.
+        InputError: the vocabularies differ, or the disk has no room for the teacher's answers; and see
+            `chai_jax.adapt.train.train`.
     """
     config = config or DistilConfig()
     check_vocabulary(model, teacher)
-    mesh = make_mesh() if mesh is None else mesh
+    layout = layout or current_layout()
+    dtype = compute_dtype(config.train.compute)
     loss = partial(
         distillation_loss,
         (teacher.config, model.config),
         (teacher.spec, model.spec),
-        compute_dtype(),
+        dtype,
         config.temperature,
         config.alpha,
+        remat=config.train.remat,
     )
-    return train(
-        model,
-        examples,
-        loss,
-        config.train,
-        stage="distil",
-        extra=place(teacher.params, shardings(declare(teacher.config, teacher.spec), mesh)),
-        longest=min(teacher.config.max_positions, model.config.max_positions),
-        mesh=mesh,
-        log=log,
-    )
+    with ExitStack() as stack:
+        extra, answers, beside = None, None, None
+        if config.cache_teacher is None:
+            extra = layout.params(teacher.config, teacher.spec, teacher.params)
+            beside = cost(teacher.config, teacher.spec)
+        else:
+            given = checkpoints or stack.enter_context(TemporaryDirectory())
+            folder = Path(given.path if isinstance(given, Checkpoints) else given)
+            answers = partial(cache_teacher, teacher, folder, config.cache_teacher, dtype, layout)
+        return train(
+            model,
+            examples,
+            loss,
+            config,
+            stage="distil",
+            extra=extra,
+            answers=answers,
+            beside=beside,
+            longest=min(teacher.config.max_positions, model.config.max_positions),
+            layout=layout,
+            log=log,
+            checkpoints=checkpoints,
+        )
 
 
 def check_vocabulary(model: Model, teacher: Model) -> None:
@@ -85,24 +108,28 @@ def distillation_loss(
     alpha: float,
     params: Params,
     batch: Batch,
-    teacher_params: Params,
+    teacher_params: Any,
+    *,
+    remat: bool = False,
 ) -> Sums:
     """loss = alpha T^2 kl + (1 - alpha) ce, with kl and ce, in nats, summed over the targets of a batch.
 
     Args:
         configs: of teacher and student, as `specs`.
         params: the student's.
+        teacher_params: a tree as `params`, or None where the batch has the teacher's log-probabilities.
     """
-    trees = (jax.lax.stop_gradient(teacher_params), params)
-    hidden = [
-        forward(config, spec, tree, batch.tokens, batch.mask, dtype=dtype).hidden
-        for config, spec, tree in zip(configs, specs, trees, strict=True)
-    ]
+    hidden = forward(configs[1], specs[1], params, batch.tokens, batch.mask, dtype=dtype, remat=remat).hidden
+    if batch.teacher is None:
+        teacher_params = jax.lax.stop_gradient(teacher_params)
+        taught = forward(configs[0], specs[0], teacher_params, batch.tokens, batch.mask, dtype=dtype).hidden
 
-    def step(positions: Array, targets: Array, weights: Array) -> Sums:
-        teacher, student = (
-            logits_at(config, tree, x, positions) for config, tree, x in zip(configs, trees, hidden, strict=True)
-        )
+    def step(positions: Array, targets: Array, weights: Array, cached: Array | None) -> Sums:
+        student = logits_at(configs[1], params, hidden, positions)
+        if cached is None:
+            teacher = logits_at(configs[0], teacher_params, taught, positions)
+        else:
+            teacher = cached.astype(jnp.float32)
         kl = (weights * kl_divergence(teacher / temperature, student / temperature)).sum()
         ce = (weights * cross_entropy(student, targets)).sum()
         return {"loss": alpha * temperature**2 * kl + (1 - alpha) * ce, "kl": kl, "ce": ce}

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
-from chai_jax.adapt.train import Log, Sums, train
+from chai_jax.adapt.step import Loss, Sums
+from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
-from chai_jax.config import FinetuneConfig
+from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout
 from chai_jax.score import logits_at
 from chai_jax.spec import Spec
 
@@ -29,7 +31,8 @@ def finetune(
     config: FinetuneConfig | None = None,
     log: Log | None = None,
     *,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the examples' completions; every leaf trains. Returns a new model.
 
@@ -37,17 +40,29 @@ def finetune(
         InputError: see `chai_jax.adapt.train.train`.
     """
     config = config or FinetuneConfig()
-    loss = partial(completion_loss, model.config, model.spec, compute_dtype())
-    return train(model, examples, loss, config.train, stage="finetune", mesh=mesh, log=log)
+    loss = loss_of(model, config.train)
+    return train(model, examples, loss, config, stage="finetune", layout=layout, log=log, checkpoints=checkpoints)
+
+
+def loss_of(model: Model, train: TrainConfig) -> Loss:
+    """`completion_loss` of a model of this shape."""
+    return partial(completion_loss, model.config, model.spec, compute_dtype(train.compute), remat=train.remat)
 
 
 def completion_loss(
-    config: OPTConfig, spec: Spec, dtype: DTypeLike, params: Params, batch: Batch, extra: Any = None
+    config: OPTConfig,
+    spec: Spec,
+    dtype: DTypeLike,
+    params: Params,
+    batch: Batch,
+    extra: Any = None,
+    *,
+    remat: bool = False,
 ) -> Sums:
     """Cross-entropy in nats, summed over the targets of a batch."""
-    hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype).hidden
+    hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype, remat=remat).hidden
 
-    def step(positions: Array, targets: Array, weights: Array) -> Sums:
+    def step(positions: Array, targets: Array, weights: Array, teacher: Array | None) -> Sums:
         return {"loss": (weights * cross_entropy(logits_at(config, params, hidden, positions), targets)).sum()}
 
     return sum_over_targets(step, batch)
@@ -60,9 +75,10 @@ def cross_entropy(logits: Float[Array, "*B V"], targets: Int32[Array, "*B"]) -> 
 
 
 def sum_over_targets(
-    step: Callable[[Int32[Array, "B N"], Int32[Array, "B N"], Float[Array, "B N"]], Sums], batch: Batch
+    step: Callable[[Int32[Array, "B N"], Int32[Array, "B N"], Float[Array, "B N"], Float[Array, "B N V"] | None], Sums],
+    batch: Batch,
 ) -> Sums:
-    """Sum `step(positions, targets, weights)` over a batch's targets, N columns at a time.
+    """Sum `step(positions, targets, weights, teacher)` over a batch's targets, N columns at a time.
 
     The backward pass computes each step's logits again, so that [B, P, V] is never in memory at once.
     """
@@ -70,11 +86,12 @@ def sum_over_targets(
     width = min(longest, 1 << (max(1, HEAD_ROWS // rows).bit_length() - 1))  # a power of two, as `longest` is
 
     def columns(x: Array) -> Array:
-        return x.reshape(rows, longest // width, width).swapaxes(0, 1)
+        return x.reshape(rows, longest // width, width, *x.shape[2:]).swapaxes(0, 1)
 
     @partial(jax.checkpoint, prevent_cse=False)
-    def body(part: tuple[Array, Array, Array]) -> Sums:
+    def body(part: tuple[Array, Array, Array, Array | None]) -> Sums:
         return step(*part)
 
-    sums = jax.lax.map(body, (columns(batch.positions), columns(batch.targets), columns(batch.weights)))
+    parts = (batch.positions, batch.targets, batch.weights, batch.teacher)
+    sums = jax.lax.map(body, jax.tree.map(columns, parts))
     return {name: each.sum() for name, each in sums.items()}

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Collection, Sequence
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from chai_jax.adapt.finetune import completion_loss
+from chai_jax.adapt.finetune import loss_of
 from chai_jax.adapt.train import Log, train
-from chai_jax.config import TargetConfig
+from chai_jax.config import Checkpoints, TargetConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import is_leaf
+from chai_jax.model.sharding import Layout
 from chai_jax.spec import Plan
 
 
@@ -26,7 +26,8 @@ def target(
     config: TargetConfig | None = None,
     log: Log | None = None,
     *,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the completions by the plan's chosen layers alone.
 
@@ -39,8 +40,9 @@ def target(
     config = config or TargetConfig()
     plan.check_model(model.config.num_layers, model.config.num_heads)
     trainable = layer_mask(model.params, select_layers(plan, config))
-    loss = partial(completion_loss, model.config, model.spec, compute_dtype())
-    return train(model, examples, loss, config.train, stage="target", trainable=trainable, mesh=mesh, log=log)
+    loss = loss_of(model, config.train)
+    chosen = {"trainable": trainable, "layout": layout, "log": log, "checkpoints": checkpoints}
+    return train(model, examples, loss, config, stage="target", **chosen)
 
 
 def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:

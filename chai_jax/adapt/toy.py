@@ -33,9 +33,10 @@ def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
 
     Args:
         seed: of its initial weights and of the order of its training rows.
-        keep: whether to look for, and leave, a trained copy in `toy_folder`.
+        keep: whether to look for, and leave, a trained copy in `toy_folder`; never where several processes train it,
+            since some might have a copy and others not.
     """
-    folder = toy_folder(seed)
+    folder, keep = toy_folder(seed), keep and jax.process_count() == 1
     if keep and (folder / "config.json").is_file():
         return load(folder)
     console.print("training the built-in toy (kept for the next run)")

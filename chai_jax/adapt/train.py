@@ -1,227 +1,155 @@
-"""One training step for every stage: AdamW on float32 masters, accumulated microbatches, one jitted program on a mesh.
-
-What trains is data: a tree of booleans beside the parameters. Each trainable leaf has a float32 *master* while the
-stage lasts. An update rounds the masters as they will be stored (bfloat16, int8, int4), takes the gradient at those
-rounded weights and applies it to the masters: the straight-through estimator (Bengio et al. 2013, arXiv 1308.3432). So
-the loss that falls is that of the model that will be saved. A quantized array is atomic: neither its values nor its
-scale have a gradient. Frozen leaves have no master, no gradient and no optimizer state, and are handed back untouched.
-"""
+"""The loop of every stage: examples in their order through the update, logged one by one."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
 
-from chai_jax.adapt.updates import Batch, encode_examples, microbatches, pack, updates
-from chai_jax.config import TrainConfig
+from chai_jax.adapt.checkpoints import Keeper
+from chai_jax.adapt.fingerprint import checksums, fingerprint
+from chai_jax.adapt.flops import Cost, cost, peak_flops
+from chai_jax.adapt.step import (
+    Loss,
+    State,
+    Step,
+    everything,
+    first_state,
+    learning_rate,
+    make_update,
+    optimizer,
+    split,
+    store,
+)
+from chai_jax.adapt.teacher import CachedTeacher
+from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
+from chai_jax.config import Checkpoints, StageConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.params import Params, declare
-from chai_jax.model.quantized import Leaf, dequantize, is_leaf, quantize_like
-from chai_jax.model.sharding import make_mesh, place, shardings
+from chai_jax.model.params import Params
+from chai_jax.model.quantized import Leaf, is_leaf
+from chai_jax.model.sharding import Layout, current_layout, put
 from chai_jax.progress import bar
 
 Log = Callable[[dict[str, Any]], None]
-Sums = dict[str, Float[Array, ""]]
-# (the whole parameter tree, one microbatch, what else the stage brought) -> sums over the targets; "loss" is minimised.
-Loss = Callable[[Params, Batch, Any], Sums]
-
-
-def everything(params: Params) -> Any:
-    """The mask under which every leaf trains."""
-    return jax.tree.map(lambda _: True, params, is_leaf=is_leaf)
-
-
-def split(params: Params, trainable: Any) -> tuple[Any, Any]:
-    """(float32 masters, frozen leaves): two trees shaped as `params`, each with None where the other has a leaf."""
-
-    def master(leaf: Leaf, trains: bool) -> Array | None:
-        # A copy, since the step donates its masters and the caller's model must stay usable.
-        return jnp.array(dequantize(leaf), copy=True) if trains else None
-
-    masters = jax.tree.map(master, params, trainable, is_leaf=is_leaf)
-    return masters, jax.tree.map(lambda leaf, trains: None if trains else leaf, params, trainable, is_leaf=is_leaf)
-
-
-def join(trained: Any, frozen: Any) -> Params:
-    """The whole tree again: the inverse of `split`."""
-    return jax.tree.map(
-        lambda new, old: old if new is None else new, trained, frozen, is_leaf=lambda x: x is None or is_leaf(x)
-    )
-
-
-def store(masters: Any, like: Params) -> Any:
-    """Masters in the format of the leaves they stand for: dtype, int8 with the same axes and type of scale, or
-    int4 with the same groups.
-
-    Of `like` only structure and dtypes are read.
-    """
-
-    def leaf(master: Array | None, old: Any) -> Leaf | None:
-        if master is None:
-            return None
-        return quantize_like(master, old) if is_leaf(old) else master.astype(old.dtype)
-
-    return jax.tree.map(leaf, masters, like, is_leaf=lambda x: x is None or is_leaf(x))
-
-
-def rounded(masters: Any, like: Params) -> Any:
-    """Masters as they will be stored, in float32: what the forward pass of training sees."""
-    return jax.tree.map(dequantize, store(masters, like), is_leaf=is_leaf)
-
-
-def optimizer(config: TrainConfig, steps: int, trainable: Any) -> optax.GradientTransformation:
-    """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) for the leaves that `trainable` marks, zero for all others.
-
-    `optax.masked` alone would hand the frozen leaves' gradients through as updates; `partition` with `set_to_zero` does
-    not. The norm that is clipped is that of the trainable leaves; biases and norms do not decay.
-    """
-
-    def decays(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in ("bias", "scale"), params)
-
-    schedule = learning_rate(config, steps)
-    adamw = _with_standard_promotion(optax.adamw(schedule, weight_decay=config.weight_decay, mask=decays))
-    clip = optax.identity() if config.clip is None else optax.clip_by_global_norm(config.clip)
-    labels = jax.tree.map(lambda trains: "trainable" if trains else "frozen", trainable)
-    return optax.partition({"trainable": optax.chain(clip, adamw), "frozen": optax.set_to_zero()}, labels)
-
-
-def learning_rate(config: TrainConfig, steps: int) -> optax.Schedule:
-    """Linear decay: `lr` at update 0, zero after the last."""
-    return optax.linear_schedule(config.lr, 0.0, steps)
-
-
-def _with_standard_promotion(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """AdamW's arithmetic mixes dtypes, which strict promotion refuses; nothing else here does."""
-
-    def standard(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
-            with jax.numpy_dtype_promotion("standard"):
-                return function(*args)
-
-        return call
-
-    return optax.GradientTransformation(standard(inner.init), standard(inner.update))
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class State:
-    """What an update changes."""
-
-    masters: Any
-    optimizer: Any
-
-
-def gradients(loss: Loss, weights: Any, frozen: Any, extra: Any, batch: Batch) -> tuple[Any, Sums]:
-    """Gradient of the mean loss per target over the whole update, and the means themselves.
-
-    The batch has a leading axis of microbatches; each is weighted by its number of targets, so how many there are
-    changes nothing but the memory.
-    """
-    targets = jnp.maximum(batch.weights.sum(), 1.0)
-
-    def step(total: Any, microbatch: Batch) -> tuple[Any, Sums]:
-        def objective(weights: Any) -> tuple[Array, Sums]:
-            sums = loss(join(weights, frozen), microbatch, extra)
-            return sums["loss"] / targets, sums
-
-        gradient, sums = jax.grad(objective, has_aux=True)(weights)
-        return jax.tree.map(jnp.add, total, gradient), sums
-
-    gradient, sums = jax.lax.scan(step, jax.tree.map(jnp.zeros_like, weights), batch)
-    return gradient, {name: each.sum() / targets for name, each in sums.items()}
-
-
-Step = Callable[[State, Any, Any, Batch], tuple[State, Sums]]
 
 
 def prepare(
-    model: Model, loss: Loss, config: TrainConfig, steps: int, trainable: Any, mesh: Mesh
+    model: Model, loss: Loss, config: TrainConfig, steps: int, trainable: Any, layout: Layout
 ) -> tuple[Step, State, Any]:
-    """The jitted update `(state, frozen, extra, batch) -> (state, means)`, the first state, and the frozen leaves.
-
-    The update consumes its state and keeps the state's sharding.
-    """
-    placed = place(model.params, shardings(declare(model.config, model.spec), mesh))
-    masters, frozen = split(placed, trainable)
+    """The update of a stage, its first state, and the frozen leaves, all placed by the layout."""
+    masters, frozen = split(layout.params(model.config, model.spec, model.params), trainable)
     tx = optimizer(config, steps, trainable)
-    whole = NamedSharding(mesh, PartitionSpec())
-    counted = jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), tx.init(masters))
-    state = State(masters, counted)
-    like = jax.eval_shape(lambda: model.params)
-
-    def update(state: State, frozen: Any, extra: Any, batch: Batch) -> tuple[State, Sums]:
-        gradient, means = gradients(loss, rounded(state.masters, like), frozen, extra, batch)
-        changes, after = tx.update(gradient, state.optimizer, state.masters)
-        means["grad_norm"] = optax.tree.norm(gradient)
-        return State(optax.apply_updates(state.masters, changes), after), means
-
-    kept = jax.tree.map(lambda x: x.sharding, state)
-    return jax.jit(update, donate_argnums=0, out_shardings=(kept, None)), state, frozen
+    state = first_state(masters, tx, layout.mesh)
+    return make_update(loss, tx, model.params, jax.tree.map(lambda x: x.sharding, state)), state, frozen
 
 
 def train(
     model: Model,
     examples: Sequence[Example | Encoded],
     loss: Loss,
-    config: TrainConfig,
+    config: StageConfig,
     *,
     stage: str,
     trainable: Any = None,
     extra: Any = None,
+    answers: Callable[[Sequence[Encoded]], CachedTeacher] | None = None,
+    beside: Cost | None = None,
     longest: int | None = None,
-    mesh: Mesh | None = None,
+    layout: Layout | None = None,
     log: Log | None = None,
+    checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Tune a model: the loop of every stage. The caller's model stays as it is.
 
-    Same seed, same devices: the same result bit for bit.
+    Same seed, same devices: the same result bit for bit, in one go or stopped and gone on with any number of times.
 
     Args:
         stage: its name, for the log, the progress bar and errors.
         trainable: tree of booleans, one per leaf of the parameters (a quantized array is one leaf); None: everything.
         extra: arrays on the mesh that are handed to `loss` (a teacher's parameters); not changed, not consumed.
+        answers: makes a teacher's answers to the examples, which come to `loss` with the batch.
+        beside: FLOPs that `loss` takes besides forward and backward of the model (a teacher's).
         longest: the most tokens of an input; the model's positions, if not given.
-        mesh: devices to spread over; all of them along `data`, if not given.
-        log: called after every update with stage, step (from 1), steps, lr, tokens_per_s (real tokens through the
-            model; an update of a new shape includes its compilation), grad_norm before clipping, and the loss's means
-            per target.
+        layout: devices to spread over, and how; the current one (`chai_jax.model.sharding.use`), if not given.
+        log: called after every update with stage, step (from 1), steps, lr, grad_norm before clipping, the loss's means
+            per target, step_s (seconds; an update of a new shape includes its compilation), tokens_per_s (real tokens
+            through the model) and, where the devices' peak is known, mfu (model FLOPs utilisation, of the bfloat16
+            peak; see `chai_jax.adapt.flops`). A stage that goes on from a checkpoint logs from the update after it.
+        checkpoints: a folder to keep the state in, and to go on from if it holds one; None: nothing is kept.
 
     Raises:
-        InputError: no examples, or a loss or gradient that is not finite; nothing is returned then.
+        InputError: no examples, a loss or gradient that is not finite, checkpoints of another training, or no room for
+            new ones; nothing is returned then.
+        Stopped: SIGTERM arrived or the time is up, and the state is saved (only with `checkpoints`).
     """
-    mesh = make_mesh() if mesh is None else mesh
+    settings, layout = config.train, layout or current_layout()
     trainable = everything(model.params) if trainable is None else trainable
     longest = longest or model.config.max_positions
-    encoded = encode_examples(model.tokenizer, examples, config, longest)
-    order = updates([len(example.tokens) for example in encoded], config)
-    shape, widest = microbatches(config, mesh.shape["data"]), max(len(one.tokens) - one.start for one in encoded)
-    step, state, frozen = prepare(model, loss, config, len(order), trainable, mesh)
-    schedule, rows = learning_rate(config, len(order)), NamedSharding(mesh, PartitionSpec(None, "data"))
+    encoded = encode_examples(model.tokenizer, examples, settings, longest)
+    cached = None if answers is None else answers(encoded)
+    order = updates([len(example.tokens) for example in encoded], settings)
+    shape, widest = microbatches(settings, layout.ways), max(len(one.tokens) - one.start for one in encoded)
+    make = partial(prepare, model, loss, settings, len(order), trainable, layout)
+    step, state, frozen = make()
+    flops = cost(model.config, model.spec, trainable) + (beside or Cost())
+    schedule, share = learning_rate(settings, len(order)), layout.share(shape[1])
 
-    with bar() as progress:
-        task = progress.add_task(stage, total=len(order), note="")
-        for index, members in enumerate(order):
+    with ExitStack() as stack:
+        keeper, done = None, 0
+        if checkpoints is not None:
+            about = fingerprint(stage, config, model, encoded, order, state)
+            about["teacher"] = None if cached is None else cached.about
+            about["weights"] = checksums({"trained": state.masters, "frozen": frozen, "beside": extra})
+            keeper = stack.enter_context(Keeper(checkpoints, about))
+            done, state = resume(keeper, state, lambda: make()[1])
+        progress = stack.enter_context(bar())
+        task = progress.add_task(stage, total=len(order), completed=done, note="")
+        for number, members in enumerate(order[done:], done + 1):
             began = time.perf_counter()
-            batch = pack([encoded[member] for member in members], shape, longest, widest)
-            state, means = step(state, frozen, extra, jax.device_put(batch, rows))
+            chosen = [encoded[member] for member in members]
+            batch = pack(chosen, shape, longest, widest, share)
+            batch = layout.join(batch if cached is None else cached.attach(batch, members), shape[1])
+            state, means = step(state, frozen, extra, batch)
             values = {name: float(value) for name, value in jax.device_get(means).items()}
-            record = {"stage": stage, "step": index + 1, "steps": len(order), "lr": float(schedule(index)), **values}
+            record = {"stage": stage, "step": number, "steps": len(order), "lr": float(schedule(number - 1)), **values}
             _check_finite(record)
+            record |= speed(chosen, time.perf_counter() - began, flops.of(chosen), layout.mesh)
             if log is not None:
-                log(record | {"tokens_per_s": float(batch.mask.sum() / (time.perf_counter() - began))})
-            progress.update(task, advance=1, note=f"loss {values['loss']:.4f}")
+                log(record)
+            progress.update(task, advance=1, note=note(record))
+            if keeper is not None:  # after the log: what a checkpoint has seen is in it
+                keeper.after(number, len(order), state)
     return model.replace(params=_finish(state.masters, model.params))
+
+
+def speed(examples: Sequence[Encoded], seconds: float, flops: int, mesh: Mesh) -> dict[str, float]:
+    """How fast an update was; without `mfu` where the devices' peak is not known."""
+    record = {"step_s": seconds, "tokens_per_s": sum(len(example.tokens) - 1 for example in examples) / seconds}
+    peak = peak_flops(mesh.devices.flat[0].device_kind)
+    return record if peak is None else record | {"mfu": flops / seconds / (peak * mesh.devices.size)}
+
+
+def note(record: dict[str, Any]) -> str:
+    """What the progress bar says of an update."""
+    used = f", {record['mfu']:.0%} MFU" if "mfu" in record else ""
+    return f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.2f} s{used}"
+
+
+def resume(keeper: Keeper, first: State, again: Callable[[], State]) -> tuple[int, State]:
+    """Updates already done and the state after them; the first state is given up, lest two be in memory at once."""
+    if keeper.empty:
+        return 0, first
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), first)
+    jax.tree.map(lambda x: x.delete(), first)
+    done, state = keeper.restore(like)
+    return done, again() if state is None else state
 
 
 def _check_finite(record: dict[str, Any]) -> None:
@@ -240,6 +168,6 @@ def _finish(masters: Any, params: Params) -> Params:
     def leaf(new: Leaf | None, old: Leaf) -> Leaf:
         if new is None:
             return old
-        return jax.tree.map(lambda x, before: jax.device_put(x, before.sharding), new, old)
+        return jax.tree.map(lambda x, before: put(x, before.sharding), new, old)
 
     return jax.tree.map(leaf, store(masters, params), params, is_leaf=lambda x: x is None or is_leaf(x))

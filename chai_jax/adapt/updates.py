@@ -32,6 +32,7 @@ class Batch:
     positions: Any  # int32 [B, P], columns whose hidden state predicts a target
     targets: Any  # int32 [B, P], the token that should follow there
     weights: Any  # float32 [B, P], 1 for a target, 0 for padding; an empty row has none
+    teacher: Any = None  # float [B, P, V], a teacher's log-probabilities there, where they were cached
 
 
 def encode_examples(
@@ -85,27 +86,32 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def pack(encoded: Sequence[Encoded], shape: tuple[int, int], longest: int, widest: int) -> Batch:
+def pack(
+    encoded: Sequence[Encoded], shape: tuple[int, int], longest: int, widest: int, share: Sequence[int] | None = None
+) -> Batch:
     """One update as a batch; rows without an example are empty.
 
     Args:
         shape: microbatches, and rows of each.
         longest: the most tokens the model takes.
         widest: the most targets of any example of the stage.
+        share: which rows of every microbatch to pack (where several processes share the work); all, if not given.
     """
-    inputs = [example.tokens[:-1] for example in encoded]
-    answers = [example.tokens[example.start :] for example in encoded]
-    length = min(max(SHORTEST, padded(max(map(len, inputs)))), longest)
+    count, rows = shape
+    share = range(rows) if share is None else share
+    length = min(max(SHORTEST, padded(max(len(example.tokens) - 1 for example in encoded))), longest)
     width = padded(widest if widest <= SHORT_ANSWER else length)
-    rows = shape[0] * shape[1]
-    tokens, mask = np.zeros((rows, length), np.int32), np.zeros((rows, length), bool)
-    positions, targets = np.zeros((rows, width), np.int32), np.zeros((rows, width), np.int32)
-    weights = np.zeros((rows, width), np.float32)
-    for row, (example, fed, answer) in enumerate(zip(encoded, inputs, answers, strict=True)):
-        tokens[row, : len(fed)], mask[row, : len(fed)] = fed, True
-        positions[row, : len(answer)] = np.arange(example.start - 1, len(fed))
-        targets[row, : len(answer)], weights[row, : len(answer)] = answer, 1
-    return jax.tree.map(lambda x: x.reshape(*shape, -1), Batch(tokens, mask, positions, targets, weights))
+    fed, asked = (count, len(share), length), (count, len(share), width)
+    batch = Batch(*map(np.zeros, (fed, fed, asked, asked, asked), (np.int32, bool, np.int32, np.int32, np.float32)))
+    column_of = {row: column for column, row in enumerate(share)}
+    for number, example in enumerate(encoded):
+        microbatch, row = divmod(number, rows)
+        if row in column_of:
+            at, inputs, answer = (microbatch, column_of[row]), example.tokens[:-1], example.tokens[example.start :]
+            batch.tokens[at][: len(inputs)], batch.mask[at][: len(inputs)] = inputs, True
+            batch.positions[at][: len(answer)] = np.arange(example.start - 1, len(inputs))
+            batch.targets[at][: len(answer)], batch.weights[at][: len(answer)] = answer, 1
+    return batch
 
 
 def microbatches(config: TrainConfig, devices: int) -> tuple[int, int]:

@@ -81,7 +81,7 @@ def explain_table(plan: Plan, config: OPTConfig | None = None) -> Table:
     """`explain` as a table that fits 80 columns."""
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
-    title = f"merged by {plan.score_merge}, {plan.value_merge}; {plan.membership}; scores: {plan.method}"
+    title = f"{plan.membership} {plan.score_merge}, {plan.value_merge}; by {plan.method}"
     caption = f"{', '.join(used)}: how many clusters cache keys and values so"
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
     if ranks:

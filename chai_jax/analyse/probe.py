@@ -27,6 +27,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.opt import Seen, forward
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import dequantize
+from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
 from chai_jax.spec import Spec
 
@@ -101,7 +102,7 @@ def probe(
     Args:
         texts: strings, each cut into windows that start with `</s>`; or windows of token ids, taken as they are.
         window: tokens of a window at most; never more than the model has positions.
-        batch_size: windows of one forward pass.
+        batch_size: windows of one forward pass; rounded up to what the current layout splits a batch into.
 
     Raises:
         InputError: a model that is clustered, a window of ids that is too long, or too little text.
@@ -111,7 +112,9 @@ def probe(
     window = min(window, model.config.max_positions)
     text = Windows.stack(_windows(model, texts, window), model.config.pad_token_id)
     tokens, mask = text.tokens, text.mask
-    sums = _accumulate(model, _batches(tokens, mask, batch_size))
+    layout = current_layout()
+    size = -(-batch_size // layout.ways) * layout.ways
+    sums = _accumulate(model, _batches(tokens, mask, size), layout)
     pairs = sum(count * (count + 1) // 2 for count in mask.sum(axis=1).tolist())
     return Probe(
         attention=_in_head_order(model.spec, sums["attention"]),
@@ -189,11 +192,14 @@ def _layer_sums(
     return forward(config, spec, params, tokens, mask, dtype=jnp.float32, observe=head_sums).observed
 
 
-def _accumulate(model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
+def _accumulate(
+    model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout
+) -> dict[str, np.ndarray]:
     """Sum over batches in float64; each statistic is stacked over layers."""
     totals: dict[str, np.ndarray] = {}
-    for tokens, mask in track(batches, "Probing the heads"):
-        layers = jax.device_get(_layer_sums(model.config, model.spec, model.params, tokens, mask))
+    params = layout.params(model.config, model.spec, model.params)
+    for batch in track(batches, "Probing the heads"):
+        layers = whole(_layer_sums(model.config, model.spec, params, *layout.rows(batch)))
         for name in layers[0]:
             totals[name] = totals.get(name, 0) + np.stack([layer[name] for layer in layers]).astype(np.float64)
     return totals

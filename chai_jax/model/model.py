@@ -18,8 +18,13 @@ from chai_jax.model.params import OPTConfig, Params
 from chai_jax.spec import Plan, Spec
 
 
-def compute_dtype() -> Any:
-    """float32 on a CPU, where it is the fast one; bfloat16 on TPUs and GPUs. Never decides what is stored."""
+def compute_dtype(wanted: str | None = None) -> Any:
+    """The one asked for, or else float32 on a CPU, where it is the fast one; bfloat16 on TPUs and GPUs.
+
+    Never decides what is stored.
+    """
+    if wanted is not None:
+        return jnp.dtype(wanted)
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 

@@ -7,6 +7,7 @@ float32. Dropout is not applied, in training neither. The spec and the types of 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -195,6 +196,7 @@ class OPT(nnx.Module):
         mask: Bool[Array, "B T"],
         cache: Cache | None = None,
         dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
     ) -> tuple[Float[Array, "B T D"], Cache, list[Seen]]:
         """Hidden states after the last norm, the cache after these tokens, and what each layer saw."""
         positions, allowed, start, all_mask = visible(mask, cache)
@@ -202,7 +204,8 @@ class OPT(nnx.Module):
         layers, seen = [], []
         for index, block in enumerate(self.blocks):
             with jax.named_scope(f"layer_{index}"):
-                x, stored, record = block(x, allowed, None if cache is None else cache.layers[index], start)
+                run = jax.checkpoint(partial(Block.__call__, block)) if remat else block
+                x, stored, record = run(x, allowed, None if cache is None else cache.layers[index], start)
             layers.append(stored)
             seen.append(record)
         if self.final_norm is not None:
@@ -244,6 +247,7 @@ def forward(
     *,
     cache: Cache | None = None,
     dtype: DTypeLike = jnp.float32,
+    remat: bool = False,
     observe: Observe | None = None,
 ) -> Output:
     """Run the decoder over a parameter tree: the one forward pass of everything.
@@ -255,9 +259,10 @@ def forward(
     Args:
         mask: True where a token is real.
         dtype: of the activations; weights are cast to it where they are used.
+        remat: keep only each layer's input for a backward pass, which computes the layer again (`jax.checkpoint`).
         observe: called per layer as `observe(layer, seen, layer_params)`; what it returns is handed back.
     """
-    hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype)
+    hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat)
     observed = (
         [] if observe is None else [observe(i, record, params["layers"][str(i)]) for i, record in enumerate(seen)]
     )

@@ -3,19 +3,29 @@
 `declare` names the axes of every parameter, the table says which of them are split. Data parallelism splits the batch;
 a `model` axis above 1 also splits heads, feed-forward and vocabulary (Megatron's cut, Shoeybi et al. 2019, arXiv
 1909.08053). XLA inserts the communication.
+
+A `Layout` is a mesh with a table. Every job (training, scoring, probing, generating) takes the current one, which is
+all devices along `data` unless `use` set another. The mesh may span processes: each of them runs the same program and
+holds its own devices' parts of every array. Between jobs a model's parameters are whole on every host.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from chai_jax.errors import InputError
-from chai_jax.model.params import Declared, Params
+from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray, is_leaf
+from chai_jax.spec import Spec
 
-Table = Mapping[str, str | None]
+Table = Mapping[str, str | tuple[str, ...] | None]
 
 TABLE: Table = {
     "batch": "data",
@@ -27,6 +37,10 @@ TABLE: Table = {
     "embed": None,
     "position": None,
 }
+
+# Fully sharded data parallelism (Rajbhandari et al. 2020, arXiv 1910.02054): weights, masters and optimizer state are
+# split over `data` too, along the one axis that every large array has, and gathered for an update's forward pass.
+FSDP: Table = {**TABLE, "width": "data", "vocab": ("model", "data")}
 
 
 def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
@@ -47,9 +61,10 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
 
 
 def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, table: Table = TABLE) -> PartitionSpec:
-    """How an array with these logical axes is split; an axis that its mesh axis does not divide stays whole.
+    """How an array with these logical axes is split; an axis that its mesh axes do not divide stays whole.
 
     Clusters per layer are whatever the elbow found, so most of them will not divide; the rest of the model still does.
+    Of several mesh axes for one logical axis, as many are used as divide it, the first ones first.
 
     Raises:
         ValueError: the table lacks an axis, or sends two axes of one array to one mesh axis.
@@ -57,13 +72,21 @@ def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, ta
     unknown = [axis for axis in axes if axis not in table]
     if unknown:
         raise ValueError(f"the sharding table has no axis {unknown[0]!r}, only {', '.join(table)}")
-    wanted = [table[axis] for axis in axes]
-    used = [name for name in wanted if name is not None]
+    wanted = [_names(table[axis]) for axis in axes]
+    used = [name for names in wanted for name in names]
     if len(set(used)) < len(used):
         raise ValueError(f"the sharding table sends two of the axes {axes} to one mesh axis: {wanted}")
-    return PartitionSpec(
-        *(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(wanted, shape, strict=True))
-    )
+
+    def divided(names: tuple[str, ...], size: int) -> str | tuple[str, ...] | None:
+        while names and size % prod(mesh.shape[name] for name in names):
+            names = names[:-1]
+        return names[0] if len(names) == 1 else names or None
+
+    return PartitionSpec(*(divided(names, size) for names, size in zip(wanted, shape, strict=True)))
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def shardings(declared: Params, mesh: Mesh, table: Table = TABLE) -> Any:
@@ -85,12 +108,12 @@ def place(params: Any, targets: Any) -> Any:
         if isinstance(value, Int4Array):
             return _place_int4(value, target)
         if not isinstance(value, QuantizedArray):
-            return jax.device_put(value, target)
+            return put(value, target)
         split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
         reduced = {axis % len(value.shape) for axis in value.axes}
         kept = PartitionSpec(*(name for axis, name in enumerate(split) if axis not in reduced))
-        scale = jax.device_put(value.scale, NamedSharding(target.mesh, kept))
-        return QuantizedArray(jax.device_put(value.values, target), scale, value.axes)
+        scale = put(value.scale, NamedSharding(target.mesh, kept))
+        return QuantizedArray(put(value.values, target), scale, value.axes)
 
     return jax.tree.map(leaf, params, targets, is_leaf=is_leaf)
 
@@ -100,4 +123,96 @@ def _place_int4(value: Int4Array, target: NamedSharding) -> Int4Array:
     devices = target.mesh.shape[split[value.axis]] if split[value.axis] else 1
     if any(part.shape[value.axis] % devices for part in (value.packed, value.scale)):
         split[value.axis] = None
-    return jax.device_put(value, NamedSharding(target.mesh, PartitionSpec(*split)))
+    sharding = NamedSharding(target.mesh, PartitionSpec(*split))
+    return jax.tree.map(lambda part: put(part, sharding), value)
+
+
+def put(x: Any, target: Sharding) -> Any:
+    """An array as `target` wants it; where that spans processes, each of them has `x` and copies its own parts."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        x = whole(x)
+    if target.is_fully_addressable:
+        return jax.device_put(x, target)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, target, lambda index: host[index])
+
+
+def whole(tree: Any) -> Any:
+    """The tree as numpy arrays on every host; what spans processes is gathered, so all of them must ask."""
+
+    def leaf(x: jax.Array) -> np.ndarray:
+        here = x.is_fully_addressable or x.is_fully_replicated
+        return np.asarray(x) if here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(leaf, tree)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh, and whether parameters are split over its `data` axis too (`FSDP`)."""
+
+    mesh: Mesh
+    fsdp: bool = False
+
+    @property
+    def ways(self) -> int:
+        """How many parts a batch is split into."""
+        return self.mesh.shape["data"]
+
+    def params(self, config: OPTConfig, spec: Spec, params: Params) -> Params:
+        """A model's parameters, placed."""
+        return place(params, shardings(declare(config, spec), self.mesh, FSDP if self.fsdp else TABLE))
+
+    def rows(self, tree: Any) -> Any:
+        """Arrays with the batch in front, split along it where `ways` divides it; each process has them whole."""
+        return jax.tree.map(lambda x: put(x, self._sharding(("batch",), x.shape)), tree)
+
+    def cache(self, layers: Any) -> Any:
+        """Inside jit: a cache's arrays [batch, heads, ...], split along both where they divide."""
+
+        def leaf(x: jax.Array) -> jax.Array:
+            return jax.lax.with_sharding_constraint(x, self._sharding(("batch", "heads"), x.shape))
+
+        return jax.tree.map(leaf, layers)
+
+    def _sharding(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
+        return NamedSharding(self.mesh, partition_spec(axes, shape[: len(axes)], self.mesh))
+
+    def share(self, rows: int) -> list[int]:
+        """Which of a batch's `rows` (a multiple of `ways`) this process's devices hold."""
+        parts = self._sharding(("batch",), (rows,)).addressable_devices_indices_map((rows,)).values()
+        return sorted({row for part in parts if part for row in range(*part[0].indices(rows))})
+
+    def join(self, tree: Any, rows: int) -> Any:
+        """Batches [microbatches, rows, ...] on the mesh, of which each process brings its `share` of the rows."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(None, "data"))
+
+        def leaf(x: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
+
+        return jax.tree.map(leaf, tree)
+
+
+_current: Layout | None = None
+
+
+def current_layout() -> Layout:
+    """The layout that jobs take: what `use` or `set_layout` said, else all devices along `data`."""
+    return Layout(make_mesh()) if _current is None else _current
+
+
+def set_layout(layout: Layout | None) -> None:
+    """Make `layout` the current one (None: the default again)."""
+    global _current
+    _current = layout
+
+
+@contextmanager
+def use(layout: Layout) -> Iterator[None]:
+    """Within the block, jobs take this layout."""
+    before = _current
+    set_layout(layout)
+    try:
+        yield
+    finally:
+        set_layout(before)

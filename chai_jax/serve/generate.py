@@ -4,6 +4,7 @@ Prompts of a batch are padded on the left, so that the last column is every sequ
 decoding. Batch, prompt length and capacity are rounded up to a few sizes, so that mixed requests seldom recompile.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32, Key
+from jaxtyping import Array, Bool, Float, Int32, Key, UInt32
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import Cache, extend
@@ -20,6 +21,7 @@ from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import Leaf, Quantized, dequantize, is_leaf
+from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
 from chai_jax.serve.sample import Sampling, sample
 from chai_jax.spec import Spec
@@ -78,7 +80,7 @@ def _choose(
     return State(state.cache, tokens, state.done | (chosen == eos), keys[:, 0])
 
 
-@partial(jax.jit, static_argnames=("config", "spec", "dtype", "capacity"))
+@partial(jax.jit, static_argnames=("config", "spec", "dtype", "capacity", "layout"))
 def prefill(
     config: OPTConfig,
     spec: Spec,
@@ -91,17 +93,22 @@ def prefill(
     *,
     capacity: int,
     dtype: Any,
+    layout: Layout | None = None,
 ) -> State:
     """Read left-padded prompts and choose each sequence's first token; rows without any token are done at once.
 
     Args:
         capacity: columns to make room for, prompt and new tokens together.
         eos: token to stop at, or `NEVER`.
+        layout: by which to split the cache, if any.
     """
     output = forward(config, spec, params, tokens, mask, dtype=dtype)
     room = capacity - tokens.shape[1]
     columns = jnp.pad(tokens, ((0, 0), (0, room)), constant_values=config.pad_token_id)
-    state = State(extend(output.cache, capacity), columns, ~mask.any(axis=1), keys)
+    cache = extend(output.cache, capacity)
+    if layout is not None:
+        cache = dataclasses.replace(cache, layers=layout.cache(cache.layers))
+    state = State(cache, columns, ~mask.any(axis=1), keys)
     return _choose(config, params, output.hidden, state, sampling, eos)
 
 
@@ -131,9 +138,13 @@ def decode(
     return jax.lax.while_loop(lambda state: (state.cache.length < until) & ~state.done.all(), step, state)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [B, T] and mask bool [B, T] of ragged prompts; B and T are rounded up."""
+def pad_left(prompts: Sequence[Sequence[int]], pad: int, ways: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [B, T] and mask bool [B, T] of ragged prompts; B and T are rounded up.
+
+    From `ways` rows on B is a multiple of it, so that the batch can be split; fewer rows are not worth splitting.
+    """
     rows, columns = 1 << (len(prompts) - 1).bit_length(), bucket(max(map(len, prompts)))
+    rows = rows if rows < ways else -(-rows // ways) * ways
     tokens, mask = np.full((rows, columns), pad, np.int32), np.zeros((rows, columns), bool)
     for row, prompt in enumerate(prompts):
         tokens[row, columns - len(prompt) :] = prompt
@@ -152,25 +163,31 @@ class Request:
 
 
 def _continue(
-    model: Model, params: Params, prompts: Sequence[Sequence[int]], numbers: Sequence[int], request: Request, piece: int
+    model: Model,
+    params: Params,
+    layout: Layout,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    request: Request,
+    piece: int,
 ) -> Iterator[list[list[int]]]:
     """What one batch has been continued by so far: after its first token, then each time `piece` more are there.
 
     Args:
-        params: the model's, `cast`.
+        params: the model's, placed and `cast`.
         numbers: of the prompts among all that were asked for; they and the seed decide what is drawn.
     """
     dtype, eos = compute_dtype(), jnp.int32(request.eos)
-    tokens, mask = pad_left(prompts, model.config.pad_token_id)
+    tokens, mask = pad_left(prompts, model.config.pad_token_id, layout.ways)
     rows, start = tokens.shape
     filled = np.array([*numbers, *[0] * (rows - len(prompts))], np.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(request.seed), filled)
     capacity = bucket(start + request.max_new_tokens)
-    program = partial(prefill, model.config, model.spec, params, capacity=capacity, dtype=dtype)
-    state = program(tokens, mask, keys, request.sampling, eos)
+    program = partial(prefill, model.config, model.spec, params, capacity=capacity, dtype=dtype, layout=layout)
+    tokens, mask, filled = layout.rows((tokens, mask, filled))
+    state = program(tokens, mask, _keys(jnp.uint32(request.seed), filled), request.sampling, eos)
     made = 1
     while True:
-        columns, done = jax.device_get((state.tokens, state.done))
+        columns, done = whole((state.tokens, state.done))
         new = columns[: len(prompts), start : start + made].tolist()
         yield [row[: row.index(request.eos) + 1] if request.eos in row else row for row in new]
         if made == request.max_new_tokens or done.all():
@@ -178,6 +195,12 @@ def _continue(
         made = min(made + piece, request.max_new_tokens)
         until = jnp.int32(start + made - 1)
         state = decode(model.config, model.spec, params, state, until, request.sampling, eos, dtype=dtype)
+
+
+@jax.jit
+def _keys(seed: UInt32[Array, ""], numbers: UInt32[Array, "B"]) -> Key[Array, "B"]:
+    """For each prompt's number a random key that follows from it and the seed alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
 
 
 def _check(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
@@ -221,13 +244,14 @@ def generate_tokens(
     _check(model, prompts, max_new_tokens)
     eos = model.config.eos_token_id if stop else NEVER
     request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, eos)
-    params = cast(model.params, compute_dtype())
+    layout = current_layout()
+    params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     completions: list[list[int]] = [[] for _ in prompts]
     for numbers in track(batches, "generating"):
         batch = [prompts[number] for number in numbers]
-        *_, made = _continue(model, params, batch, numbers, request, piece=max_new_tokens)
+        *_, made = _continue(model, params, layout, batch, numbers, request, piece=max_new_tokens)
         for number, tokens in zip(numbers, made, strict=True):
             completions[number] = tokens
     return completions
@@ -302,9 +326,10 @@ def stream(
     encoded = [encode_prompt(model, prompt)]
     _check(model, encoded, max_new_tokens)
     request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, model.config.eos_token_id)
-    params = cast(model.params, compute_dtype())
+    layout = current_layout()
+    params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
     shown = text = ""
-    for (tokens,) in _continue(model, params, encoded, [0], request, piece=STREAM_TOKENS):
+    for (tokens,) in _continue(model, params, layout, encoded, [0], request, piece=STREAM_TOKENS):
         text = model.tokenizer.decode(tokens, skip_special_tokens=True)
         whole = text.rstrip("\ufffd")
         if whole.startswith(shown) and whole != shown:

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from chai_jax.compress.quantize import store_weights
 from chai_jax.data.batches import Encoded
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, OPTConfig, declare
-from chai_jax.model.sharding import make_mesh
+from chai_jax.model.sharding import Layout, make_mesh
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16)
@@ -56,5 +55,5 @@ def examples() -> list[Encoded]:
 
 
 @pytest.fixture(scope="session")
-def one_device() -> Mesh:
-    return make_mesh(data=1)
+def one_device() -> Layout:
+    return Layout(make_mesh(data=1))

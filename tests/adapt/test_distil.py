@@ -9,15 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from chai_jax.adapt import train as training
+from chai_jax.adapt import step as steps
 from chai_jax.adapt.distil import distil, distillation_loss
 from chai_jax.adapt.updates import pack
 from chai_jax.config import DistilConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
+from chai_jax.model.sharding import Layout
 
 Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=12)
@@ -25,12 +25,12 @@ SHORT = TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=12)
 
 def gradients(
     student: Model, teacher: Model, examples: list[Encoded], temperature: float, alpha: float
-) -> tuple[Any, training.Sums]:
+) -> tuple[Any, steps.Sums]:
     configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
     loss = partial(distillation_loss, configs, specs, jnp.float32, temperature, alpha)
-    masters, frozen = training.split(student.params, training.everything(student.params))
+    masters, frozen = steps.split(student.params, steps.everything(student.params))
     batch = pack(examples, (2, 8), 32, 6)
-    return jax.jit(partial(training.gradients, loss))(masters, frozen, teacher.params, batch)
+    return jax.jit(partial(steps.gradients, loss))(masters, frozen, teacher.params, batch)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -59,13 +59,13 @@ def test_loss_is_the_formula(tiny: Build, examples: list[Encoded]) -> None:
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(
-    tiny: Build, examples: list[Encoded], one_device: Mesh
+    tiny: Build, examples: list[Encoded], one_device: Layout
 ) -> None:
     """And their arrays, which are the same, survive the stage."""
     model, log = tiny(), []
     before = jax.tree.map(np.array, model.params)
     config = DistilConfig(TrainConfig(batch=16, accumulation=2, max_steps=1), alpha=1.0)
-    distil(model, model, examples, config, log.append, mesh=one_device)
+    distil(model, model, examples, config, log.append, layout=one_device)
     (update,) = log
     assert update["kl"] == pytest.approx(0, abs=1e-6)
     assert update["grad_norm"] < 1e-5
@@ -73,11 +73,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     jax.tree.map(np.testing.assert_array_equal, model.params, before)
 
 
-def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded], one_device: Mesh) -> None:
+def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
     student, teacher = tiny(0), tiny(1, hidden_size=24, num_heads=3, ffn_dim=40, embed_dim=24)
     before = jax.tree.map(np.array, (student.params, teacher.params))
     log: list[dict[str, Any]] = []
-    after = distil(student, teacher, examples, DistilConfig(SHORT, alpha=1.0), log.append, mesh=one_device)
+    after = distil(student, teacher, examples, DistilConfig(SHORT, alpha=1.0), log.append, layout=one_device)
     assert log[-1]["kl"] < 0.5 * log[0]["kl"]
     assert {"stage": "distil"}.items() <= log[0].items()
     assert {"kl", "ce", "loss"} <= set(log[0])

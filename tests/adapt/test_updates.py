@@ -1,5 +1,6 @@
 """Which examples an update holds, and that its arrays say what the examples say."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -96,6 +97,14 @@ def test_arrays_say_what_the_examples_say(examples: list[Encoded]) -> None:
     for at in ((2, 2), (2, 3)):
         assert not batch.mask[at].any()
         assert not batch.weights[at].any()
+
+
+def test_shares_of_the_rows_make_up_the_batch(examples: list[Encoded]) -> None:
+    """Two processes, the second with the rows between the first's: together they pack what one would."""
+    whole = pack(examples[:10], (3, 4), 32, 6)
+    for share in ([0, 3], [1, 2]):
+        part = pack(examples[:10], (3, 4), 32, 6, share)
+        jax.tree.map(lambda all_rows, own, at=share: np.testing.assert_array_equal(own, all_rows[:, at]), whole, part)
 
 
 def test_shapes_are_few() -> None:

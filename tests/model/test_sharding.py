@@ -10,7 +10,18 @@ from chai_jax.errors import InputError
 from chai_jax.model.opt import forward
 from chai_jax.model.params import Declared, OPTConfig, declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, quantize, quantize_int4
-from chai_jax.model.sharding import TABLE, make_mesh, partition_spec, place, shardings
+from chai_jax.model.sharding import (
+    FSDP,
+    TABLE,
+    Layout,
+    current_layout,
+    make_mesh,
+    partition_spec,
+    place,
+    shardings,
+    use,
+    whole,
+)
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=48, hidden_size=16, num_layers=1, num_heads=4, ffn_dim=32, max_positions=16, embed_dim=16)
@@ -48,9 +59,29 @@ def test_an_axis_that_does_not_divide_stays_whole() -> None:
     assert partition_spec(("batch", "heads"), (3, 8), mesh) == P(None, "model")
 
 
+def test_fsdp_splits_every_large_array_over_data() -> None:
+    found = shardings(declare(CONFIG, SPEC), make_mesh(data=4, model=2), FSDP)
+    layer = found["layers"]["0"]
+    assert layer["query"]["kernel"].spec == P("data", "model", None)
+    assert layer["output"]["kernel"].spec == P("model", None, "data")
+    assert layer["up"]["kernel"].spec == P("data", "model")
+    assert layer["down"]["kernel"].spec == P("model", "data")
+    assert found["embed"]["tokens"].spec == P(("model", "data"), None)
+
+
+def test_as_many_mesh_axes_as_divide() -> None:
+    mesh = make_mesh(data=4, model=2)
+    assert partition_spec(("vocab", "embed"), (50272, 8), mesh, FSDP) == P(("model", "data"), None)
+    assert partition_spec(("vocab", "embed"), (50266, 8), mesh, FSDP) == P("model", None)
+    assert partition_spec(("vocab", "embed"), (50265, 8), mesh, FSDP) == P(None, None)
+    assert partition_spec(("width", "heads", "rank"), (18, 3, 4), mesh, FSDP) == P(None, None, None)
+
+
 def test_refuses_collisions_and_unknown_axes() -> None:
     with pytest.raises(ValueError, match="two of the axes"):
         partition_spec(("width", "ffn"), (16, 32), make_mesh(model=4), {**TABLE, "width": "model"})
+    with pytest.raises(ValueError, match="two of the axes"):
+        partition_spec(("vocab", "width"), (48, 16), make_mesh(model=4), FSDP)
     with pytest.raises(ValueError, match="no axis 'colour'"):
         partition_spec(("colour",), (16,), make_mesh())
 
@@ -58,8 +89,35 @@ def test_refuses_collisions_and_unknown_axes() -> None:
 def test_every_declared_axis_is_in_the_table() -> None:
     wide = OPTConfig(48, 16, 1, 4, 32, 16, embed_dim=8, pre_norm=False, tied=False)
     leaves = jax.tree.leaves(declare(wide, SPEC), is_leaf=lambda leaf: isinstance(leaf, Declared))
-    assert {axis for leaf in leaves for axis in leaf.axes} <= set(TABLE)
-    assert len(jax.tree.leaves(shardings(declare(wide, SPEC), make_mesh(model=2)))) == len(leaves)
+    for table in (TABLE, FSDP):
+        assert {axis for leaf in leaves for axis in leaf.axes} <= set(table)
+        assert len(jax.tree.leaves(shardings(declare(wide, SPEC), make_mesh(model=2), table))) == len(leaves)
+
+
+def test_jobs_take_the_layout_in_use() -> None:
+    wanted = Layout(make_mesh(data=2, model=2), fsdp=True)
+    with use(wanted):
+        assert current_layout() == wanted
+        with use(Layout(make_mesh(data=1))):
+            assert current_layout().ways == 1
+        assert current_layout() == wanted
+    assert current_layout() == Layout(make_mesh())
+
+
+def test_a_batch_that_does_not_divide_is_on_every_device() -> None:
+    layout = Layout(make_mesh(data=4, model=2))
+    for rows, spec in ((8, P("data")), (6, P(None)), (1, P(None))):
+        batch = layout.rows({"tokens": np.arange(rows * 3).reshape(rows, 3)})["tokens"]
+        assert batch.sharding.is_equivalent_to(jax.NamedSharding(layout.mesh, spec), 2)
+        np.testing.assert_array_equal(whole(batch), np.arange(rows * 3).reshape(rows, 3))
+
+
+def test_a_process_alone_has_every_row() -> None:
+    layout = Layout(make_mesh(data=4, model=2))
+    assert layout.share(8) == list(range(8))
+    batch = layout.join(np.arange(48).reshape(2, 8, 3), 8)
+    assert batch.sharding.spec == P(None, "data")
+    np.testing.assert_array_equal(batch, np.arange(48).reshape(2, 8, 3))
 
 
 @pytest.mark.parametrize(

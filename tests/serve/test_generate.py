@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
@@ -17,8 +19,10 @@ from chai_jax.files.store import load
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.model.quantized import quantize
+from chai_jax.model.sharding import Layout, make_mesh, use
 from chai_jax.serve import generate as serve
 from chai_jax.serve.generate import bucket, generate, generate_tokens, stream
+from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
 
 BYTES = 4  # the first token that stands for a byte
@@ -64,6 +68,31 @@ def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: 
     found = generate_tokens(model, PROMPTS, max_new_tokens=12, stop=False)
     assert found == [naive(model, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in found}) == len(PROMPTS)
+
+
+def test_a_mesh_gives_the_same(model: Model) -> None:
+    """Five prompts in eight rows, split; and one prompt, which is not."""
+    expected = {count: generate_tokens(model, PROMPTS[:count], 6, stop=False) for count in (1, 5)}
+    layout = Layout(make_mesh(4, 2), fsdp=True)
+    with use(layout):
+        for count, tokens in expected.items():
+            assert generate_tokens(model, PROMPTS[:count], 6, stop=False) == tokens
+
+
+def test_the_cache_is_split_over_sequences_and_heads(model: Model) -> None:
+    layout = Layout(make_mesh(4, 2))
+    stored = with_storage(model, "int8")
+    tokens, mask = serve.pad_left(PROMPTS, CONFIG.pad_token_id, 4)
+    what = (CONFIG, stored.spec, layout.params(CONFIG, stored.spec, model.params))
+    rule = (Sampling(), jnp.int32(serve.NEVER))
+    keys = jax.random.split(jax.random.key(0), len(tokens))
+    program = partial(serve.prefill, capacity=48, dtype=jnp.float32, layout=layout)
+    state = program(*what, *layout.rows((tokens, mask)), keys, *rule)
+    for _ in range(2):
+        for leaf in jax.tree.leaves(state.cache.layers):
+            expected = jax.NamedSharding(layout.mesh, PartitionSpec("data", "model"))
+            assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
+        state = serve.decode(*what, state, jnp.int32(40), *rule, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
