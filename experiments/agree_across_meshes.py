@@ -10,7 +10,7 @@ and of the probe's correlations; and how many of the predictions and of the gene
 but AdamW's within 1e-5 and no other prediction or token. AdamW divides by the gradient's own size, so a parameter whose
 gradient is nothing but rounding error moves by the learning rate in any direction.
 
-Exits with 1 where two layouts disagree. The last line on stdout is the record as JSON.
+Exits with 1 where two layouts disagree, with 2 where a process fails. The last line on stdout is the record as JSON.
 """
 
 import json
@@ -41,7 +41,7 @@ def models() -> tuple[Any, Any]:
     """A dense model of one layer and four heads, and one of three clusters: an odd number, that no axis divides."""
     import jax
 
-    from chai_jax.compress.slice import cluster
+    from chai_jax.compress.cluster import cluster
     from chai_jax.data.toy import POSITIONS, toy_tokenizer
     from chai_jax.model.model import Model
     from chai_jax.model.params import OPTConfig, init
@@ -183,7 +183,7 @@ def main(measures: list[str]) -> int:
             running.append(subprocess.Popen([*command, *measures], env=environment))
         statuses = [process.wait() for process in running]
         if any(statuses):
-            return 1
+            return 2
         found = {path.stem: dict(np.load(path)) for path in sorted(Path(name).iterdir())}
     expected = found.pop("1")
     record = {name: spreads(each, expected) for name, each in found.items()}

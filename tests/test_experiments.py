@@ -47,7 +47,7 @@ def test_scripts_ask_for_the_papers_settings(script: str) -> None:
     for config in configs:
         assert config.model == SCRIPTS[script]
         assert config.devices.require_backend == "tpu"
-        assert config.saving.max_minutes == 500
+        assert config.operation.max_minutes == 500
         stages = [config.train.apply(stage().train) for stage in (DistilConfig, TargetConfig)]
         assert [(stage.batch, stage.epochs) for stage in stages] == [(128, 1), (64, 3)]
         assert {(stage.accumulation, stage.lr) for stage in stages} == {(8, 2e-5)}
@@ -56,7 +56,7 @@ def test_scripts_ask_for_the_papers_settings(script: str) -> None:
 
 def test_scripts_take_variables_and_options() -> None:
     (config,) = dry_run("opt125m", "--seed", "3", TASKS="rte", MINUTES="9", BACKEND="gpu", OUT="/out", DATA="/my data")
-    assert (config.task, config.seed, config.saving.max_minutes) == ("rte", 3, 9)
+    assert (config.task, config.seed, config.operation.max_minutes) == ("rte", 3, 9)
     assert (config.out, config.data_dir) == (Path("/out/opt-125m-rte"), Path("/my data"))
     assert config.devices.require_backend == "gpu"
     (config,) = dry_run("opt1_3b", TASKS="rte", MESH="4x4")
@@ -114,4 +114,4 @@ def test_the_notebooks_commands_are_the_programs() -> None:
     assert len(configs) == 4
     assert {config.devices.require_backend for config in configs} == {"tpu"}
     (job,) = [config for config in configs if isinstance(config, RunConfig) and config.model != "toy"]
-    assert (job.train.lr, job.train.accumulation, job.train.batch, job.saving.max_minutes) == (2e-5, 8, None, 480)
+    assert (job.train.lr, job.train.accumulation, job.train.batch, job.operation.max_minutes) == (2e-5, 8, None, 480)
