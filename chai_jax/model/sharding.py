@@ -22,7 +22,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from chai_jax.errors import InputError
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
-from chai_jax.model.quantized import Leaf, QuantizedArray, is_leaf
+from chai_jax.model.quantized import QuantizedArray, is_leaf
 from chai_jax.spec import Spec
 
 Table = Mapping[str, str | tuple[str, ...] | None]
@@ -98,19 +98,21 @@ def shardings(declared: Params, mesh: Mesh, table: Table = TABLE) -> Any:
     return jax.tree.map(leaf, declared, is_leaf=lambda value: isinstance(value, Declared))
 
 
+def spread(value: Any, target: NamedSharding) -> Any:
+    """Where a leaf's arrays lie: a quantized array's scale is split along with its values."""
+    if not isinstance(value, QuantizedArray):
+        return target
+    split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
+    reduced = {axis % len(value.shape) for axis in value.axes}
+    kept = PartitionSpec(*(name for axis, name in enumerate(split) if axis not in reduced))
+    return QuantizedArray(target, NamedSharding(target.mesh, kept), value.axes)
+
+
 def place(params: Any, targets: Any) -> Any:
-    """Copy parameters to where `shardings` wants them; a quantized array's scale is split along with its values."""
-
-    def leaf(value: Leaf, target: NamedSharding) -> Leaf:
-        if not isinstance(value, QuantizedArray):
-            return put(value, target)
-        split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
-        reduced = {axis % len(value.shape) for axis in value.axes}
-        kept = PartitionSpec(*(name for axis, name in enumerate(split) if axis not in reduced))
-        scale = put(value.scale, NamedSharding(target.mesh, kept))
-        return QuantizedArray(put(value.values, target), scale, value.axes)
-
-    return jax.tree.map(leaf, params, targets, is_leaf=is_leaf)
+    """Copy parameters to where `shardings` wants them."""
+    return jax.tree.map(
+        lambda value, target: jax.tree.map(put, value, spread(value, target)), params, targets, is_leaf=is_leaf
+    )
 
 
 def put(x: Any, target: Sharding) -> Any:
@@ -145,9 +147,13 @@ class Layout:
         """How many parts a batch is split into."""
         return self.mesh.shape["data"]
 
+    def shardings(self, config: OPTConfig, spec: Spec) -> Any:
+        """Where each of a model's parameters lies."""
+        return shardings(declare(config, spec), self.mesh, FSDP if self.fsdp else TABLE)
+
     def params(self, config: OPTConfig, spec: Spec, params: Params) -> Params:
         """A model's parameters, placed."""
-        return place(params, shardings(declare(config, spec), self.mesh, FSDP if self.fsdp else TABLE))
+        return place(params, self.shardings(config, spec))
 
     def rows(self, tree: Any) -> Any:
         """Arrays with the batch in front, split along it where `ways` divides it; each process has them whole."""
