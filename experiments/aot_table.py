@@ -85,7 +85,7 @@ def decoding(model: str, slice_: str) -> Iterator[Row]:
 
 
 # Batches that a v3-8 holds with the dense cache.
-FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 64}
+FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32}
 
 
 def rows() -> Iterator[Row]:
@@ -148,7 +148,7 @@ COLUMNS = {
     "batch": lambda r: f"{r['batch']}" + (f" (largest; {r['too_large']} is not)" if "largest_batch" in r else ""),
     "HBM a core, GiB": lambda r: f"{size(r) / GIB:.2f} of {r['hbm_limit'] / GIB:.2f}",
     "fits": lambda r: "yes" if r["fits"] else f"no: {(size(r) - r['hbm_limit']) / GIB:.2f} GiB too much",
-    "roofline, ms": lambda r: f"{r['roofline']['ms']:.2f} ({r['roofline']['bound']})" if r["fits"] else "-",
+    "roofline, ms": lambda r: f"{milliseconds(r)} ({r['roofline']['bound']})" if r["fits"] else "-",
     "collectives, MB": lambda r: f"{r['collective_bytes'] / 1e6:.1f}" if r["fits"] else "-",
 }
 
@@ -168,6 +168,10 @@ def table(lines: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *body])
 
 
+def milliseconds(record: Record) -> str:
+    return f"{record['roofline']['ms']:.2f}" if record["fits"] else "does not fit"
+
+
 def headline(records: list[Record]) -> list[list[str]]:
     """Per model and slice: largest batch with the dense and the compressed cache, and the roofline at one batch."""
     lines = [
@@ -180,7 +184,7 @@ def headline(records: list[Record]) -> list[list[str]]:
             single = {r["cache"]: r for r in mine if "largest_batch" not in r}
             if len(largest) + len(single) == 4:
                 dense, small = largest["dense"], largest["compressed"]
-                times = [f"{single[cache]['roofline']['ms']:.2f}" for cache in ("dense", "compressed")]
+                times = [milliseconds(single[cache]) for cache in ("dense", "compressed")]
                 batch = str(single["dense"]["batch"])
                 lines.append([f"opt-{model}", slice_, str(dense), str(small), f"{small / dense:.2f}", batch, *times])
     return lines
