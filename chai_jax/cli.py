@@ -240,6 +240,12 @@ class AotCommand:
     """Without a plan: format of the whole cache."""
     weights: Literal["float16", "bfloat16", "float32"] = "float16"
     """Dtype of the weights as loaded (facebook/opt-*: float16)."""
+    cached: bool = False
+    """Distil with the teacher's log-probabilities cached: no teacher is resident."""
+    moments: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of AdamW's first moment."""
+    remat: bool = False
+    """Compute each layer again in the backward pass."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 
@@ -255,7 +261,8 @@ class AotCommand:
         config, plan = config_of(self.model), Plan.read(self.plan) if self.plan else None
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)
         shapes = Shapes(config, spec, Layout(mesh_of(topology(self.topology), self.mesh), self.fsdp))
-        job = Job(self.job, self.batch, self.seq, self.targets, self.accumulation, self.weights)
+        sizes = self.batch, self.seq, self.targets, self.accumulation
+        job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}
         if not self.largest_batch:
             record = measure(job, shapes, plan)

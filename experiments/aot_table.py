@@ -64,14 +64,21 @@ def training(model: str, slice_: str, seq: int) -> Row:
 
 def rescues(row: Row) -> Iterator[Row]:
     """What to change where distillation does not fit, cheapest first."""
-    job = replace(row.job, kind="finetune")
-    # The program with cached teacher logits is that of finetuning, but for k logits a target: megabytes.
-    yield replace(row, job=job, option="teacher logits cached (finetune's program stands in)")
-    yield replace(row, fsdp=True, option="FSDP over 8")
-    yield replace(row, job=job, fsdp=True, option="teacher logits cached, FSDP over 8")
-    yield replace(row, job=replace(row.job, kind="target"), fsdp=True, option="target only (30 % of the layers), FSDP")
-    yield replace(row, topology="v6e:2x4", fsdp=True, option="v6e-8, FSDP over 8")
-    yield replace(row, topology="v5p:2x2x2", fsdp=True, option="v5p, 8 chips, FSDP over 8")
+    job = row.job
+    if job.seq > 64:
+        yield replace(row, job=replace(job, remat=True), option="remat")
+        yield replace(row, job=replace(job, remat=True, accumulation=16), option="remat, 16 microbatches")
+    yield replace(row, job=replace(job, moments="bfloat16"), option="bfloat16 first moment")
+    yield replace(row, job=replace(job, cached=True), option="cached teacher")
+    if not row.fsdp:
+        yield replace(row, fsdp=True, option="FSDP over 8")
+    yield replace(
+        row, job=replace(job, cached=True, remat=True), fsdp=True, option="cached teacher, remat, FSDP over 8"
+    )
+    target = replace(job, kind="target", remat=True)
+    yield replace(row, job=target, fsdp=True, option="target only (30 % of the layers), remat, FSDP over 8")
+    for slice_ in ("v6e:2x4", "v5p:2x2x2"):
+        yield replace(row, topology=slice_, fsdp=True, option=f"{slice_}, FSDP over 8")
 
 
 def decoding(model: str, slice_: str) -> Iterator[Row]:

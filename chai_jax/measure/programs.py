@@ -17,7 +17,7 @@ from chai_jax.adapt.step import everything, make_update, optimizer, split
 from chai_jax.adapt.target import layer_mask, select_layers
 from chai_jax.adapt.updates import SHORT_ANSWER, SHORTEST, Batch, microbatches, padded
 from chai_jax.analyse.cluster import round_up
-from chai_jax.analyse.planner import planned_spec
+from chai_jax.analyse.explain import planned_spec
 from chai_jax.compress.quantize import store_weights
 from chai_jax.config import DistilConfig, TargetConfig, TrainConfig
 from chai_jax.errors import InputError
@@ -77,6 +77,9 @@ class Job:
         targets: predicted tokens of an example (training): 1 for tasks, `seq` for text.
         accumulation: microbatches of an update.
         weights: dtype of the weights as loaded; facebook/opt-* are float16.
+        cached: distillation reads the teacher's log-probabilities (float16) from the batch; no teacher is resident.
+        moments: dtype of AdamW's first moment.
+        remat: the backward pass computes each layer again.
     """
 
     kind: str
@@ -85,6 +88,9 @@ class Job:
     targets: int = 1
     accumulation: int = 8
     weights: str = "float16"
+    cached: bool = False
+    moments: str = "float32"
+    remat: bool = False
 
     @property
     def unit(self) -> str:
@@ -198,13 +204,13 @@ def _lower_update(job: Job, shapes: Shapes, plan: Plan | None) -> Any:
     config, spec = shapes.config, shapes.spec
     params, extra = shapes.params(job.weights), None
     trainable = everything(params)
-    loss: Any = partial(completion_loss, config, spec, COMPUTE)
-    train = TrainConfig(batch=job.batch, accumulation=job.accumulation)
+    loss: Any = partial(completion_loss, config, spec, COMPUTE, remat=job.remat)
+    train = TrainConfig(batch=job.batch, accumulation=job.accumulation, moments=job.moments, remat=job.remat)
     if job.kind == "distil":
         teacher, settings = replace(shapes, spec=dense_spec(config)), DistilConfig()
-        extra = teacher.params(job.weights)
+        extra = None if job.cached else teacher.params(job.weights)
         pairs = (config, config), (teacher.spec, spec)
-        loss = partial(distillation_loss, *pairs, COMPUTE, settings.temperature, settings.alpha)
+        loss = partial(distillation_loss, *pairs, COMPUTE, settings.temperature, settings.alpha, remat=job.remat)
     elif job.kind == "target":
         trainable = layer_mask(params, _tuned(config, plan))
     masters, frozen = map(shapes.place, jax.eval_shape(partial(split, trainable=trainable), params))
@@ -242,11 +248,18 @@ def _batch(job: Job, train: TrainConfig, shapes: Shapes) -> Batch:
     width = padded(job.targets if job.targets <= SHORT_ANSWER else length)
     split = NamedSharding(shapes.layout.mesh, PartitionSpec(None, "data"))
 
-    def leaf(columns: int, dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((count, rows, columns), dtype, sharding=split)
+    def leaf(dtype: Any, *columns: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, rows, *columns), dtype, sharding=split)
 
-    answers = leaf(width, jnp.int32), leaf(width, jnp.int32), leaf(width, jnp.float32)
-    return Batch(leaf(length, jnp.int32), leaf(length, jnp.bool_), *answers)
+    cached = job.kind == "distil" and job.cached
+    return Batch(
+        tokens=leaf(jnp.int32, length),
+        mask=leaf(jnp.bool_, length),
+        positions=leaf(jnp.int32, width),
+        targets=leaf(jnp.int32, width),
+        weights=leaf(jnp.float32, width),
+        teacher=leaf(jnp.float16, width, shapes.config.vocab_size) if cached else None,
+    )
 
 
 def dense_spec(config: OPTConfig, storage: str = "bfloat16") -> Spec:
