@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.blocks import (
@@ -27,6 +28,7 @@ from chai_jax.model.quantized import Leaf, dequantize, quantize
 from chai_jax.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+LANES = 128  # of a TPU's vectors
 SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)
 
 
@@ -89,7 +91,7 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> Group
 
     def write(old: Array, entry: Array) -> Array:
         # Axis 2 holds the tokens in keys, values and scales alike.
-        return jax.lax.dynamic_update_slice_in_dim(old, entry, start, axis=2)
+        return tokens_minor(jax.lax.dynamic_update_slice_in_dim(tokens_minor(old), entry, start, axis=2))
 
     return jax.tree.map(write, cache, new)
 
@@ -126,6 +128,21 @@ def _remember_blocks(past: BlockStore | None, x: Array, start: Array, real: Arra
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
     stored, read = append_blocks(past, x, start, real)
     return stored, read.recent if rows == 1 else read  # one row has one block of its own
+
+
+def tokens_minor(x: Array) -> Array:
+    """On TPUs, keep the tokens of keys and values along the lanes; elsewhere, and to their values, this does nothing.
+
+    A TPU's vectors have 128 lanes. Left alone, XLA puts the head dimension there while it decodes, padded to 128: of
+    heads of 64 it makes a second cache of twice the size, and copies it there and back at every call.
+    """
+    if x.ndim != 4 or x.shape[-1] % LANES == 0:
+        return x
+
+    def pin(x: Array) -> Array:
+        return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 3, 2)))
+
+    return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
 
 
 def extend(cache: Cache, capacity: int) -> Cache:

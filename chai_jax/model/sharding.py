@@ -9,6 +9,7 @@ all devices along `data` unless `use` set another. The mesh may span processes: 
 holds its own devices' parts of every array. Between jobs a model's parameters are whole on every host.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from chai_jax.errors import InputError
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
-from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray, is_leaf
+from chai_jax.model.quantized import Int4Array, QuantizedArray, is_leaf
 from chai_jax.spec import Spec
 
 Table = Mapping[str, str | tuple[str, ...] | None]
@@ -98,33 +99,30 @@ def shardings(declared: Params, mesh: Mesh, table: Table = TABLE) -> Any:
     return jax.tree.map(leaf, declared, is_leaf=lambda value: isinstance(value, Declared))
 
 
-def place(params: Any, targets: Any) -> Any:
-    """Copy parameters to where `shardings` wants them; a quantized array's scale is split along with its values.
+def spread(value: Any, target: NamedSharding) -> Any:
+    """Where a leaf's arrays lie: a quantized array's scale is split along with its values.
 
     An int4 array is not split along the axis of its groups where a device would get part of a byte or of a group.
     """
-
-    def leaf(value: Leaf, target: NamedSharding) -> Leaf:
-        if isinstance(value, Int4Array):
-            return _place_int4(value, target)
-        if not isinstance(value, QuantizedArray):
-            return put(value, target)
-        split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
-        reduced = {axis % len(value.shape) for axis in value.axes}
-        kept = PartitionSpec(*(name for axis, name in enumerate(split) if axis not in reduced))
-        scale = put(value.scale, NamedSharding(target.mesh, kept))
-        return QuantizedArray(put(value.values, target), scale, value.axes)
-
-    return jax.tree.map(leaf, params, targets, is_leaf=is_leaf)
-
-
-def _place_int4(value: Int4Array, target: NamedSharding) -> Int4Array:
+    if not is_leaf(value):
+        return target
     split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
-    devices = target.mesh.shape[split[value.axis]] if split[value.axis] else 1
-    if any(part.shape[value.axis] % devices for part in (value.packed, value.scale)):
-        split[value.axis] = None
-    sharding = NamedSharding(target.mesh, PartitionSpec(*split))
-    return jax.tree.map(lambda part: put(part, sharding), value)
+    if isinstance(value, Int4Array):
+        devices = target.mesh.shape[split[value.axis]] if split[value.axis] else 1
+        if any(part.shape[value.axis] % devices for part in (value.packed, value.scale)):
+            split[value.axis] = None
+        place = NamedSharding(target.mesh, PartitionSpec(*split))
+        return dataclasses.replace(value, packed=place, scale=place, low=place)
+    reduced = {axis % len(value.shape) for axis in value.axes}
+    kept = PartitionSpec(*(name for axis, name in enumerate(split) if axis not in reduced))
+    return QuantizedArray(target, NamedSharding(target.mesh, kept), value.axes)
+
+
+def place(params: Any, targets: Any) -> Any:
+    """Copy parameters to where `shardings` wants them."""
+    return jax.tree.map(
+        lambda value, target: jax.tree.map(put, value, spread(value, target)), params, targets, is_leaf=is_leaf
+    )
 
 
 def put(x: Any, target: Sharding) -> Any:
@@ -159,9 +157,13 @@ class Layout:
         """How many parts a batch is split into."""
         return self.mesh.shape["data"]
 
+    def shardings(self, config: OPTConfig, spec: Spec) -> Any:
+        """Where each of a model's parameters lies."""
+        return shardings(declare(config, spec), self.mesh, FSDP if self.fsdp else TABLE)
+
     def params(self, config: OPTConfig, spec: Spec, params: Params) -> Params:
         """A model's parameters, placed."""
-        return place(params, shardings(declare(config, spec), self.mesh, FSDP if self.fsdp else TABLE))
+        return place(params, self.shardings(config, spec))
 
     def rows(self, tree: Any) -> Any:
         """Arrays with the batch in front, split along it where `ways` divides it; each process has them whole."""

@@ -54,16 +54,17 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
-def cast(params: Params, dtype: Any) -> Params:
+def cast(params: Params, dtype: Any, expand: bool | None = None) -> Params:
     """Matrices and embeddings in the dtype they are multiplied in, once instead of at every token.
 
-    Vectors (norms, biases) are cast where they are used. What is quantized is expanded on CPUs alone: accelerators read
-    it faster.
+    Vectors (norms, biases) are cast where they are used. What is quantized is expanded on CPUs alone (if `expand` does
+    not say otherwise): accelerators read it faster.
     """
+    expand = jax.default_backend() == "cpu" if expand is None else expand
 
     def leaf(x: Leaf) -> Leaf:
         if isinstance(x, Quantized):
-            return dequantize(x, dtype) if jax.default_backend() == "cpu" else x
+            return dequantize(x, dtype) if expand else x
         return x.astype(dtype) if x.ndim > 1 else x
 
     return jax.tree.map(leaf, params, is_leaf=is_leaf)

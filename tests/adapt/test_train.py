@@ -187,7 +187,7 @@ def test_a_format_coarser_than_the_updates_still_learns(
 def test_int4_weights_train_and_stay_int4(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
     model, config = tiny(num_layers=2, int4=(0, 1)), TrainConfig(lr=2e-3, batch=16, accumulation=1, epochs=20)
     log: list[dict[str, Any]] = []
-    tuned = finetune(model, examples, FinetuneConfig(config), log.append, mesh=one_device)
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append, layout=one_device)
     assert jax.tree.structure(tuned.params) == jax.tree.structure(model.params)
     assert tuned.nbytes == model.nbytes
     old, new = (each.params["layers"]["0"]["up"]["kernel"].packed for each in (model, tuned))

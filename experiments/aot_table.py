@@ -1,0 +1,226 @@
+"""What opt-125m to 6.7b need and take on a v3-8 and a v5e-8, by the TPU's own compiler. No TPU, no weights.
+
+    python experiments/aot_table.py --out experiments/results
+
+Needs libtpu (`pip install 'chai_jax[tpu]'`) and an hour or two of one core: every row is a compilation. Finished rows
+are kept in aot.json; the same command goes on behind them. Writes aot.json, aot.csv and aot.md. A row whose job does
+not fit is followed by the options of `RESCUES`, cheapest first, up to the first that fits.
+"""
+
+import argparse
+import csv
+import io
+import json
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is here to compile; jax must not look for the TPU
+
+from chai_jax.files.atomic import write_json, write_text
+from chai_jax.measure.aot import GIB, find_largest_batch, measure, size
+from chai_jax.measure.programs import Job, Shapes, config_of, spec_of
+from chai_jax.measure.tpu import mesh_of, topology
+from chai_jax.model.sharding import Layout
+from chai_jax.progress import console
+
+Record = dict[str, Any]
+MODELS = ("125m", "350m", "1.3b", "6.7b")
+SLICES = ("v3:2x2", "v5e:2x4")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a job of a model on a slice.
+
+    Attributes:
+        search: the first batch of a search for the largest; None: this batch alone.
+        cache: `dense` bfloat16, or `compressed`: share qkv, C = H / 2, int8.
+        option: what was changed to make it fit.
+    """
+
+    model: str
+    topology: str
+    job: Job
+    search: bool = False
+    cache: str = "dense"
+    mesh: str | None = None
+    fsdp: bool = False
+    option: str = ""
+
+    @property
+    def key(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+
+def training(model: str, slice_: str, seq: int) -> Row:
+    """Distillation at the paper's batch: 128 in 8 microbatches; answers of one token at 64, whole texts beyond."""
+    job = Job("distil", batch=128, seq=seq, targets=1 if seq == 64 else seq, accumulation=8)
+    return Row(model, slice_, job, fsdp=model == "6.7b")
+
+
+def rescues(row: Row) -> Iterator[Row]:
+    """What to change where distillation does not fit, cheapest first."""
+    job = row.job
+    if job.seq > 64:
+        yield replace(row, job=replace(job, remat=True), option="remat")
+        yield replace(row, job=replace(job, remat=True, accumulation=16), option="remat, 16 microbatches")
+    yield replace(row, job=replace(job, moments="bfloat16"), option="bfloat16 first moment")
+    yield replace(row, job=replace(job, cached=True), option="cached teacher")
+    if not row.fsdp:
+        yield replace(row, fsdp=True, option="FSDP over 8")
+    yield replace(
+        row, job=replace(job, cached=True, remat=True), fsdp=True, option="cached teacher, remat, FSDP over 8"
+    )
+    target = replace(job, kind="target", remat=True)
+    yield replace(row, job=target, fsdp=True, option="target only (30 % of the layers), remat, FSDP over 8")
+    for slice_ in ("v6e:2x4", "v5p:2x2x2"):
+        yield replace(row, topology=slice_, fsdp=True, option=f"{slice_}, FSDP over 8")
+
+
+def decoding(model: str, slice_: str) -> Iterator[Row]:
+    """A token at 2,048 columns, dense and compressed: at one batch, and at the largest."""
+    for cache, factor in (("dense", 1), ("compressed", 4)):
+        row = Row(
+            model, slice_, Job("decode", FIRST[model], 2048), cache=cache, mesh="2x4" if model == "6.7b" else None
+        )
+        yield row
+        yield replace(row, job=replace(row.job, batch=factor * FIRST[model]), search=True)
+
+
+# Batches that a v3-8 holds with the dense cache.
+FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32}
+
+
+def rows() -> Iterator[Row]:
+    """Small models first, what takes longest last."""
+    for models in (MODELS[:3], MODELS[3:]):
+        pairs = [(model, slice_) for model in models for slice_ in SLICES]
+        for model, slice_ in pairs:
+            yield from decoding(model, slice_)
+        for model, slice_ in pairs:
+            yield training(model, slice_, 64)
+    for model in MODELS:
+        for slice_ in SLICES:
+            yield training(model, slice_, 512)
+
+
+def compile_row(row: Row) -> Record:
+    config = config_of(f"facebook/opt-{row.model}")
+    layout = Layout(mesh_of(topology(row.topology), row.mesh), row.fsdp)
+    share = {"share": "qkv", "clusters": 0.5, "storage": "int8"} if row.cache == "compressed" else {}
+    shapes = Shapes(config, spec_of(config, **share), layout)
+    if row.search:
+        found = find_largest_batch(row.job, shapes, tell=lambda line: console.print(f"    {line}", highlight=False))
+        measured = found["fitting"] or found["failing"]
+        searched = {"largest_batch": found["largest"], "too_large": found["too_large"], "compiled": found["compiled"]}
+    else:
+        measured, searched = measure(row.job, shapes), {}
+    given = {name: value for name, value in asdict(row).items() if name != "job"}
+    return {**measured, **given, **searched, "key": row.key}
+
+
+class Book:
+    """The finished rows, on disk after each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "aot.json"
+        self.done: dict[str, Record] = {}
+        if self.path.is_file():
+            self.done = {record["key"]: record for record in json.loads(self.path.read_text(encoding="utf-8"))}
+
+    def record(self, row: Row) -> Record:
+        if row.key not in self.done:
+            console.print(f"{row.model} {row.topology} {row.job.kind} {row.cache} {row.option}", highlight=False)
+            self.done[row.key] = compile_row(row)
+            self.write()
+        return self.done[row.key]
+
+    def write(self) -> None:
+        records = list(self.done.values())
+        write_json(self.path, records)
+        write_text(self.folder / "aot.csv", as_csv(records))
+        write_text(self.folder / "aot.md", markdown(records))
+
+
+COLUMNS = {
+    "model": lambda r: f"opt-{r['model']}",
+    "slice": lambda r: r["topology"],
+    "job": lambda r: f"{r['kind']} {r['seq']}",
+    "what": lambda r: r["option"] or (r["cache"] + " cache" if r["kind"] == "decode" else "teacher and student"),
+    "data x model": lambda r: "x".join(map(str, r["mesh_shape"].values())) + (" FSDP" if r["fsdp"] else ""),
+    "batch": lambda r: f"{r['batch']}" + (f" (largest; {r['too_large']} is not)" if "largest_batch" in r else ""),
+    "HBM a core, GiB": lambda r: f"{size(r) / GIB:.2f} of {r['hbm_limit'] / GIB:.2f}",
+    "fits": lambda r: "yes" if r["fits"] else f"no: {(size(r) - r['hbm_limit']) / GIB:.2f} GiB too much",
+    "roofline, ms": lambda r: f"{milliseconds(r)} ({r['roofline']['bound']})" if r["fits"] else "-",
+    "collectives, MB": lambda r: f"{r['collective_bytes'] / 1e6:.1f}" if r["fits"] else "-",
+}
+
+
+def ordered(records: list[Record]) -> list[Record]:
+    place = {"distil": 0, "finetune": 0, "target": 0, "decode": 1}
+    return sorted(records, key=lambda r: (place[r["kind"]], MODELS.index(r["model"]), r["seq"], r["key"]))
+
+
+def cells(record: Record) -> dict[str, str]:
+    return {name: cell(record) for name, cell in COLUMNS.items()}
+
+
+def table(lines: list[list[str]]) -> str:
+    """Rows as Markdown, the first as the head."""
+    head, *body = lines
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *body])
+
+
+def milliseconds(record: Record) -> str:
+    return f"{record['roofline']['ms']:.2f}" if record["fits"] else "does not fit"
+
+
+def headline(records: list[Record]) -> list[list[str]]:
+    """Per model and slice: largest batch with the dense and the compressed cache, and the roofline at one batch."""
+    lines = [
+        ["model", "slice", "largest batch, dense", "compressed", "ratio", "ms a token at batch", "dense", "compressed"]
+    ]
+    for model in MODELS:
+        for slice_ in SLICES:
+            mine = [r for r in records if (r["model"], r["topology"], r["kind"]) == (model, slice_, "decode")]
+            largest = {r["cache"]: r["largest_batch"] for r in mine if "largest_batch" in r}
+            single = {r["cache"]: r for r in mine if "largest_batch" not in r}
+            if len(largest) + len(single) == 4:
+                dense, small = largest["dense"], largest["compressed"]
+                times = [milliseconds(single[cache]) for cache in ("dense", "compressed")]
+                batch = str(single["dense"]["batch"])
+                lines.append([f"opt-{model}", slice_, str(dense), str(small), f"{small / dense:.2f}", batch, *times])
+    return lines
+
+
+def markdown(records: list[Record]) -> str:
+    rows = [list(cells(record).values()) for record in ordered(records)]
+    return table(headline(records)) + "\n" + table([list(COLUMNS), *rows])
+
+
+def as_csv(records: list[Record]) -> str:
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(COLUMNS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(cells(record) for record in ordered(records))
+    return out.getvalue()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("experiments/results"))
+    book = Book(parser.parse_args().out)
+    for row in rows():
+        record = book.record(row)
+        if not record["fits"] and row.job.kind == "distil":
+            next((option for option in rescues(row) if book.record(option)["fits"]), None)
+    print(json.dumps({"rows": len(book.done), "out": str(book.path)}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
