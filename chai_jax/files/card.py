@@ -120,7 +120,8 @@ def _compressed(model: Model) -> str:
 
 def _row(index: int, layer: LayerSpec) -> str:
     storage = ", ".join(sorted(set(layer.storages)))
-    return f"| {index} | {layer.share} | {layer.key_heads} | {layer.value_heads} | {storage} | {layer.weights} |"
+    share = f"{layer.share}, per prompt" if layer.membership == "prompt" else layer.share
+    return f"| {index} | {share} | {layer.key_heads} | {layer.value_heads} | {storage} | {layer.weights} |"
 
 
 def _terms(known: Origin) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from chai_jax.errors import InputError
-from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.progress import track
@@ -133,7 +133,7 @@ class Timed:
             "weights": model.nbytes,
             "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "kv": state.cache.nbytes,
-            "kv_formula": shape.batch * capacity * bytes_per_token(model.spec),
+            "kv_formula": shape.batch * (capacity * bytes_per_token(model.spec) + bytes_per_sequence(model.spec)),
             "decode_peak": peak - memory.alias_size_in_bytes,
         }
 

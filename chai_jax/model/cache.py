@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
+from chai_jax.model.membership import calibrated
 from chai_jax.model.quantized import Leaf, dequantize, quantize
 from chai_jax.spec import Group, LayerSpec, Spec
 
@@ -35,18 +36,22 @@ def through_storage(x: Float[Array, "B heads S R"], storage: str) -> Float[Array
 through_storage.defvjp(lambda x, storage: (through_storage(x, storage), None), lambda storage, _, gradient: (gradient,))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "membership"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class GroupCache:
-    """Stored keys [B, C, S, R] and values [B, C * values, S, R] of one group."""
+    """Stored keys [B, C, S, R] and values [B, value heads, S, R] of one group.
+
+    Where every sequence has clusters of its own, they are stored with them: membership of value heads is data then.
+    """
 
     # Any, because tree operations put other things (shapes, shardings) in their places.
     keys: Any
     values: Any
+    membership: Any = None  # a Membership
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "mask", "length"], meta_fields=[])
@@ -60,7 +65,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values as stored, scales included (the mask, 1 byte a token, is not counted)."""
+        """Bytes of keys and values as stored, with scales and memberships (not the mask, 1 byte a token)."""
         return sum(group.nbytes for layer in self.layers for group in layer)
 
     @property
@@ -75,7 +80,8 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> Group
         # Axis 2 holds the tokens in keys, values and scales alike.
         return jax.lax.dynamic_update_slice_in_dim(old, entry, start, axis=2)
 
-    return jax.tree.map(write, cache, new)
+    keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
+    return GroupCache(keys, values, cache.membership)
 
 
 def extend(cache: Cache, capacity: int) -> Cache:
@@ -89,9 +95,9 @@ def extend(cache: Cache, capacity: int) -> Cache:
 
 
 def group_bytes_per_token(group: Group, layer: LayerSpec) -> int:
-    """The formula: C (R_k + values R_v) entries, plus a scale for each cached head where the format is int8."""
-    entries = group.clusters * (layer.key_rank + group.values * layer.value_rank)
-    scales = group.clusters * (1 + group.values) * SCALE_BYTES if group.storage == "int8" else 0
+    """The formula: C R_k + value heads R_v entries, plus a scale for each cached head where the format is int8."""
+    entries = group.clusters * layer.key_rank + group.value_heads * layer.value_rank
+    scales = (group.clusters + group.value_heads) * SCALE_BYTES if group.storage == "int8" else 0
     return entries * BYTES[group.storage] + scales
 
 
@@ -100,18 +106,29 @@ def bytes_per_token(spec: Spec) -> int:
     return sum(group_bytes_per_token(group, layer) for layer in spec.layers for group in layer.groups)
 
 
+def bytes_per_sequence(spec: Spec) -> int:
+    """Cache bytes of one sequence however long: membership per prompt, H + C numbers of 4 bytes in each such layer."""
+    return sum(
+        4 * (group.assigned + group.clusters) for layer in spec.layers for group in layer.groups if group.assigned
+    )
+
+
 def empty(spec: Spec, batch: int, capacity: int) -> Cache:
-    """An empty cache of `capacity` tokens; its `nbytes` is batch * capacity * `bytes_per_token(spec)`."""
+    """An empty cache of `capacity` tokens, its memberships the calibrated ones.
+
+    Its `nbytes` is batch * (capacity * `bytes_per_token(spec)` + `bytes_per_sequence(spec)`).
+    """
 
     def group_cache(group: Group, layer: LayerSpec) -> GroupCache:
         keys = jnp.zeros((batch, group.clusters, capacity, layer.key_rank))
-        values = jnp.zeros((batch, group.clusters * group.values, capacity, layer.value_rank))
-        return GroupCache(store(keys, group.storage), store(values, group.storage))
+        values = jnp.zeros((batch, group.value_heads, capacity, layer.value_rank))
+        membership = calibrated(layer.clusters, batch) if group.assigned else None
+        return GroupCache(store(keys, group.storage), store(values, group.storage), membership)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)
     return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
 
 def measured_bytes_per_token(spec: Spec) -> int:
-    """`bytes_per_token` as summed from the real arrays of an allocated cache, scales included."""
-    return empty(spec, batch=1, capacity=1).nbytes
+    """`bytes_per_token` as what one more token adds to the real arrays of an allocated cache, scales included."""
+    return empty(spec, batch=1, capacity=2).nbytes - empty(spec, batch=1, capacity=1).nbytes
