@@ -52,8 +52,8 @@ def features(probabilities: Float[Array, "B H W W"]) -> Float[Array, "B H F"]:
     """What heads are compared by: their attention rows over a sequence's first W tokens, one after the other (F = W W).
 
     As offline (`chai_jax.analyse.probe`), each row is centred over the keys it may read, without the first token, on
-    which heads rest when they have nothing to do. Two rows are left without anything to say: of five tokens, three
-    rows and six numbers speak.
+    which heads rest when they have nothing to do. That leaves the first two rows nothing to say: of five tokens, rows
+    of two, three and four keys speak.
     """
     width = probabilities.shape[-1]
     keys = np.tril(np.ones((width, width), bool))

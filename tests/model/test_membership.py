@@ -1,6 +1,7 @@
 """K-Means inside jit against scikit-learn's, medoids against the offline ones, features against the offline probe's."""
 
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
 from chai_jax.analyse.cluster import medoid
+from chai_jax.files.store import load
+from chai_jax.measure.verify import TEXTS
 from chai_jax.model.membership import (
     Membership,
     assign,
@@ -20,6 +23,8 @@ from chai_jax.model.membership import (
     find_medoids,
     kmeans,
 )
+from chai_jax.model.opt import Seen, forward
+from chai_jax.model.params import Params
 
 SHAPES = [(8, 6, 3), (12, 190, 6), (9, 15, 8)]
 
@@ -46,6 +51,23 @@ def test_kmeans_is_scikit_learns_from_the_same_start(heads: int, size: int, coun
         theirs = KMeans(count, init=start, n_init=1, tol=0, algorithm="lloyd").fit(mine)
         np.testing.assert_array_equal(labels, theirs.labels_)
         np.testing.assert_allclose(inertia(mine, labels), theirs.inertia_, rtol=1e-4)
+
+
+def test_kmeans_is_scikit_learns_on_the_heads_of_a_trained_model(shared: Path) -> None:
+    model = load(shared / "models" / "opt-mini")
+    tokens = np.asarray([model.tokenizer(text)["input_ids"][:10] for text in TEXTS], np.int32)
+
+    def look(index: int, seen: Seen, params: Params) -> jax.Array:
+        return features(seen.probabilities)
+
+    run = jax.jit(partial(forward, model.config, model.spec, observe=look))
+    points = np.concatenate(run(model.params, tokens, np.ones(tokens.shape, bool)).observed)
+    assert points.shape == (4 * 8, 8, 100)
+    starts = np.asarray(jax.jit(jax.vmap(partial(farthest_points, count=4)))(points))
+    for mine, start, labels in zip(points, starts, jax.jit(jax.vmap(kmeans))(points, starts), strict=True):
+        theirs = KMeans(4, init=start, n_init=1, tol=0, algorithm="lloyd").fit(mine)
+        np.testing.assert_array_equal(labels, theirs.labels_)
+        np.testing.assert_allclose(inertia(mine, np.asarray(labels)), theirs.inertia_, rtol=1e-4)
 
 
 def test_the_start_is_ever_the_farthest_point() -> None:
