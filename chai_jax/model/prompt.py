@@ -5,7 +5,7 @@ sequence's clusters; from there on queries read the C kept keys, which are kept 
 shorter than the warm-up has the calibrated clusters from its first token on. What is read without a cache is taken for
 a prompt and decides; with a cache, the membership stored there is obeyed. Decided once, it never changes.
 
-The weights of all heads stay, so all queries and keys are computed and most are dropped: the cache and the attention
+The weights of all heads stay, so all queries and keys are computed and most are dropped: cached keys and attention
 scores shrink to C / H, the projections do not.
 """
 
