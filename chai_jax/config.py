@@ -228,6 +228,10 @@ class PlanConfig:
     share: Literal["qk", "qkv", "kv"] | None = None
     """What the heads of a cluster share: `qk` keeps every value head, `qkv` one of each, `kv` is one latent key and
     value for a whole layer (default: qkv; with a budget: qkv and kv, whichever costs less)."""
+    membership: Literal["calibrated", "prompt"] = "calibrated"
+    """Clusters fixed by the calibration text, or found anew on each prompt's first tokens (share `qk`, no budget)."""
+    warmup_tokens: int = 5
+    """With membership `prompt`: how many first tokens read all heads' keys and decide the clusters."""
     layers: float | None = None
     """Fraction of layers to cluster, rounded up (default: 0.5; toy: 1)."""
     first: Literal["redundant", "insensitive"] = "redundant"

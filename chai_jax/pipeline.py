@@ -27,9 +27,9 @@ from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import new_folder, write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
-from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.planning import parse_clusters, plan_for
+from chai_jax.planning import check_membership, parse_clusters, plan_for
 from chai_jax.processes import agreed, first_process, once
 from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
@@ -87,6 +87,8 @@ def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: 
         plan.check_model(source.config.num_layers, source.config.num_heads)
         if "target" in parse_order(config.order):
             select_layers(plan, TargetConfig(policy=config.policy))
+    else:
+        check_membership(config.planning)
     if teacher is not None:
         check_vocabulary(source, teacher)
     clusters = parse_clusters(config.planning.clusters or "elbow")
@@ -254,6 +256,7 @@ class Job:
             "metrics": metrics,
             "kv_bytes_per_token": stored,
             "kv_bytes_per_token_formula": bytes_per_token(model.spec),
+            "kv_bytes_per_sequence": bytes_per_sequence(model.spec),
             "kv_bytes_per_token_dense_bfloat16": dense["bfloat16"],
             "kv_bytes_per_token_dense_float32": dense["float32"],
             "kv_reduction": 1 - stored / dense["bfloat16"],

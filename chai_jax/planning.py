@@ -29,6 +29,7 @@ def plan_for(
             some might find them and others not.
         picture: where to draw the heads and their clusters, a path without suffix.
     """
+    check_membership(wanted)
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
     if wanted.kv_budget is None:
         plan = _by_clusters(model, seen, wanted, seed)
@@ -40,13 +41,29 @@ def plan_for(
     return plan
 
 
+def check_membership(wanted: PlanConfig) -> None:
+    """Refuse clusters per prompt where heads are merged for good.
+
+    Raises:
+        InputError: `--membership prompt` with a budget, a share other than qk, merged scores, or no warm-up.
+    """
+    if wanted.membership == "calibrated":
+        return
+    if wanted.kv_budget is not None:
+        raise InputError(
+            "--membership prompt is given with --kv-budget; the planner measures fixed clusters: leave one of them out"
+        )
+    score_merge = wanted.score_merge or "representative"
+    Plan((), wanted.share or "qk", wanted.membership, score_merge, warmup_tokens=wanted.warmup_tokens).check()
+
+
 def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
     if wanted.model_budget is not None:
         raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
     return make_plan(
         model,
         seen,
-        share=wanted.share or "qkv",
+        share=wanted.share or ("qk" if wanted.membership == "prompt" else "qkv"),
         layers=wanted.layers or 0.0,
         first=wanted.first,
         clusters=parse_clusters(wanted.clusters or "elbow"),
@@ -54,6 +71,8 @@ def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Pl
         score_merge=wanted.score_merge or "representative",
         value_merge=wanted.value_merge or "representative",
         sensitivity=wanted.sensitivity,
+        membership=wanted.membership,
+        warmup_tokens=wanted.warmup_tokens,
         seed=seed,
     )
 

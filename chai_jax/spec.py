@@ -7,7 +7,7 @@ that the forward pass looks at. Both are frozen, hashable (so they can be static
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,22 +31,33 @@ class Group:
 
     Each cluster caches one key head, read by `queries` query heads, and `values` value heads:
     dense (C = H, 1, 1), qk (1 query, m values), qkv (1, 1), kv (m queries, 1 value).
+    Where every sequence assigns value heads to clusters by itself, `assigned` counts them and `values` is left at 1.
     """
 
     clusters: int
     queries: int = 1
     values: int = 1
     storage: str = "float32"
+    assigned: int = 0
+
+    @property
+    def value_heads(self) -> int:
+        """Value heads this group caches."""
+        return self.assigned or self.clusters * self.values
 
     @property
     def outputs(self) -> int:
         """Heads this group hands to the output projection."""
-        return self.clusters * self.queries * self.values
+        return self.value_heads * self.queries
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one layer is: `clusters` lists the original head numbers of each cluster, in the order stored."""
+    """What one layer is: `clusters` lists the original head numbers of each cluster, in the order stored.
+
+    With membership `prompt` every sequence finds its own clusters on its first `warmup` tokens. All heads are then
+    stored, in their original order, and `clusters` (each led by its representative) are those of shorter sequences.
+    """
 
     share: str
     clusters: tuple[tuple[int, ...], ...]
@@ -54,6 +65,8 @@ class LayerSpec:
     key_rank: int
     value_rank: int
     weights: str = "loaded"
+    membership: str = "calibrated"
+    warmup: int = 0
 
     @property
     def query_heads(self) -> int:
@@ -65,11 +78,23 @@ class LayerSpec:
 
     @property
     def value_heads(self) -> int:
-        return sum(group.clusters * group.values for group in self.groups)
+        return sum(group.value_heads for group in self.groups)
 
     @property
     def output_heads(self) -> int:
         return sum(group.outputs for group in self.groups)
+
+    @property
+    def projected(self) -> tuple[int, int, int, int]:
+        """Heads of the query, key, value and output projections."""
+        if self.membership == "prompt":
+            return (self.value_heads,) * 4
+        return self.query_heads, self.key_heads, self.value_heads, self.output_heads
+
+    def stored_as(self, storages: Sequence[str]) -> "LayerSpec":
+        """The same layer with each cluster, in the order stored, cached in another format."""
+        groups = group_clusters(self.share, self.clusters, storages, self.membership)
+        return dataclasses.replace(self, groups=groups)
 
     @property
     def storages(self) -> tuple[str, ...]:
@@ -77,8 +102,13 @@ class LayerSpec:
         return tuple(group.storage for group in self.groups for _ in range(group.clusters))
 
 
-def group_clusters(share: str, clusters: Iterable[tuple[int, ...]], storages: Iterable[str]) -> tuple[Group, ...]:
-    """Fold consecutive clusters of equal shape and storage into groups."""
+def group_clusters(
+    share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str], membership: str = "calibrated"
+) -> tuple[Group, ...]:
+    """Fold consecutive clusters of equal shape and storage into groups; clusters found per prompt into one a format."""
+    if membership == "prompt":
+        count = sum(map(len, clusters))
+        return tuple(Group(len(clusters), storage=storage, assigned=count) for storage in dict.fromkeys(storages))
     groups: list[Group] = []
     for heads, storage in zip(clusters, storages, strict=True):
         queries = len(heads) if share == "kv" else 1
@@ -137,15 +167,20 @@ def _layer_spec(index: int, entry: Any) -> LayerSpec:
     layer = LayerSpec(**{**entry, "groups": groups, "clusters": clusters})
     sizes = [layer.key_rank, layer.value_rank]
     sizes += [size for group in groups for size in (group.clusters, group.queries, group.values)]
+    prompt = layer.membership == "prompt"
     # Plain ints first, and their sum: a huge count must not be unrolled to be found wrong.
     fits = (
         all(type(size) is int and size > 0 for size in sizes)
         and all(type(head) is int for heads in clusters for head in heads)
         and layer.key_heads == len(clusters)
-        and groups == group_clusters(layer.share, clusters, layer.storages)
+        and groups == group_clusters(layer.share, clusters, layer.storages, layer.membership)
         and set(layer.storages) <= set(STORAGES)
         and layer.share in SHARES
         and layer.weights in WEIGHTS
+        and not (layer.membership == "prompt" and "int4" in layer.storages)
+        and layer.membership in MEMBERSHIPS
+        and type(layer.warmup) is int
+        and (layer.warmup > 0 and layer.share == "qk" if prompt else layer.warmup == 0)
     )
     if not fits:
         raise InputError(f"spec layer {index} contradicts itself; expected what save() writes: save it again")

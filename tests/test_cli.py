@@ -158,6 +158,9 @@ def test_bad_run_arguments(model: Path, data: Path, capsys: pytest.CaptureFixtur
     assert "either --task" in refused(capsys, "run", model, "--out", out)
     assert "a number from 1 to 4 (the heads)" in refused(capsys, *job, "--clusters", "5")
     assert "expected elbow" in refused(capsys, *job, "--clusters", "many")
+    assert "use share 'qk'" in refused(capsys, *job, "--membership", "prompt")
+    prompt = ("--membership", "prompt", "--share", "qk")
+    assert "warmup_tokens is 0" in refused(capsys, *job, *prompt, "--warmup-tokens", "0")
     assert "teacher-of-none" in refused(capsys, *job, "--teacher", tmp_path / "teacher-of-none")
     assert not out.exists()
 

@@ -268,3 +268,16 @@ def test_killed_at_random_it_ends_the_same(undisturbed: Path, small_model: Path,
     assert killed > 0
     assert results(out) == results(undisturbed)
     assert weights(out) == weights(undisturbed)
+
+
+@pytest.mark.slow
+def test_clusters_per_prompt_through_all_stages(small_model: Path, data: Path, tmp_path: Path) -> None:
+    planning = PlanConfig("qk", "prompt", warmup_tokens=3, layers=1.0, clusters="2", calibration=8)
+    pipeline.run(job(small_model, data, tmp_path / "out", planning=planning, order="distil,quantize"))
+    records = results(tmp_path / "out")
+    assert [record["kv_bytes_per_sequence"] for record in records] == [0] + [2 * (4 + 2) * 4] * 3
+    assert records[1]["kv_bytes_per_token"] == 2 * (2 + 4) * 8 * 2
+    for record in records:
+        assert record["kv_bytes_per_token"] == record["kv_bytes_per_token_formula"]
+    layer = json.loads((tmp_path / "out/model/spec.json").read_text())["layers"][0]
+    assert (layer["membership"], layer["warmup"]) == ("prompt", 3)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chai_jax.errors import InputError
-from chai_jax.spec import ClusterPlan, Group, LayerPlan, Plan, Spec, group_clusters
+from chai_jax.spec import ClusterPlan, Group, LayerPlan, LayerSpec, Plan, Spec, group_clusters
 
 LAYER = LayerPlan((ClusterPlan((0, 2), 2, storage="int8"), ClusterPlan((1,), 1)), tier="medium", weights="bfloat16")
 PLAN = Plan((LAYER, LAYER), share="qk", sensitivity=(0.5, 0.25))
@@ -106,3 +106,29 @@ def test_spec_json_round_trip_and_tampering() -> None:
     for bad in ({}, {"layers": [{}]}, [], {"layers": [None]}):
         with pytest.raises(InputError, match=r"not a spec"):
             Spec.from_json(bad)
+
+
+def test_a_layer_with_clusters_per_prompt_in_json() -> None:
+    clusters = ((2, 0), (1,), (3, 4, 5))
+    groups = group_clusters("qk", clusters, ["int8"] * 3, "prompt")
+    assert groups == (Group(3, storage="int8", assigned=6),)
+    layer = LayerSpec("qk", clusters, groups, 8, 8, membership="prompt", warmup=5)
+    assert (layer.query_heads, layer.key_heads, layer.value_heads, layer.output_heads) == (3, 3, 6, 6)
+    assert layer.projected == (6, 6, 6, 6)
+    assert layer.stored_as(["float32"] * 3).groups == (Group(3, assigned=6),)
+    value = json.loads(json.dumps(Spec((layer,)).to_json()))
+    assert Spec.from_json(value) == Spec((layer,))
+    tampered: list[dict[str, Any]] = [
+        {"membership": "calibrated"},
+        {"membership": "sometimes"},
+        {"membership": "calibrated", "groups": Spec.dense(1, 3, 8).to_json()["layers"][0]["groups"]},
+        {"warmup": 0},
+        {"warmup": -1},
+        {"share": "qkv"},
+        {"clusters": [[2, 0], [1], [3, 4]]},
+        {"groups": [{**value["layers"][0]["groups"][0], "assigned": 7}]},
+        {"groups": value["layers"][0]["groups"] * 2},
+    ]
+    for change in tampered:
+        with pytest.raises(InputError, match="layer 0 contradicts itself"):
+            Spec.from_json({"layers": [{**value["layers"][0], **change}]})

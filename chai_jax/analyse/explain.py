@@ -5,6 +5,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from chai_jax.compress.cluster import prompt_layer
 from chai_jax.compress.slice import cluster_order
 from chai_jax.model.cache import BYTES, bytes_per_token
 from chai_jax.model.params import OPTConfig
@@ -25,7 +26,12 @@ def planned_spec(plan: Plan, config: OPTConfig) -> Spec:
     """
     plan.check_model(config.num_layers, config.num_heads)
 
-    return Spec(tuple(planned_layer(layer, plan.share, config) for layer in plan.layers))
+    def layer(wanted: LayerPlan) -> LayerSpec:
+        if plan.membership == "prompt" and wanted.clustered:
+            return prompt_layer(wanted, wanted.clusters[0].storage, config.head_dim, plan.warmup_tokens)
+        return planned_layer(wanted, plan.share, config)
+
+    return Spec(tuple(layer(wanted) for wanted in plan.layers))
 
 
 def planned_layer(wanted: LayerPlan, share: str, config: OPTConfig) -> LayerSpec:
@@ -81,7 +87,8 @@ def explain_table(plan: Plan, config: OPTConfig | None = None) -> Table:
     """`explain` as a table that fits 80 columns."""
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
-    title = f"{plan.membership} {plan.score_merge}, {plan.value_merge}; by {plan.method}"
+    found = f"per prompt ({plan.warmup_tokens} tokens)" if plan.membership == "prompt" else plan.membership
+    title = f"{found} {plan.score_merge}, {plan.value_merge}; by {plan.method}"
     caption = f"{', '.join(used)}: how many clusters cache keys and values so"
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
     if ranks:

@@ -36,6 +36,7 @@ def plan(
     value_merge: str = "representative",
     sensitivity: str = "kl",
     membership: str = "calibrated",
+    warmup_tokens: int = 5,
     seed: int = 0,
 ) -> Plan:
     """Decide which heads of a dense model share keys (and values), and in which formats its layers are stored.
@@ -53,13 +54,15 @@ def plan(
         sensitivity: `kl`, `perturbation` or `attention` (see `sensitivities`). Every layer is perturbed by its own
             clusters, whether or not it is among those clustered in the end, so that the scores compare layers alone.
         membership: `calibrated`, or `prompt`: clusters are found anew for every prompt, so no cluster of a layer is
-            known to be redundant and medium layers store all in bfloat16.
+            known to be redundant and medium layers store all in bfloat16; the clusters of the plan are those of
+            prompts shorter than the warm-up.
+        warmup_tokens: on which a prompt's clusters are found.
         seed: of K-Means.
 
     Raises:
         InputError: a model that is no dense one or not the one probed, or an argument that is none of the above.
     """
-    base = Plan((), share, membership, score_merge, value_merge, method=sensitivity)
+    base = Plan((), share, membership, score_merge, value_merge, warmup_tokens, method=sensitivity)
     base.check()
     if not 0 <= layers <= 1:
         raise InputError(f"layers is {layers}; expected a fraction of the layers from 0 to 1")

@@ -17,7 +17,13 @@ from chai_jax.compress.merge import (
     low_rank_values,
 )
 from chai_jax.compress.moments import input_moments, output_moments
-from chai_jax.compress.slice import cluster_order, every_value, representative_scores, representative_values
+from chai_jax.compress.slice import (
+    cluster_order,
+    every_value,
+    reorder,
+    representative_scores,
+    representative_values,
+)
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, Params
@@ -32,7 +38,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
 
     Share `qk` keeps one query and key per cluster and every value head; `qkv` keeps one of each; `kv` keeps every query
     and output head on one latent key and value. Cache formats stay as they are; layers without a merge stay untouched,
-    bit for bit.
+    bit for bit. With membership `prompt` all weights stay: which heads are kept is decided as the model runs.
 
     Args:
         text: calibration windows (a probe will do): for all but representatives, which need none. Its hidden states are
@@ -44,8 +50,6 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     """
     plan.check()
     plan.check_model(model.config.num_layers, model.config.num_heads)
-    if plan.membership != "calibrated":
-        raise InputError(f"clustering by membership {plan.membership!r} is not built; expected calibrated")
     if plan.needs_text and text is None:
         raise InputError(
             "the plan merges heads by low rank; expected calibration text to fit them to: give cluster() the probe"
@@ -55,8 +59,12 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     for index, wanted in enumerate(track(plan.layers, "Merging the heads")):
         if wanted.merged:
             _check_plain(model.config, index, spec.layers[index], layers[str(index)])
-            merge = LayerMerge(model, index, wanted, plan, stream)
-            spec, layers[str(index)] = spec.with_layer(index, merge.spec), merge.params()
+            if plan.membership == "prompt":
+                new, params = _assign(index, spec.layers[index], layers[str(index)], wanted, plan.warmup_tokens)
+            else:
+                merge = LayerMerge(model, index, wanted, plan, stream)
+                new, params = merge.spec, merge.params()
+            spec, layers[str(index)] = spec.with_layer(index, new), params
         if stream is not None:
             stream.advance()
     return model.replace(spec=spec, params={**model.params, "layers": layers}, plan=plan)
@@ -68,6 +76,26 @@ def _check_plain(config: OPTConfig, index: int, layer: LayerSpec, params: Params
         raise InputError(
             f"layer {index} is clustered or quantized already; expected a dense float layer: start from the dense model"
         )
+
+
+def _assign(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan, warmup: int) -> tuple[LayerSpec, Params]:
+    """Nothing is cut away, but the heads return to their original order, in which memberships number them."""
+    formats = sorted(set(layer.storages))
+    if len(formats) > 1:
+        raise InputError(
+            f"layer {index} stores its heads as {' and '.join(formats)}; clusters found per prompt need one format: "
+            "start from a model with one (with_storage)"
+        )
+    order = sorted(range(len(layer.clusters)), key=lambda at: layer.clusters[at])
+    new = prompt_layer(wanted, formats[0], layer.key_rank, warmup)
+    return dataclasses.replace(new, weights=layer.weights), reorder(layer, params, order)
+
+
+def prompt_layer(wanted: LayerPlan, storage: str, head_dim: int, warmup: int) -> LayerSpec:
+    """A layer whose clusters are found per prompt, with the plan's for prompts shorter than the warm-up."""
+    clusters = tuple((one.keep, *(head for head in one.heads if head != one.keep)) for one in wanted.clusters)
+    groups = group_clusters("qk", clusters, [storage] * len(clusters), "prompt")
+    return LayerSpec("qk", clusters, groups, head_dim, head_dim, wanted.weights, "prompt", warmup)
 
 
 class Stream:

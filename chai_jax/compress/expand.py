@@ -18,12 +18,18 @@ def expand(model: Model) -> Model:
     which changes nothing an ordinary OPT computes.
 
     Raises:
-        InputError: a layer's shared keys or values have a larger rank than a dense head has dimensions.
+        InputError: a layer finds its clusters per prompt, or its shared keys or values have a larger rank than a dense
+            head has dimensions.
     """
     params = dequantize_weights(model.params)
     layers = {}
     spec_layers = []
     for index, layer in enumerate(model.spec.layers):
+        if layer.membership == "prompt":
+            raise InputError(
+                f"layer {index} finds its clusters anew for every prompt, an ordinary OPT has none; such a model has "
+                "no ordinary OPT form: save it instead of exporting it"
+            )
         rank = max(layer.key_rank, layer.value_rank)
         if rank > model.config.head_dim:
             raise InputError(

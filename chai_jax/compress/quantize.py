@@ -1,18 +1,19 @@
 """Storage formats as surgery: the cache formats and weight formats that a plan asks for, layer by layer."""
 
 import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from chai_jax.compress.slice import cluster_order, take, take_heads
+from chai_jax.compress.slice import cluster_order, reorder
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4
 from chai_jax.model.quantized import quantize as quantize_array
-from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clusters
+from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec
 
 # The contracted axes of each kernel of a layer: int8 weights have one scale per output channel, int4 weights one for
 # each GROUP entries along the last of these axes.
@@ -44,41 +45,24 @@ def quantize(model: Model, plan: Plan) -> Model:
 def _store_layer(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan) -> tuple[LayerSpec, Params]:
     """Give each cluster its cache format, and reorder clusters and their heads so that groups are contiguous."""
     format_of = {head: cluster.storage for cluster in wanted.clusters for head in cluster.heads}
-    storages = []
-    for heads in layer.clusters:
-        formats = sorted({format_of[head] for head in heads})
-        if len(formats) > 1:
-            raise InputError(
-                f"layer {index}: heads {list(heads)} share a cached head, the plan stores it as {' and '.join(formats)}"
-                "; expected the plan the model was clustered by"
-            )
-        storages.append(formats[0])
+    if layer.membership == "prompt":
+        # Any head may be kept, so all must have one format; no order matters.
+        return layer.stored_as([_one_format(index, range(len(format_of)), format_of)] * layer.key_heads), params
+    storages = [_one_format(index, heads, format_of) for heads in layer.clusters]
     order = cluster_order(layer.share, layer.clusters, storages)
-    clusters = tuple(layer.clusters[at] for at in order)
-    groups = group_clusters(layer.share, clusters, [storages[at] for at in order])
-    return dataclasses.replace(layer, clusters=clusters, groups=groups), reorder(layer, params, order)
+    ordered = dataclasses.replace(layer, clusters=tuple(layer.clusters[at] for at in order))
+    return ordered.stored_as([storages[at] for at in order]), reorder(layer, params, order)
 
 
-def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:
-    """Permute a layer's clusters: each takes its query, key, value and output heads along."""
-    if order == list(range(len(order))):
-        return params
-
-    def heads(width: dict[int, int]) -> list[int]:
-        starts = [sum(width[before] for before in range(at)) for at in range(len(order))]
-        return [starts[at] + step for at in order for step in range(width[at])]
-
-    shapes = [(group.queries, group.values) for group in layer.groups for _ in range(group.clusters)]
-    queries = {at: q for at, (q, _) in enumerate(shapes)}
-    values = {at: v for at, (_, v) in enumerate(shapes)}
-    outputs = {at: q * v for at, (q, v) in enumerate(shapes)}
-    return {
-        **params,
-        "query": take_heads(params["query"], heads(queries)),
-        "key": take_heads(params["key"], order),
-        "value": take_heads(params["value"], heads(values)),
-        "output": {**params["output"], "kernel": take(params["output"]["kernel"], heads(outputs), axis=-3)},
-    }
+def _one_format(index: int, heads: Iterable[int], format_of: Mapping[int, str]) -> str:
+    """The format of heads that share a cached one."""
+    formats = sorted({format_of[head] for head in heads})
+    if len(formats) > 1:
+        raise InputError(
+            f"layer {index}: heads {list(heads)} share a cached head, the plan stores it as {' and '.join(formats)}"
+            "; expected the plan the model was clustered by"
+        )
+    return formats[0]
 
 
 def store_weights(params: Params, weights: str) -> Params:
@@ -119,8 +103,7 @@ def with_storage(model: Model, storage: str) -> Model:
 
 def layer_with_storage(layer: LayerSpec, storage: str) -> LayerSpec:
     """The same layer with its whole cache stored in one format."""
-    groups = group_clusters(layer.share, layer.clusters, [storage] * layer.key_heads)
-    return dataclasses.replace(layer, groups=groups)
+    return layer.stored_as([storage] * layer.key_heads)
 
 
 def dequantize_weights(params: Any) -> Any:

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray
-from chai_jax.spec import STORAGES
+from chai_jax.spec import STORAGES, LayerSpec
 
 
 def representative_scores(params: Params, kept: Sequence[int]) -> Params:
@@ -51,6 +51,28 @@ def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Seq
     that singletons of one storage keep the heads' order."""
     sizes = [len(heads) if share in ("qk", "kv") else 1 for heads in clusters]
     return sorted(range(len(clusters)), key=lambda at: (STORAGES.index(storages[at]), sizes[at]))
+
+
+def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:
+    """Permute a layer's clusters: each takes its query, key, value and output heads along."""
+    if order == list(range(len(order))):
+        return params
+
+    def heads(width: dict[int, int]) -> list[int]:
+        starts = [sum(width[before] for before in range(at)) for at in range(len(order))]
+        return [starts[at] + step for at in order for step in range(width[at])]
+
+    shapes = [(group.queries, group.values) for group in layer.groups for _ in range(group.clusters)]
+    queries = {at: q for at, (q, _) in enumerate(shapes)}
+    values = {at: v for at, (_, v) in enumerate(shapes)}
+    outputs = {at: q * v for at, (q, v) in enumerate(shapes)}
+    return {
+        **params,
+        "query": take_heads(params["query"], heads(queries)),
+        "key": take_heads(params["key"], order),
+        "value": take_heads(params["value"], heads(values)),
+        "output": {**params["output"], "kernel": take(params["output"]["kernel"], heads(outputs), axis=-3)},
+    }
 
 
 def take(leaf: Leaf, indices: Sequence[int], axis: int) -> Leaf:

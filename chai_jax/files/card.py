@@ -108,11 +108,16 @@ def _ordinary(model: Model) -> str:
 def _compressed(model: Model) -> str:
     config = model.config
     dense = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
+    export = (
+        "`chai-jax export` makes a folder that it can"
+        if all(layer.membership == "calibrated" for layer in model.spec.layers)
+        else "nor can any export be, for no ordinary OPT finds its clusters anew for every prompt"
+    )
     rows = "\n".join(_row(index, layer) for index, layer in enumerate(model.spec.layers))
     return (
         f"A compressed OPT ({_size(model)}). Its weights take {model.nbytes:,} bytes, its K,V cache "
         f"{model.kv_bytes_per_token:,} bytes per token ({dense:,} for the same model dense in bfloat16). transformers "
-        f"cannot read it; `chai-jax export` makes a folder that it can.\n\n{USE}\n\n"
+        f"cannot read it; {export}.\n\n{USE}\n\n"
         "| layer | share | cached K heads | cached V heads | cache | weights |\n| --- | --- | --- | --- | --- | --- |\n"
         + rows
     )
@@ -120,7 +125,8 @@ def _compressed(model: Model) -> str:
 
 def _row(index: int, layer: LayerSpec) -> str:
     storage = ", ".join(sorted(set(layer.storages)))
-    return f"| {index} | {layer.share} | {layer.key_heads} | {layer.value_heads} | {storage} | {layer.weights} |"
+    share = f"{layer.share}, per prompt" if layer.membership == "prompt" else layer.share
+    return f"| {index} | {share} | {layer.key_heads} | {layer.value_heads} | {storage} | {layer.weights} |"
 
 
 def _terms(known: Origin) -> str:

@@ -24,6 +24,7 @@ from chai_jax.model.blocks import (
     extend_blocks,
     pad,
 )
+from chai_jax.model.membership import calibrated
 from chai_jax.model.quantized import Leaf, dequantize, quantize
 from chai_jax.spec import Group, LayerSpec, Spec
 
@@ -53,18 +54,22 @@ def through_storage(x: Float[Array, "B heads S R"], storage: str) -> Float[Array
     return straight_through(x, dequantize(store(x, storage), x.dtype))
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["keys", "values", "membership"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class GroupCache:
-    """Stored keys [B, C, S, R] and values [B, C * values, S, R] of one group: arrays, int8 arrays, or block stores."""
+    """Stored keys [B, C, S, R] and values [B, value heads, S, R] of one group: arrays, int8 arrays, or block stores.
+
+    Where every sequence has clusters of its own, they are stored with them: membership of value heads is data then.
+    """
 
     # Any, because tree operations put other things (shapes, shardings) in their places.
     keys: Any
     values: Any
+    membership: Any = None  # a Membership
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "mask", "length"], meta_fields=[])
@@ -78,7 +83,7 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values as stored, scales included (the mask, 1 byte a token, is not counted)."""
+        """Bytes of keys and values as stored, with scales and memberships (not the mask, 1 byte a token)."""
         return sum(group.nbytes for layer in self.layers for group in layer)
 
     @property
@@ -93,7 +98,8 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> Group
         # Axis 2 holds the tokens in keys, values and scales alike.
         return tokens_minor(jax.lax.dynamic_update_slice_in_dim(tokens_minor(old), entry, start, axis=2))
 
-    return jax.tree.map(write, cache, new)
+    keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
+    return GroupCache(keys, values, cache.membership)
 
 
 def remember(
@@ -163,7 +169,7 @@ def group_bytes_per_token(group: Group, layer: LayerSpec) -> int | float:
     each `BLOCK` channels of a value at every token (an odd number of which rounds up to whole bytes); a whole number
     of bytes a token if the rank of keys is a multiple of 8.
     """
-    keys, values = group.clusters, group.clusters * group.values
+    keys, values = group.clusters, group.value_heads
     if group.storage == "int4":
         key_block = (BLOCK // 2 + 2 * SCALE_BYTES) * layer.key_rank
         value = -(-layer.value_rank // 2) + 2 * SCALE_BYTES * -(-layer.value_rank // BLOCK)
@@ -178,10 +184,15 @@ def bytes_per_token(spec: Spec) -> int | float:
 
 
 def bytes_per_sequence(spec: Spec) -> int:
-    """Cache bytes of one sequence however long, by formula: of int4 storage, the block in progress in bfloat16."""
-    groups = [(group, layer) for layer in spec.layers for group in layer.groups if group.storage == "int4"]
-    entries = (group.clusters * (layer.key_rank + group.values * layer.value_rank) for group, layer in groups)
-    return BLOCK * BYTES["bfloat16"] * sum(entries)
+    """Cache bytes of one sequence however long, by formula: of int4 storage, the block in progress in bfloat16; of
+    membership per prompt, H + C numbers of 4 bytes in each such layer."""
+
+    def of(group: Group, layer: LayerSpec) -> int:
+        entries = group.clusters * layer.key_rank + group.value_heads * layer.value_rank
+        window = BLOCK * BYTES["bfloat16"] * entries if group.storage == "int4" else 0
+        return window + (4 * (group.assigned + group.clusters) if group.assigned else 0)
+
+    return sum(of(group, layer) for layer in spec.layers for group in layer.groups)
 
 
 def cache_bytes(spec: Spec, batch: int, capacity: int) -> int:
@@ -200,7 +211,10 @@ def _whole(size: int | float) -> int | float:
 
 
 def empty(spec: Spec, batch: int, capacity: int) -> Cache:
-    """An empty cache of `capacity` tokens; its `nbytes` is `cache_bytes(spec, batch, capacity)`."""
+    """An empty cache of `capacity` tokens, its memberships the calibrated ones.
+
+    Its `nbytes` is `cache_bytes(spec, batch, capacity)`.
+    """
 
     def leaf(heads: int, rank: int, storage: str, axis: int) -> Leaf | BlockStore:
         if storage == "int4":
@@ -209,8 +223,8 @@ def empty(spec: Spec, batch: int, capacity: int) -> Cache:
 
     def group_cache(group: Group, layer: LayerSpec) -> GroupCache:
         keys = leaf(group.clusters, layer.key_rank, group.storage, BY_CHANNEL)
-        values = leaf(group.clusters * group.values, layer.value_rank, group.storage, BY_TOKEN)
-        return GroupCache(keys, values)
+        values = leaf(group.value_heads, layer.value_rank, group.storage, BY_TOKEN)
+        return GroupCache(keys, values, calibrated(layer.clusters, batch) if group.assigned else None)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)
     return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import Cache, GroupCache, remember
 from chai_jax.model.params import POSITION_OFFSET, OPTConfig, Params
+from chai_jax.model.prompt import attend_per_prompt
 from chai_jax.model.quantized import Leaf, dequantize, einsum
 from chai_jax.spec import Group, LayerSpec, Spec
 
@@ -36,8 +37,8 @@ class Seen:
     """What a layer's attention did, for `observe`; nothing of it is computed unless it is used."""
 
     x: Any  # [B, T, D], the normed input
-    scores: Any  # [B, query heads, T, S], scaled, before the softmax
-    probabilities: Any  # [B, query heads, T, S]
+    scores: Any  # [B, query heads, T, S], scaled, before the softmax; of clusters found per prompt the kept heads'
+    probabilities: Any  # likewise
     allowed: Any  # bool [B, T, S]
     heads: Any  # [B, output heads, T, R], before the output projection
 
@@ -136,6 +137,12 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B T D"], allowed: Bool[Array, "B T S"], past: tuple[GroupCache, ...] | None, start: Array
     ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
+        if self.spec.membership == "prompt":
+            projected = self.query(x), self.key(x), self.value(x)
+            before = None if past is None else past[0]
+            found = attend_per_prompt(self.spec, *projected, allowed, before, start, self.scale)
+            joined, score, probability, new = found
+            return self.output(joined), (new,), Seen(x, score, probability, allowed, joined)
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):
             before = None if past is None else past[index]

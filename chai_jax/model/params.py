@@ -75,12 +75,13 @@ def declare(config: OPTConfig, spec: Spec) -> Params:
             return linear((width, count, rank), ("width", "heads", "rank"), 2)
 
         ffn = config.ffn_dim
+        queries, keys, values, outputs = layer.projected
         return {
             "attention_norm": norm(),
-            "query": heads(layer.query_heads, layer.key_rank),
-            "key": heads(layer.key_heads, layer.key_rank),
-            "value": heads(layer.value_heads, layer.value_rank),
-            "output": linear((layer.output_heads, layer.value_rank, width), ("heads", "rank", "width"), 1),
+            "query": heads(queries, layer.key_rank),
+            "key": heads(keys, layer.key_rank),
+            "value": heads(values, layer.value_rank),
+            "output": linear((outputs, layer.value_rank, width), ("heads", "rank", "width"), 1),
             "mlp_norm": norm(),
             "up": linear((width, ffn), ("width", "ffn"), 1),
             "down": linear((ffn, width), ("ffn", "width"), 1),

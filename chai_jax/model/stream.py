@@ -53,8 +53,11 @@ def through_layer(
 
 
 def anonymous(layer: LayerSpec) -> LayerSpec:
-    """The layer without the numbers of its heads, which the forward pass does not read: layers share programs."""
-    return dataclasses.replace(layer, clusters=())
+    """The layer without the numbers of its heads, which the forward pass does not read: layers share programs.
+
+    Only prompts shorter than the warm-up, where clusters are found per prompt, depend on them.
+    """
+    return layer if layer.membership == "prompt" else dataclasses.replace(layer, clusters=())
 
 
 def attention_of(config: OPTConfig, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Array) -> Seen:

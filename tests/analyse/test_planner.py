@@ -113,6 +113,15 @@ def test_clusters_of_prompts_have_one_storage_per_layer(make: Make, windows: lis
     made.check()
     medium = next(layer for layer in made.layers if layer.tier == "medium")
     assert {one.storage for one in medium.clusters} == {"bfloat16"}
+    small = quantize(cluster(model, made), made)
+    assert small.spec == planned_spec(made, model.config)
+    assert {layer.membership for layer in small.spec.layers} == {"calibrated", "prompt"}
+    assert explain(made, model.config)[-1]["kv_bytes_per_token"] == small.kv_bytes_per_token
+    longer = dataclasses.replace(made, warmup_tokens=9)
+    assert "clusters per prompt from 9 tokens" in str(explain_table(longer).title)
+    assert {layer.warmup for layer in planned_spec(longer, model.config).layers} == {0, 9}
+    with pytest.raises(InputError, match="warmup_tokens is 0"):
+        plan(model, found, share="qk", membership="prompt", warmup_tokens=0)
     with pytest.raises(InputError, match="prompt membership with share 'qkv'"):
         plan(model, found, share="qkv", membership="prompt")
 

@@ -200,3 +200,57 @@ def test_refusals() -> None:
         quantize(cluster(model, plan), plan_of([(0, 1), (2, 3), (4, 5)], "qkv", ["int8", "bfloat16", "bfloat16"]))
     with pytest.raises(InputError, match="storage 'int3'"):
         with_storage(model, "int3")
+
+
+def prompt_plan(storage: str = "float32", weights: str = "loaded") -> Plan:
+    """Layer 1 is left alone."""
+    plan = plan_of(PARTITION, "qk", [storage] * 3, weights)
+    alone = plan_of([(head,) for head in range(6)], "qk", [storage] * 6, weights).layers[0]
+    layers = (plan.layers[0], alone, plan.layers[2])
+    return dataclasses.replace(plan, layers=layers, membership="prompt", warmup_tokens=4)
+
+
+def test_clusters_per_prompt_cut_nothing_but_the_cache() -> None:
+    model = random_model()
+    small = cluster(model, prompt_plan())
+    jax.tree.map(np.testing.assert_array_equal, small.params, model.params)
+    assert small.spec.layers[1] == model.spec.layers[1]
+    first = small.spec.layers[0]
+    assert first.clusters == ((5, 0, 3), (1,), (4, 2))
+    assert (first.share, first.membership, first.warmup) == ("qk", "prompt", 4)
+    # K 8 in float32: two layers keep 3 of 6 keys
+    assert small.kv_bytes_per_token == bytes_per_token(small.spec) == 4 * 8 * (9 + 12 + 9)
+    _, mask = inputs()
+    assert np.abs(np.asarray(small(*inputs())) - np.asarray(model(*inputs())))[mask].max() > 1e-2
+
+
+def test_heads_stored_in_any_order_are_put_back_for_clusters_per_prompt() -> None:
+    model = random_model()
+    mixed = plan_of(PARTITION, "qkv", ["float32", "bfloat16", "float32"])
+    moved = with_storage(quantize(model, mixed), "float32")
+    assert moved.spec.layers[0].clusters != model.spec.layers[0].clusters
+    found, expected = cluster(moved, prompt_plan()), cluster(model, prompt_plan())
+    assert found.spec.layers[0] == expected.spec.layers[0]
+    jax.tree.map(np.testing.assert_array_equal, found.params["layers"]["0"], expected.params["layers"]["0"])
+    with pytest.raises(InputError, match="stores its heads as bfloat16 and float32"):
+        cluster(quantize(model, mixed), prompt_plan())
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_order_of_formats_and_clusters_per_prompt_does_not_matter(storage: str) -> None:
+    plan = prompt_plan(storage, "bfloat16")
+    one, two = quantize(cluster(random_model(), plan), plan), cluster(quantize(random_model(), plan), plan)
+    assert one.spec == two.spec
+    assert {layer.storages[0] for layer in one.spec.layers} == {storage}
+    jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+    assert with_storage(one, "float32").spec.layers[0].storages == ("float32",) * 3
+
+
+def test_clusters_per_prompt_have_no_ordinary_form_and_one_format() -> None:
+    small = cluster(random_model(), prompt_plan())
+    with pytest.raises(InputError, match="layer 0 finds its clusters anew for every prompt"):
+        expand(small)
+    with pytest.raises(InputError, match=r"heads \[0, 1, 2, 3, 4, 5\] share a cached head"):
+        quantize(small, plan_of(PARTITION, "qk", STORAGES))
+    with pytest.raises(InputError, match="clustered or quantized already"):
+        cluster(small, prompt_plan())

@@ -90,6 +90,21 @@ def test_int4_weights_come_back(tmp_path: Path, random_model: Any) -> None:
         assert load(folder).nbytes == model.nbytes
 
 
+def test_clusters_per_prompt_come_back(tmp_path: Path, random_model: Any) -> None:
+    clusters = ClusterPlan((0, 2), 2, storage="int8"), ClusterPlan((1,), 1, storage="int8")
+    plan = Plan((LayerPlan(clusters, "low", "int8"),) * 3, "qk", "prompt", warmup_tokens=4)
+    model = quantize(cluster(random_model(PRE), plan), plan)
+    save(model, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert_equal(again, model)
+    assert [(layer.membership, layer.warmup, layer.clusters[0]) for layer in again.spec.layers] == [
+        ("prompt", 4, (2, 0))
+    ] * 3
+    card = (tmp_path / "out/README.md").read_text()
+    assert "| 1 | qk, per prompt | 2 | 3 | int8 | int8 |" in card
+    assert "nor can any export be" in card
+
+
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8", "int4"])
 def test_cache_formats_come_back(tmp_path: Path, random_model: Any, storage: str) -> None:
     model = with_storage(random_model(PRE), storage)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
@@ -23,7 +24,7 @@ from chai_jax.model.sharding import Layout, make_mesh, use
 from chai_jax.serve import generate as serve
 from chai_jax.serve.generate import bucket, generate, generate_tokens, stream
 from chai_jax.serve.sample import Sampling
-from chai_jax.spec import Spec
+from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
 
 BYTES = 4  # the first token that stands for a byte
 CONFIG = OPTConfig(
@@ -300,3 +301,16 @@ def test_refuses_texts_it_cannot_read(model: Model) -> None:
         generate(model.replace(tokenizer=None), ["abc"])
     with pytest.raises(InputError, match="on_text with 2 prompts"):
         generate(model, ["a", "b"], on_text=print)
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_each_prompt_has_its_own_clusters_or_for_good_the_calibrated_ones(model: Model, storage: str) -> None:
+    clusters = ClusterPlan((0, 2), 2, storage=storage), ClusterPlan((1, 3), 1, storage=storage)
+    plan = Plan((LayerPlan(clusters),) * 2, "qk", warmup_tokens=5)
+    dense = with_storage(model, storage)
+    fixed, found = cluster(dense, plan), cluster(dense, dataclasses.replace(plan, membership="prompt"))
+    assert sum(len(prompt) < 5 for prompt in PROMPTS) == 3
+    expected = [naive(found if len(prompt) >= 5 else fixed, prompt, 10) for prompt in PROMPTS]
+    assert generate_tokens(found, PROMPTS, 10, stop=False) == expected
+    assert expected != [naive(fixed, prompt, 10) for prompt in PROMPTS]
+    assert expected != [naive(found, prompt, 10) for prompt in PROMPTS]
