@@ -80,9 +80,10 @@ def test_a_mesh_gives_the_same(model: Model) -> None:
             assert generate_tokens(model, PROMPTS[:count], 6, stop=False) == tokens
 
 
-def test_the_cache_is_split_over_sequences_and_heads(model: Model) -> None:
+@pytest.mark.parametrize("storage", ["int8", "int4"])
+def test_the_cache_is_split_over_sequences_and_heads(model: Model, storage: str) -> None:
     layout = Layout(make_mesh(4, 2))
-    stored = with_storage(model, "int8")
+    stored = with_storage(model, storage)
     tokens, mask = serve.pad_left(PROMPTS, CONFIG.pad_token_id, 4)
     what = (CONFIG, stored.spec, layout.params(CONFIG, stored.spec, model.params))
     rule = (Sampling(), jnp.int32(serve.NEVER))
