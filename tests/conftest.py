@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -41,6 +42,15 @@ caches = None if "PYTEST_XDIST_WORKER" in os.environ else isolate()
 def pytest_configure(config: pytest.Config) -> None:
     if caches is not None:
         config.add_cleanup(caches.cleanup)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Compiled programs of one test file serve no other, and would add up to gigabytes."""
+    yield
+    import jax  # not before the environment is set
+
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
