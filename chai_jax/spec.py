@@ -177,7 +177,6 @@ def _layer_spec(index: int, entry: Any) -> LayerSpec:
         and set(layer.storages) <= set(STORAGES)
         and layer.share in SHARES
         and layer.weights in WEIGHTS
-        and not (layer.membership == "prompt" and "int4" in layer.storages)
         and layer.membership in MEMBERSHIPS
         and type(layer.warmup) is int
         and (layer.warmup > 0 and layer.share == "qk" if prompt else layer.warmup == 0)
@@ -340,8 +339,6 @@ class Plan:
         if self.warmup_tokens < 1:
             raise InputError(f"warmup_tokens is {self.warmup_tokens}; expected at least 1")
         for index, layer in enumerate(self.layers):
-            if any(cluster.storage == "int4" for cluster in layer.clusters):
-                raise InputError(f"plan layer {index}: prompt membership with an int4 cache is not built: use int8")
             if len({cluster.storage for cluster in layer.clusters}) > 1:
                 raise InputError(
                     f"plan layer {index}: prompt membership with two storages in a layer; clusters change from prompt "

@@ -61,12 +61,6 @@ def test_contradictions_are_refused_by_name(changes: dict[str, Any], message: st
     assert "\n" not in str(caught.value)
 
 
-def test_prompt_membership_with_an_int4_cache_is_refused() -> None:
-    layer = LayerPlan((ClusterPlan((0, 1), 0, storage="int4"),))
-    with pytest.raises(InputError, match="layer 0: prompt membership with an int4 cache is not built"):
-        Plan((layer,), share="qk", membership="prompt").check()
-
-
 def test_unreadable_plans(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot read the plan"):
         Plan.read(tmp_path / "none.json")

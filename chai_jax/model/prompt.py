@@ -9,6 +9,10 @@ The weights of all heads stay, so all queries and keys are computed and most are
 scores shrink to C / H, the projections do not.
 """
 
+import dataclasses
+from functools import partial
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,14 +20,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend, mix_values, scores_of
-from chai_jax.model.cache import GroupCache, append, store, through_storage
+from chai_jax.model.blocks import Windowed
+from chai_jax.model.cache import GroupCache, remember
 from chai_jax.model.membership import Membership, calibrated, cluster_heads, features
 from chai_jax.model.quantized import Leaf
 from chai_jax.spec import LayerSpec
 
 
 def mix_assigned(
-    probabilities: Float[Array, "B C T S"], values: Leaf, cluster_of: Int32[Array, "B H"], dtype: DTypeLike
+    probabilities: Float[Array, "B C T S"], values: Leaf | Windowed, cluster_of: Int32[Array, "B H"], dtype: DTypeLike
 ) -> Float[Array, "B H T R"]:
     """Weighted sums of the values [B, H, S, R], each head's under its cluster's attention.
 
@@ -31,6 +36,10 @@ def mix_assigned(
     `mix_values` does. One query row is spread over the heads, where it costs nothing; of many rows, one head's matrix
     at a time is looked up (and looked up again for the gradient), so that [B, H, T, S] never exists.
     """
+    if isinstance(values, Windowed):
+        recent = jnp.where(values.fresh, probabilities, 0.0)
+        old = mix_assigned(probabilities - recent, values.old, cluster_of, dtype)
+        return old + mix_assigned(recent, values.recent, cluster_of, dtype)
     if probabilities.shape[2] == 1:
         spread = jnp.take_along_axis(probabilities, cluster_of[:, :, None, None], axis=1)
         return mix_values(spread[:, :, None], values, 1, dtype)[:, :, 0, 0]
@@ -47,8 +56,8 @@ def mix_assigned(
 
 def warm_up(
     query: Float[Array, "B H T K"],
-    keys: Float[Array, "B H T K"],
-    values: Float[Array, "B H T R"],
+    keys: Array | Windowed,
+    values: Array | Windowed,
     real: Bool[Array, "B T"],
     scale: float,
     width: int,
@@ -57,11 +66,19 @@ def warm_up(
 
     No query there reads anything later, so these few tokens are all that is looked at.
     """
-    first = jnp.argsort(~real, axis=1, stable=True)[:, None, :width, None]
-    query, keys, values = (jnp.take_along_axis(x, first, axis=2) for x in (query, keys, values))
+    first = jnp.argsort(~real, axis=1, stable=True)[:, :width]
+    query, keys, values = _columns(query, first), _columns(keys, first), _columns(values, first)
     allowed = jnp.broadcast_to(np.tril(np.ones((width, width), bool)), (len(real), width, width))
     outputs, _, probabilities = attend(query[:, :, None], keys, values, allowed, scale, 1)
     return outputs, probabilities[:, :, 0]
+
+
+def _columns(x: Array | Windowed, chosen: Int32[Array, "B W"]) -> Any:
+    """Of [B, H, T, R] the chosen columns, as rows in the same places read them."""
+    if isinstance(x, Windowed):
+        fresh = x.fresh[chosen[:, :, None], chosen[:, None]][:, None, None]
+        return Windowed(_columns(x.old, chosen), _columns(x.recent, chosen), fresh)
+    return jnp.take_along_axis(x, chosen[:, None, :, None], axis=2)
 
 
 def decide(layer: LayerSpec, attention: Float[Array, "B H W W"], long_enough: Bool[Array, " B"]) -> Membership:
@@ -87,30 +104,23 @@ def attend_per_prompt(
         start: the first column written.
     """
     (group,) = layer.groups
+    store = partial(remember, past, storage=group.storage, start=start, allowed=allowed)
     if past is not None:
-        new = GroupCache(store(past.membership.keep(key), group.storage), store(value, group.storage))
-        new = append(past, new, start)
-        return *_attend_kept(query, new.keys, new.values, new.membership, allowed, scale), new
-
-    keys, values = through_storage(key, group.storage), through_storage(value, group.storage)
-    # A token may read itself unless it is padding, so where nothing is past the diagonal is the mask.
-    real = jnp.diagonal(allowed, axis1=1, axis2=2)
-    number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    long_enough = number[:, -1] + 1 >= layer.warmup
-    first, attention = warm_up(query, keys, values, real, scale, min(layer.warmup, real.shape[1]))
-    membership = decide(layer, attention, long_enough)
-    new = GroupCache(store(membership.keep(key), group.storage), store(value, group.storage), membership)
-    heads, scores, probabilities = _attend_kept(query, membership.keep(keys), values, membership, allowed, scale)
-    full = real & (number < layer.warmup) & long_enough[:, None]
-    at = jnp.clip(number, 0, first.shape[2] - 1)
-    heads = jnp.where(full[:, None, :, None], jnp.take_along_axis(first, at[:, None, :, None], axis=2), heads)
-    return heads, scores, probabilities, new
-
-
-def _attend_kept(
-    query: Array, keys: Leaf, values: Leaf, membership: Membership, allowed: Array, scale: float
-) -> tuple[Array, Array, Array]:
-    """Outputs [B, H, T, R] of queries [B, H, T, K] that read the kept keys [B, C, S, K] only, and what they saw."""
+        membership = past.membership
+    else:
+        _, keys, values = store(key, value)
+        # A token may read itself unless it is padding, so where nothing is past the diagonal is the mask.
+        real = jnp.diagonal(allowed, axis1=1, axis2=2)
+        number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+        long_enough = number[:, -1] + 1 >= layer.warmup
+        first, attention = warm_up(query, keys, values, real, scale, min(layer.warmup, real.shape[1]))
+        membership = decide(layer, attention, long_enough)
+    new, keys, values = store(membership.keep(key), value)
     scores = scores_of(membership.keep(query)[:, :, None], keys, allowed, scale)[:, :, 0]
     probabilities = jax.nn.softmax(scores, axis=-1)
-    return mix_assigned(probabilities, values, membership.cluster_of, query.dtype), scores, probabilities
+    heads = mix_assigned(probabilities, values, membership.cluster_of, query.dtype)
+    if past is None:
+        full = real & (number < layer.warmup) & long_enough[:, None]
+        at = jnp.clip(number, 0, first.shape[2] - 1)
+        heads = jnp.where(full[:, None, :, None], jnp.take_along_axis(first, at[:, None, :, None], axis=2), heads)
+    return heads, scores, probabilities, dataclasses.replace(new, membership=membership)

@@ -136,6 +136,32 @@ def test_cached_equals_uncached_at_every_step(random_params: RandomParams, stora
         np.testing.assert_array_equal(medoids[SHORT], [[3, 2, 5]] * 2)
 
 
+def test_int4_blocks_are_read_alike_cached_and_uncached(random_params: RandomParams) -> None:
+    """Blocks of 32 columns: a warm-up within one, across a border, behind it, and a prompt that is too short."""
+    config, spec = dataclasses.replace(CONFIG, max_positions=80), spec_of("int4")
+    params = random_params(config, spec, 0.3)
+    tokens, mask = np.random.default_rng(3).integers(4, 97, (4, 70), np.int32), np.ones((4, 70), bool)
+    mask[1, :29] = mask[2, :34] = mask[3, :37] = False
+    output = compiled(config, spec, params, tokens[:, :40], mask[:, :40])
+    uncached = compiled(config, spec, params, tokens, mask)
+    bfloat16 = compiled(config, spec_of("bfloat16"), params, tokens, mask)
+    past, long_enough = cache.extend(output.cache, 96), slice(0, 3)
+    for at in range(40, 70, 5):
+        output = compiled(config, spec, params, tokens[:, at : at + 5], mask[:, at : at + 5], cache=past)
+        past = output.cache
+        np.testing.assert_allclose(output.hidden[long_enough], uncached.hidden[long_enough, at : at + 5], atol=4e-2)
+    assert np.abs(np.asarray(uncached.hidden) - np.asarray(bfloat16.hidden))[:3, 64:].max() > 0.1
+    assert past.nbytes == cache.cache_bytes(spec, 4, 96)
+    # The warm-up's rows are those of the dense model with such a cache.
+    dense = compiled(config, Spec.dense(2, 6, 8, "int4"), params, tokens, mask)
+    for row, first in enumerate((0, 29, 34)):
+        early = slice(first, first + WARMUP)
+        np.testing.assert_allclose(uncached.hidden[row, early], dense.hidden[row, early], atol=1e-4)
+    for mine, theirs in zip(memberships(output), memberships(uncached), strict=True):
+        np.testing.assert_array_equal(mine[0][long_enough], theirs[0][long_enough])
+        np.testing.assert_array_equal(mine[1][3], [3, 2, 5])
+
+
 def test_a_short_prompt_is_the_calibrated_models_in_prefill_too(random_params: RandomParams) -> None:
     spec = spec_of()
     params = random_params(CONFIG, spec, 0.3)
