@@ -33,8 +33,8 @@ from sklearn.metrics import adjusted_rand_score
 
 from chai_jax.analyse.planner import plan
 from chai_jax.analyse.probe import Probe, probe
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
-from chai_jax.compress.slice import cluster
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
 from chai_jax.data.text import read_text, windows
@@ -138,24 +138,31 @@ def in_jit(points: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 
 def agreement(dense: Model, calibrated: Plan, rows: Sequence[tuple[int, ...]], seed: int = 0) -> list[Record]:
-    """The K-Means inside jit against scikit-learn's and the calibrated clusters, per length of the warm-up."""
+    """The K-Means inside jit against scikit-learn's and the calibrated clusters, per length of the warm-up.
+
+    `inertia_to_best` is its summed inertia over that of scikit-learn's best of ten.
+    """
     records = []
     rows = [row for row in rows if len(row) >= max(WARMUPS)]
     for warmup in track(WARMUPS, "Comparing K-Means"):
         scores: dict[str, list[float]] = {"same_start": [], "best_of_ten": [], "calibrated": []}
+        inertia = best_inertia = 0.0
         points_of = clusterings(dense, np.asarray([row[:warmup] for row in rows], np.int32))
         for points, layer in zip(points_of, calibrated.layers, strict=True):
             count = len(layer.clusters)
             fixed = {head: number for number, one in enumerate(layer.clusters) for head in one.heads}
             for mine, start, labels in zip(points, *jax.device_get(in_jit(points, count)), strict=True):
-                other = {
-                    "same_start": KMeans(count, init=start, n_init=1, tol=0).fit_predict(mine),
-                    "best_of_ten": KMeans(count, n_init=10, random_state=seed).fit_predict(mine),
-                    "calibrated": [fixed[head] for head in range(len(labels))],
-                }
-                for name, theirs in other.items():
+                same = KMeans(count, init=start, n_init=1, tol=0).fit(mine)
+                best = KMeans(count, n_init=10, random_state=seed).fit(mine)
+                of_heads = [fixed[head] for head in range(len(labels))]
+                for name, theirs in zip(scores, (same.labels_, best.labels_, of_heads), strict=True):
                     scores[name].append(adjusted_rand_score(theirs, labels))
+                inertia += sum(
+                    mine[labels == label].var(axis=0).sum() * (labels == label).sum() for label in set(labels)
+                )
+                best_inertia += best.inertia_
         means = {name: float(np.mean(values)) for name, values in scores.items()}
+        means["inertia_to_best"] = float(inertia / best_inertia)
         records.append({"warmup": warmup, "prompts": len(rows), "layers": len(calibrated.layers), **means})
     return records
 

@@ -158,9 +158,10 @@ def test_bad_run_arguments(model: Path, data: Path, capsys: pytest.CaptureFixtur
     assert "either --task" in refused(capsys, "run", model, "--out", out)
     assert "a number from 1 to 4 (the heads)" in refused(capsys, *job, "--clusters", "5")
     assert "expected elbow" in refused(capsys, *job, "--clusters", "many")
-    assert "use share 'qk'" in refused(capsys, *job, "--membership", "prompt")
-    prompt = ("--membership", "prompt", "--share", "qk")
-    assert "warmup_tokens is 0" in refused(capsys, *job, *prompt, "--warmup-tokens", "0")
+    prompt = (*job, "--membership", "prompt")
+    assert "use share 'qk'" in refused(capsys, *prompt, "--share", "qkv")
+    assert "warmup_tokens is 0" in refused(capsys, *prompt, "--warmup-tokens", "0")
+    assert "leave one of them out" in refused(capsys, *prompt, "--kv-budget", "0.5")
     assert "teacher-of-none" in refused(capsys, *job, "--teacher", tmp_path / "teacher-of-none")
     assert not out.exists()
 

@@ -118,7 +118,7 @@ def test_clusters_of_prompts_have_one_storage_per_layer(make: Make, windows: lis
     assert {layer.membership for layer in small.spec.layers} == {"calibrated", "prompt"}
     assert explain(made, model.config)[-1]["kv_bytes_per_token"] == small.kv_bytes_per_token
     longer = dataclasses.replace(made, warmup_tokens=9)
-    assert "clusters per prompt from 9 tokens" in str(explain_table(longer).title)
+    assert "per prompt (9 tokens)" in str(explain_table(longer).title)
     assert {layer.warmup for layer in planned_spec(longer, model.config).layers} == {0, 9}
     with pytest.raises(InputError, match="warmup_tokens is 0"):
         plan(model, found, share="qk", membership="prompt", warmup_tokens=0)
