@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 SCRIPT = Path(__file__).parents[1] / "experiments" / "agree_across_meshes.py"
 
 

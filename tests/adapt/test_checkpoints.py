@@ -127,6 +127,7 @@ def test_goes_on_to_the_same_bits(
     assert all(record["loss"] == of[record["step"]] for record in log)
 
 
+@pytest.mark.slow
 def test_restores_onto_other_devices(
     undisturbed: tuple[Model, Log], tiny: Build, examples: list[Encoded], interrupted: Path, folder: Path
 ) -> None:
@@ -206,6 +207,7 @@ def test_contents_that_changed_unseen_are_damage(
     assert "do not have the checksums" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_if_all_are_damaged_the_stage_begins_again(
     interrupted: Path,
     undisturbed: tuple[Model, Log],
@@ -271,6 +273,7 @@ def test_checkpoints_of_another_training_are_refused(
     assert sorted(interrupted.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_another_stage_and_teacher_are_refused(
     interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
 ) -> None:

@@ -20,6 +20,8 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 Build = Callable[..., Model]
 TRAIN = TrainConfig(lr=1e-3, batch=8, accumulation=2, max_steps=3)
 

@@ -169,6 +169,7 @@ def test_loss_is_that_of_the_model_as_stored(
         np.testing.assert_allclose(means["loss"], expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_a_format_coarser_than_the_updates_still_learns(
     tiny: Build, examples: list[Encoded], one_device: Layout
 ) -> None:
@@ -184,6 +185,7 @@ def test_a_format_coarser_than_the_updates_still_learns(
     assert log[-1]["loss"] < log[0]["loss"]
 
 
+@pytest.mark.slow
 def test_int4_weights_train_and_stay_int4(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
     model, config = tiny(num_layers=2, int4=(0, 1)), TrainConfig(lr=2e-3, batch=16, accumulation=1, epochs=20)
     log: list[dict[str, Any]] = []
@@ -283,6 +285,7 @@ def test_bfloat16_moments(tiny: Build, one_device: Layout) -> None:
     assert dtypes.count(jnp.dtype(jnp.bfloat16)) == dtypes.count(jnp.dtype(jnp.float32)) == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("setting", [{"moments": "bfloat16"}, {"compute": "bfloat16"}, {"remat": True}])
 def test_choices_of_memory_change_little(
     setting: dict[str, Any], run: Any, tiny: Build, examples: list[Encoded], one_device: Layout
@@ -294,6 +297,7 @@ def test_choices_of_memory_change_little(
     np.testing.assert_allclose(found, expected, rtol=1e-5 if "remat" in setting else 2e-2)
 
 
+@pytest.mark.slow
 def test_remat_keeps_little_for_the_backward_pass(tiny: Build, examples: list[Encoded]) -> None:
     """Each layer's input rather than all it made; counted where autodiff keeps it, before any compiler."""
     model, batch = tiny(), jax.tree.map(lambda x: jnp.asarray(x[0]), pack(examples, (1, 16), 32, 6))

@@ -24,6 +24,8 @@ from chai_jax.model.quantized import dequantize
 from chai_jax.model.sharding import make_mesh, place, shardings
 from chai_jax.spec import ClusterPlan, LayerPlan, LayerSpec, Plan, Spec, group_clusters
 
+pytestmark = pytest.mark.slow  # together they take minutes
+
 CONFIG = OPTConfig(97, 48, num_layers=2, num_heads=6, ffn_dim=64, max_positions=32, embed_dim=48)
 CLUSTERS = ((3, 0), (2,), (5, 1, 4))
 WARMUP, PROMPT, LENGTH = 5, 9, 13
