@@ -72,6 +72,8 @@ def rescues(row: Row) -> Iterator[Row]:
     yield replace(row, job=replace(job, cached=True), option="cached teacher")
     if not row.fsdp:
         yield replace(row, fsdp=True, option="FSDP over 8")
+    both = replace(job, cached=True, moments="bfloat16")
+    yield replace(row, job=both, fsdp=True, option="cached teacher, bfloat16 first moment, FSDP over 8")
     yield replace(
         row, job=replace(job, cached=True, remat=True), fsdp=True, option="cached teacher, remat, FSDP over 8"
     )
