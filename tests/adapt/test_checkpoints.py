@@ -30,6 +30,8 @@ from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
 
+pytestmark = pytest.mark.slow  # together they take a minute
+
 Build = Callable[..., Model]
 CONFIG = FinetuneConfig(TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=4))  # eight updates
 Log = list[dict[str, Any]]

@@ -16,6 +16,8 @@ from chai_jax.model.opt import Output, Seen, forward
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.spec import LayerSpec, Spec, group_clusters
 
+pytestmark = pytest.mark.slow  # together they take a minute
+
 CONFIG = OPTConfig(60, 24, 2, 3, 32, 128, 24)
 LENGTH = 80
 # A whole row, one padded on the left, one on the right of a prompt of 40 before it goes on, one with gaps.
