@@ -78,7 +78,7 @@ class ExplainCommand:
     def run(self) -> Any:
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.pipeline import load_any, print_table
-        from chai_jax.spec import Plan
+        from chai_jax.plans import Plan
 
         plan = Plan.read(self.plan)
         config = load_any(self.model).config if self.model else None
@@ -256,7 +256,7 @@ class AotCommand:
         from chai_jax.measure.tpu import mesh_of, topology
         from chai_jax.model.sharding import Layout
         from chai_jax.pipeline import print_table
-        from chai_jax.spec import Plan
+        from chai_jax.plans import Plan
 
         config, plan = config_of(self.model), Plan.read(self.plan) if self.plan else None
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)

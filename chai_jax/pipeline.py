@@ -30,12 +30,13 @@ from chai_jax.measure.bench import latency
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.planning import check_membership, parse_clusters, plan_for
+from chai_jax.plans import Plan
 from chai_jax.processes import agreed, first_process, once
 from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
 from chai_jax.sinks import harmless, tensorboard, together, wandb
-from chai_jax.spec import Plan, Spec
+from chai_jax.spec import Spec
 from chai_jax.work import Work, open_work
 
 TOY = "toy"

@@ -12,10 +12,11 @@ from chai_jax.analyse.probe import Probe, probe
 from chai_jax.config import PlanConfig
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
+from chai_jax.plans import Plan
 from chai_jax.processes import once
 from chai_jax.progress import console
 from chai_jax.report.figures import head_maps
-from chai_jax.spec import STORAGES, Plan
+from chai_jax.spec import STORAGES
 from chai_jax.work import Work
 
 

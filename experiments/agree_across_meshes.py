@@ -45,7 +45,8 @@ def models() -> tuple[Any, Any]:
     from chai_jax.data.toy import POSITIONS, toy_tokenizer
     from chai_jax.model.model import Model
     from chai_jax.model.params import OPTConfig, init
-    from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+    from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+    from chai_jax.spec import Spec
 
     tokenizer = toy_tokenizer()
     config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 1, 4, 64, POSITIONS, 32)

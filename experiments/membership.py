@@ -48,9 +48,9 @@ from chai_jax.model.membership import cluster_heads, farthest_points, features
 from chai_jax.model.model import Model
 from chai_jax.model.opt import Seen, forward
 from chai_jax.model.params import Params
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.progress import track
 from chai_jax.report.tables import as_csv
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 WARMUPS = (5, 10, 20)
 COUNTS = {"elbow": "elbow", "half": 0.5}

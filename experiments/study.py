@@ -42,8 +42,9 @@ from chai_jax.measure.evaluate import evaluate_rows, evaluate_windows
 from chai_jax.measure.result import Result, TextResult
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.progress import console
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+from chai_jax.spec import Spec
 
 Record = dict[str, Any]
 BUDGETS = (0.5, 0.45, 0.35, 0.25, 0.15, 0.12, 0.1, 0.06, 0.03)

@@ -20,6 +20,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
 errors progress processes
 config spec data
+plans
 model files
 compress
 score

@@ -27,7 +27,8 @@ from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.model.stream import rest_of
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.spec import Spec
 
 RANK_STEPS = tuple(2 ** (-step / 2) for step in range(2, 13))  # of the width: 1/2, 0.35, 1/4, ... 1/64
 REFERENCE_CLUSTERS, REFERENCE_RANK = 1 / 2, 1 / 8  # the changes whose cost is a layer's sensitivity

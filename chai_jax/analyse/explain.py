@@ -9,7 +9,8 @@ from chai_jax.compress.cluster import prompt_layer
 from chai_jax.compress.slice import cluster_order
 from chai_jax.model.cache import BYTES, bytes_per_token
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import STORAGES, LayerPlan, LayerSpec, Plan, Spec, group_clusters
+from chai_jax.plans import LayerPlan, Plan
+from chai_jax.spec import STORAGES, LayerSpec, Spec, group_clusters
 
 
 def cache_fraction(plan: Plan, config: OPTConfig) -> float:

@@ -9,7 +9,7 @@ from chai_jax.analyse.sensitivity import spread
 from chai_jax.compress.quantize import quantize
 from chai_jax.model.model import Model
 from chai_jax.model.stream import Text
-from chai_jax.spec import Plan
+from chai_jax.plans import Plan
 
 TOKENS = 1024  # of calibration text that are looked at, about
 

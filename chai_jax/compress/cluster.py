@@ -29,8 +29,9 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import Quantized
 from chai_jax.model.stream import Text, embed, through
+from chai_jax.plans import LayerPlan, Plan
 from chai_jax.progress import track
-from chai_jax.spec import LayerPlan, LayerSpec, Plan, group_clusters
+from chai_jax.spec import LayerSpec, group_clusters
 
 
 def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:

@@ -20,7 +20,8 @@ from chai_jax.files.weights import open_weights
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import is_leaf
-from chai_jax.spec import STORAGES, Plan, Spec
+from chai_jax.plans import Plan
+from chai_jax.spec import STORAGES, Spec
 
 
 def load(

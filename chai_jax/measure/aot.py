@@ -22,7 +22,7 @@ from chai_jax.measure.cost import cost
 from chai_jax.measure.programs import Job, Shapes, lower
 from chai_jax.measure.tpu import CORES, roofline
 from chai_jax.model.cache import bytes_per_token
-from chai_jax.spec import Plan
+from chai_jax.plans import Plan
 
 Record = dict[str, Any]
 GIB = 2**30

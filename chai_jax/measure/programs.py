@@ -26,10 +26,11 @@ from chai_jax.files.hf_config import parse_config
 from chai_jax.model.params import OPTConfig, Params, init
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, partition_spec, spread
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.score import Questions, padded_length, target_logprobs
 from chai_jax.serve.generate import bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+from chai_jax.spec import Spec
 
 JOBS = ("distil", "finetune", "target", "prefill", "decode", "score")
 TRAINING = ("distil", "finetune", "target")

@@ -15,7 +15,8 @@ from chai_jax.errors import InputError
 from chai_jax.model.cache import measured_bytes_per_token
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
-from chai_jax.spec import Plan, Spec
+from chai_jax.plans import Plan
+from chai_jax.spec import Spec
 
 
 def compute_dtype(wanted: str | None = None) -> Any:

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from chai_jax.analyse.explain import explain
 from chai_jax.files.atomic import new_file, write_text
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import Plan
+from chai_jax.plans import Plan
 
 DPI = 200
 # Okabe and Ito's palette: told apart by colour-blind eyes too.

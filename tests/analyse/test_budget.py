@@ -21,7 +21,8 @@ from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.spec import Plan, Spec
+from chai_jax.plans import Plan
+from chai_jax.spec import Spec
 
 Make = Callable[..., Model]
 DENSE = bytes_per_token(Spec.dense(3, 6, 8, "bfloat16"))

@@ -21,7 +21,7 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.spec import ClusterPlan, Plan
+from chai_jax.plans import ClusterPlan, Plan
 
 Make = Callable[..., Model]
 TWINS = {0: 1, 2: 3}  # head -> the head that is made a copy of it

@@ -17,7 +17,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 
 Make = Callable[..., Model]
 

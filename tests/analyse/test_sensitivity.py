@@ -15,7 +15,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import QuantizedArray
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 
 Make = Callable[..., Model]
 PARTITION = (ClusterPlan((0, 3, 5), 3), ClusterPlan((1,), 1), ClusterPlan((2, 4), 2))

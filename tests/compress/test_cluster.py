@@ -21,7 +21,7 @@ from chai_jax.model.cache import bytes_per_token, extend
 from chai_jax.model.model import Model
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from tests.compress.test_compress import PARTITION, POST, PRE, inputs, random_model
 
 HEADS = tuple(range(6))

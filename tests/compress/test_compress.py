@@ -18,7 +18,8 @@ from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.model.quantized import Int4Array, QuantizedArray
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.spec import Spec
 
 PRE = OPTConfig(64, 48, 3, 6, 64, 24, 48)
 POST = dataclasses.replace(PRE, pre_norm=False, embed_dim=16)

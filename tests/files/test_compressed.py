@@ -16,7 +16,7 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 
 KERNEL = "layers.1.up.kernel"
 INT4 = "layers.2.down.kernel"  # [20, 12]

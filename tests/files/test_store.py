@@ -17,7 +17,7 @@ from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 
 PRE = OPTConfig(19, 12, 3, 3, 20, 16, 12)
 POST = dataclasses.replace(PRE, pre_norm=False, embed_dim=8, tied=False)

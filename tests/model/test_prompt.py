@@ -22,7 +22,8 @@ from chai_jax.model.params import OPTConfig, Params, declare
 from chai_jax.model.prompt import mix_assigned
 from chai_jax.model.quantized import dequantize
 from chai_jax.model.sharding import make_mesh, place, shardings
-from chai_jax.spec import ClusterPlan, LayerPlan, LayerSpec, Plan, Spec, group_clusters
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.spec import LayerSpec, Spec, group_clusters
 
 pytestmark = pytest.mark.slow  # together they take minutes
 

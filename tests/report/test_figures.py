@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from chai_jax.model.params import OPTConfig
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.report.figures import head_maps, pareto
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan
 
 CONFIG = OPTConfig(64, 32, 2, 4, 64, 24, 32)
 PNG = b"\x89PNG\r\n\x1a\n"

@@ -21,10 +21,11 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.model.quantized import quantize
 from chai_jax.model.sharding import Layout, make_mesh, use
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.serve import generate as serve
 from chai_jax.serve.generate import bucket, generate, generate_tokens, stream
 from chai_jax.serve.sample import Sampling
-from chai_jax.spec import ClusterPlan, LayerPlan, Plan, Spec
+from chai_jax.spec import Spec
 
 BYTES = 4  # the first token that stands for a byte
 CONFIG = OPTConfig(
