@@ -33,6 +33,7 @@ environment devices run_folder sinks work
 planning
 pipeline
 __init__
+commands
 cli
 __main__
 """

@@ -1,0 +1,133 @@
+"""`chai-jax evaluate`, `generate`, `verify` and `export`: what one does with a model."""
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from chai_jax.config import DeviceConfig
+from chai_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Score a model on tasks (as the lm-evaluation-harness does) or its perplexity on a text file."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    task: str | None = None
+    """sst2, rte, piqa, toy; several with commas."""
+    text: Path | None = None
+    """Token perplexity of this file."""
+    data_dir: Path | None = None
+    """Folder holding TASK/validation.jsonl[.gz]; without it, the Hugging Face hub."""
+    split: Literal["validation", "train"] = "validation"
+    """Which split to score."""
+    baseline: str | None = None
+    """Another model, for paired differences and flips."""
+    limit: int | None = None
+    """Score the first N examples only."""
+    samples: Path | None = None
+    """Folder for one JSONL file of per-example results per task."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def run(self) -> Any:
+        from chai_jax.data.tasks import get_task
+        from chai_jax.files.atomic import check_writable
+        from chai_jax.measure.evaluate import evaluate, perplexity
+        from chai_jax.pipeline import load_any
+        from chai_jax.processes import once
+
+        if (self.task is None) == (self.text is None):
+            raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
+        tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
+        if self.samples:
+            check_writable(self.samples)
+        model = load_any(self.model, self.revision)
+        if self.text is not None:
+            return {str(self.text): perplexity(model, self.text)}
+        baseline = load_any(self.baseline) if self.baseline else None
+        found = {}
+        for task in tasks:
+            result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
+            if self.samples:
+                once(partial(result.write_samples, self.samples / f"samples_{task.name}.jsonl"))
+            found[task.name] = result.metrics()
+        return found
+
+
+@dataclass(frozen=True)
+class GenerateCommand:
+    """Continue a prompt; text streams to the terminal."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    prompt: str = ""
+    """What to continue."""
+    max_new_tokens: int = 40
+    """How many tokens at the most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the smallest set of tokens with this probability (nucleus)."""
+    seed: int = 0
+    """Seed of the sampling."""
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def run(self) -> Any:
+        from chai_jax.pipeline import load_any
+        from chai_jax.serve.generate import stream
+
+        model = load_any(self.model)
+        pieces: list[str] = []
+        for piece in stream(
+            model, self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed
+        ):
+            # The prompt comes with the first piece: bad input is found out before anything is printed.
+            print(piece if pieces else self.prompt + piece, end="", flush=True)
+            pieces.append(piece)
+        print()
+        return {"prompt": self.prompt, "completion": "".join(pieces)}
+
+
+@dataclass(frozen=True)
+class VerifyCommand:
+    """Compare two models: the largest logit difference and the KL of their next-token distributions."""
+
+    first: Positional[str]
+    """Hub id, folder, or `toy`."""
+    second: Positional[str]
+    """Likewise."""
+
+    def run(self) -> Any:
+        from chai_jax.measure.verify import verify
+        from chai_jax.pipeline import load_any
+
+        return verify(load_any(self.first), load_any(self.second))
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a model as an ordinary OPT in Hugging Face layout, which torch loads; clustered heads are expanded."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    out: Positional[Path]
+    """A new folder."""
+
+    def run(self) -> Any:
+        from chai_jax.compress.expand import expand
+        from chai_jax.files.atomic import claim_folder
+        from chai_jax.files.hf import export
+        from chai_jax.pipeline import load_any
+
+        claim_folder(self.out)
+        model = load_any(self.model)
+        export(expand(model), self.out)
+        return {"out": str(self.out), "files": sorted(path.name for path in self.out.iterdir())}

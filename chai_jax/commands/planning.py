@@ -1,0 +1,70 @@
+"""`chai-jax plan` and `explain`: which heads to merge and what to store how."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.conf import Positional
+
+from chai_jax.config import DeviceConfig, PlanConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Decide which heads to merge and what to store how; writes a plan.json a person can edit."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("plan.json")
+    """Where to write the plan."""
+    task: str | None = None
+    """Calibrate on this task's training prompts (sst2, rte, piqa)."""
+    text: Path | None = None
+    """Calibrate on this text file instead."""
+    data_dir: Path | None = None
+    """Folder holding TASK/train.jsonl[.gz]."""
+    seed: int = 0
+    """Seed of the clustering."""
+    planning: PlanConfig = field(default_factory=PlanConfig)
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def run(self) -> Any:
+        from chai_jax.analyse.explain import explain, explain_table
+        from chai_jax.files.atomic import check_writable, write_json
+        from chai_jax.pipeline import load_any, print_table
+        from chai_jax.planning import plan_for
+        from chai_jax.processes import once
+        from chai_jax.work import open_work
+
+        check_writable(self.out.parent)
+        planning = self.planning.filled(toy=self.model == "toy")
+        config = RunConfig(
+            self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
+        )
+        model = load_any(self.model, seed=self.seed)
+        costs = self.out.with_suffix(".costs.json")
+        plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
+        once(lambda: write_json(self.out, plan.to_json()))
+        print_table(explain_table(plan, model.config))
+        return {"plan": str(self.out), "layers": explain(plan, model.config)}
+
+
+@dataclass(frozen=True)
+class ExplainCommand:
+    """Print a plan as a table: per layer tier, clusters, formats and cache bytes."""
+
+    plan: Positional[Path]
+    """A plan.json."""
+    model: str | None = None
+    """The model it is for, to say what it costs in cache bytes."""
+
+    def run(self) -> Any:
+        from chai_jax.analyse.explain import explain, explain_table
+        from chai_jax.pipeline import load_any, print_table
+        from chai_jax.plans import Plan
+
+        plan = Plan.read(self.plan)
+        config = load_any(self.model).config if self.model else None
+        print_table(explain_table(plan, config))
+        return {"layers": explain(plan, config)}
