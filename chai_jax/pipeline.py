@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 
 from chai_jax.adapt.distil import check_vocabulary, distil
 from chai_jax.adapt.finetune import finetune
 from chai_jax.adapt.target import select_layers, target
 from chai_jax.adapt.toy import toy_model
-from chai_jax.analyse.cluster import cluster_count
 from chai_jax.analyse.gate import Gate, tried
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
@@ -29,7 +27,7 @@ from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.planning import check_membership, parse_clusters, plan_for
+from chai_jax.planning import check_options, plan_for
 from chai_jax.plans import Plan
 from chai_jax.processes import agreed, first_process, once
 from chai_jax.progress import console
@@ -89,12 +87,9 @@ def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: 
         if "target" in parse_order(config.order):
             select_layers(plan, TargetConfig(policy=config.policy))
     else:
-        check_membership(config.planning)
+        check_options(config.planning, source.config)
     if teacher is not None:
         check_vocabulary(source, teacher)
-    clusters = parse_clusters(config.planning.clusters or "elbow")
-    if clusters != "elbow":
-        cluster_count(clusters, np.zeros((source.config.num_heads, 1)))
 
 
 def parse_order(order: str) -> tuple[str, ...]:

@@ -4,14 +4,17 @@ from functools import partial
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from chai_jax.analyse.budget import Budget, plan_within
+from chai_jax.analyse.cluster import cluster_count
 from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.config import PlanConfig
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
+from chai_jax.model.params import OPTConfig
 from chai_jax.plans import Plan
 from chai_jax.processes import once
 from chai_jax.progress import console
@@ -30,7 +33,7 @@ def plan_for(
             some might find them and others not.
         picture: where to draw the heads and their clusters, a path without suffix.
     """
-    check_membership(wanted)
+    check_options(wanted, model.config)
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
     if wanted.kv_budget is None:
         plan = _by_clusters(model, seen, wanted, seed)
@@ -42,14 +45,30 @@ def plan_for(
     return plan
 
 
-def check_membership(wanted: PlanConfig) -> None:
-    """Refuse clusters per prompt where heads are merged for good.
+def check_options(wanted: PlanConfig, config: OPTConfig) -> None:
+    """Refuse, before anything is measured, options that contradict each other or do not fit the model.
 
     Raises:
-        InputError: `--membership prompt` with a budget, a share other than qk, merged scores, or no warm-up.
+        InputError: naming the option.
     """
-    if wanted.membership == "calibrated":
-        return
+    clusters = parse_clusters(wanted.clusters or "elbow")
+    if clusters != "elbow":
+        cluster_count(clusters, np.zeros((config.num_heads, 1)))
+    for name, fraction in (("--layers", wanted.layers), ("--rank", wanted.rank)):
+        if fraction is not None and not 0 <= fraction <= 1:
+            raise InputError(f"{name} is {fraction}; expected a fraction from 0 to 1")
+    if wanted.kv_budget is not None:
+        budget_of(wanted).check_layers(config.num_layers)
+    elif wanted.model_budget is not None:
+        raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
+    elif wanted.pin:
+        raise InputError("--pin is given without --kv-budget; only the planner reads it: leave it out")
+    if wanted.membership == "prompt":
+        _check_prompt(wanted)
+
+
+def _check_prompt(wanted: PlanConfig) -> None:
+    """Clusters per prompt need heads that are not merged for good."""
     if wanted.kv_budget is not None:
         raise InputError(
             "--membership prompt is given with --kv-budget; the planner measures fixed clusters: leave one of them out"
@@ -58,9 +77,23 @@ def check_membership(wanted: PlanConfig) -> None:
     Plan((), wanted.share or "qk", wanted.membership, score_merge, warmup_tokens=wanted.warmup_tokens).check()
 
 
+def budget_of(wanted: PlanConfig) -> Budget:
+    """What the options that go with `--kv-budget` say.
+
+    Raises:
+        InputError: a budget, a storage or a pin that cannot be.
+    """
+    assert wanted.kv_budget is not None
+    return Budget(
+        wanted.kv_budget,
+        wanted.model_budget,
+        (wanted.share,) if wanted.share else ("qkv", "kv"),
+        parse_list("--storages", wanted.storages, STORAGES),
+        parse_numbers("--pin", wanted.pin),
+    )
+
+
 def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
-    if wanted.model_budget is not None:
-        raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
     return make_plan(
         model,
         seen,
@@ -79,14 +112,7 @@ def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Pl
 
 
 def _by_budget(model: Model, seen: Probe, wanted: PlanConfig, seed: int, costs: Path | None) -> Plan:
-    assert wanted.kv_budget is not None
-    budget = Budget(
-        wanted.kv_budget,
-        wanted.model_budget,
-        (wanted.share,) if wanted.share else ("qkv", "kv"),
-        parse_list("--storages", wanted.storages, STORAGES),
-        parse_numbers("--pin", wanted.pin),
-    )
+    budget = budget_of(wanted)
     merges = {"score_merge": wanted.score_merge or "low_rank", "value_merge": wanted.value_merge or "low_rank"}
     plan = plan_within(model, seen, budget, **merges, seed=seed, file=costs)
     reached = cache_fraction(plan, model.config)

@@ -1,6 +1,6 @@
 """Several processes, one job: all run the same program, each on its own devices; the first one writes the files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,13 @@ def first_process() -> bool:
 def agreed(answer: bool) -> bool:
     """The first process's answer, in every process; all must ask. What depends on files is decided this way."""
     return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
+
+
+def anywhere(flags: Sequence[bool]) -> list[bool]:
+    """Each flag, raised in every process if any raised it; all must ask."""
+    if jax.process_count() == 1:
+        return list(flags)
+    return multihost_utils.process_allgather(np.asarray(flags)).any(axis=0).tolist()
 
 
 def once(write: Callable[[], object]) -> None:

@@ -20,9 +20,10 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from chai_jax.adapt.fingerprint import Record, checksums, first_difference, named
-from chai_jax.adapt.stop import StopWatch, anywhere
+from chai_jax.adapt.stop import StopWatch
 from chai_jax.config import Checkpoints
 from chai_jax.errors import InputError, Stopped
+from chai_jax.processes import anywhere, first_process
 from chai_jax.progress import console
 
 NO_SPACE = "No space left on device"
@@ -182,7 +183,7 @@ class Keeper:
             soft_wrap=True,
         )
         # Kept, since it may be the disk or the memory that failed; the whole folder goes when its stage is done.
-        if jax.process_index() == 0:
+        if first_process():
             aside = self.folder / f"{step}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.folder / str(step)).rename(aside)

@@ -1,4 +1,4 @@
-"""Model FLOPs of an update and the peak of the devices that do it: how much of a machine training uses.
+"""Model FLOPs of an update: with the peak of the devices that do it, how much of a machine training uses.
 
 As PaLM counts (Chowdhery et al. 2022, arXiv 2204.02311, appendix B): a product with N weights costs 2 N per token
 forward, 2 N for the gradient of its input and 2 N for that of its weights, 6 N in all; attention costs 2 heads (key
@@ -9,7 +9,7 @@ there is no gradient at all.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,29 +19,6 @@ import jax
 from chai_jax.data.batches import Encoded
 from chai_jax.model.params import Declared, OPTConfig, declare
 from chai_jax.spec import Spec
-
-# Peak bfloat16 FLOP/s of one JAX device, dense, as the makers state it; the first that a device kind begins with.
-# TPU v2 and v3 show each of a chip's two cores as a device.
-PEAKS: Mapping[str, float] = {
-    "TPU v2": 22.5e12,
-    "TPU v3": 61.5e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA L4": 121e12,
-    "Tesla V100": 125e12,
-    "Tesla T4": 65e12,
-}
-
-
-def peak_flops(device_kind: str) -> float | None:
-    """Peak bfloat16 FLOP/s of a device; None where it is not known, as of CPUs."""
-    return next((peak for name, peak in PEAKS.items() if device_kind.startswith(name)), None)
 
 
 @dataclass(frozen=True)

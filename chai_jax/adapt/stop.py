@@ -3,13 +3,8 @@
 import signal
 import threading
 import time
-from collections.abc import Sequence
 from types import FrameType, TracebackType
 from typing import Any
-
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 
 class StopWatch:
@@ -47,10 +42,3 @@ class StopWatch:
     def stops(self) -> bool:
         """Whether training should stop."""
         return self.terminated or self.late
-
-
-def anywhere(flags: Sequence[bool]) -> list[bool]:
-    """Each flag, raised if any process raised it: all of them save and stop at the same update."""
-    if jax.process_count() == 1:
-        return list(flags)
-    return multihost_utils.process_allgather(np.asarray(flags)).any(axis=0).tolist()

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from chai_jax.adapt.checkpoints import Keeper
 from chai_jax.adapt.fingerprint import checksums, fingerprint
-from chai_jax.adapt.flops import Cost, cost, peak_flops
+from chai_jax.adapt.flops import Cost, cost
 from chai_jax.adapt.step import (
     Loss,
     State,
@@ -35,6 +35,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, is_leaf
 from chai_jax.model.sharding import Layout, current_layout, put
+from chai_jax.peaks import peak
 from chai_jax.progress import bar
 
 Log = Callable[[dict[str, Any]], None]
@@ -132,8 +133,8 @@ def train(
 def speed(examples: Sequence[Encoded], seconds: float, flops: int, mesh: Mesh) -> dict[str, float]:
     """How fast an update was; without `mfu` where the devices' peak is not known."""
     record = {"step_s": seconds, "tokens_per_s": sum(len(example.tokens) - 1 for example in examples) / seconds}
-    peak = peak_flops(mesh.devices.flat[0].device_kind)
-    return record if peak is None else record | {"mfu": flops / seconds / (peak * mesh.devices.size)}
+    rates = peak(mesh.devices.flat[0])
+    return record if rates is None else record | {"mfu": flops / seconds / (rates.flops * mesh.devices.size)}
 
 
 def note(record: dict[str, Any]) -> str:

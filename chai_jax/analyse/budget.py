@@ -8,7 +8,7 @@ cached, then the formats of the weights.
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,12 @@ class Budget:
         if not self.shares or not self.storages:
             raise InputError("the planner has nothing to choose from; expected a share and a storage at least")
 
+    def check_layers(self, layers: int) -> None:
+        """Raise InputError where a layer is pinned that a model of so many layers has not."""
+        missing = [index for index in self.pinned if not 0 <= index < layers]
+        if missing:
+            raise InputError(f"layer {missing[0]} is pinned; expected layers from 0 to {layers - 1}")
+
 
 def plan_within(
     model: Model,
@@ -95,9 +101,7 @@ def plan_within(
     base = Plan((), budget.shares[0], score_merge=score_merge, value_merge=value_merge, method="kl")
     base.check()
     check_probe(model, probe)
-    missing = [index for index in budget.pinned if not 0 <= index < config.num_layers]
-    if missing:
-        raise InputError(f"layer {missing[0]} is pinned; expected layers from 0 to {config.num_layers - 1}")
+    budget.check_layers(config.num_layers)
 
     @cache
     def find(index: int, count: int) -> tuple[ClusterPlan, ...]:
@@ -107,7 +111,7 @@ def plan_within(
     storages = [name for name in budget.storages if name != "bfloat16"]
     measured = list(
         measure_costs(
-            Measure(model, probe, text, base, find),
+            partial(Measure, model, probe, text, base, find),
             budget.shares,
             ["bfloat16", *storages],
             weights,

@@ -120,7 +120,7 @@ def truncated(params: Params, name: str, rank: int) -> Params:
 
 
 def measure_costs(
-    measure: Measure,
+    measure: Callable[[], Measure],
     shares: Sequence[str],
     storages: Sequence[str],
     weights: Sequence[str],
@@ -131,6 +131,7 @@ def measure_costs(
     """Measure all layers; with a `file`, what an interrupted attempt measured is read, not measured again.
 
     Args:
+        measure: what measures; made only where something is missing.
         key: what the numbers depend on (model, text, clustering): a file made under another key is refused.
 
     Raises:
@@ -138,12 +139,14 @@ def measure_costs(
     """
     asked = {"key": key, "shares": list(shares), "storages": list(storages), "weights": list(weights)}
     known = _read(file, asked) if file is not None and file.exists() else []
-    for index in track(range(layers), "Measuring what each layer bears"):
-        if index < len(known):
-            measure.stream.advance()
-            yield known[index]
-            continue
-        known.append(measure.layer(shares, storages, weights))
+    yield from known[:layers]
+    if len(known) >= layers:
+        return
+    measuring = measure()
+    for _ in known:
+        measuring.stream.advance()
+    for index in track(range(len(known), layers), "Measuring what each layer bears"):
+        known.append(measuring.layer(shares, storages, weights))
         if file is not None:
             write_json(file, {**asked, "layers": [dataclasses.asdict(one) for one in known]})
         yield known[index]

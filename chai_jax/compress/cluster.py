@@ -26,7 +26,7 @@ from chai_jax.compress.slice import (
 )
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import Quantized
 from chai_jax.model.stream import Text, embed, through
 from chai_jax.plans import LayerPlan, Plan
@@ -59,7 +59,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     stream = Stream(model, text) if plan.needs_text and text is not None else None
     for index, wanted in enumerate(track(plan.layers, "Merging the heads")):
         if wanted.merged:
-            _check_plain(model.config, index, spec.layers[index], layers[str(index)])
+            _check_plain(index, spec.layers[index], layers[str(index)])
             if plan.membership == "prompt":
                 new, params = _assign(index, spec.layers[index], layers[str(index)], wanted, plan.warmup_tokens)
             else:
@@ -71,7 +71,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     return model.replace(spec=spec, params={**model.params, "layers": layers}, plan=plan)
 
 
-def _check_plain(config: OPTConfig, index: int, layer: LayerSpec, params: Params) -> None:
+def _check_plain(index: int, layer: LayerSpec, params: Params) -> None:
     kernels = [params[name]["kernel"] for name in ("query", "key", "value", "output")]
     if layer.share != "dense" or any(isinstance(kernel, Quantized) for kernel in kernels):
         raise InputError(

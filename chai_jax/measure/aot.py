@@ -20,7 +20,7 @@ from rich.table import Table
 from chai_jax.errors import InputError
 from chai_jax.measure.cost import cost
 from chai_jax.measure.programs import Job, Shapes, lower
-from chai_jax.measure.tpu import CORES, roofline
+from chai_jax.measure.tpu import roofline
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.plans import Plan
 
@@ -45,11 +45,11 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
         InputError: see `lower`; or the compiler refuses the program for another reason than memory.
     """
     mesh = shapes.layout.mesh
-    device = mesh.devices.flat[0].device_kind
+    device = mesh.devices.flat[0]
     record: Record = {
         **dataclasses.asdict(job),
         "unit": job.unit,
-        "device": device,
+        "device": device.device_kind,
         "devices": mesh.size,
         "mesh_shape": dict(mesh.shape),
         "kv_bytes_per_token": bytes_per_token(shapes.spec),
@@ -211,7 +211,7 @@ def report(record: Record) -> Table:
     for name in ("compute", "memory", "interconnect"):
         table.add_row(f"at peak {name} rate", f"{times[f'{name}_ms']:.3f} ms")
     table.add_row("roofline", f"{times['ms']:.3f} ms a {record['unit']}, bound by {times['bound']}")
-    table.caption = f"peak rates: {CORES[record['device']].note}"
+    table.caption = f"peak rates of a device: {times['peaks']}"
     return table
 
 

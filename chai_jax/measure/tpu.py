@@ -1,8 +1,7 @@
-"""TPUs that are not here: their devices as libtpu's compiler knows them, and the peak rates of their cores."""
+"""TPUs that are not here: their devices as libtpu's compiler knows them, and the least time a program takes on them."""
 
 import os
 import re
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -13,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 
 from chai_jax.errors import InputError
 from chai_jax.measure.cost import Cost
+from chai_jax.peaks import CHIPS, peak
 
 # Without these libtpu asks for the metadata of the TPU it takes this machine to be, and may wait for ever.
 ENVIRONMENT = {
@@ -23,35 +23,6 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
     "TPU_MIN_LOG_LEVEL": "3",
-}
-
-
-@dataclass(frozen=True)
-class Core:
-    """Peak rates of one JAX device: a core where a chip has two that work apart (v2, v3), else a chip.
-
-    Attributes:
-        flops: bfloat16 multiplications and additions a second.
-        hbm: bytes a second to and from HBM.
-        ici: bytes a second sent to other chips, all links together, one way; a core's half where two share a chip.
-        note: what the figures are.
-    """
-
-    flops: float
-    hbm: float
-    ici: float
-    note: str
-
-
-# By JAX's name of the device. Chip figures: docs.cloud.google.com/tpu/docs/{v2,v3,v4,v5e,v5p,v6e}; links of v2 and v3:
-# Jouppi et al. 2020 (CACM 63:7), table 3. A chip with two cores counts half for each.
-CORES = {
-    "TPU v2": Core(23e12, 350e9, 124e9, "half of 46 TFLOP/s, 700 GB/s, 4 x 496 Gbit/s"),
-    "TPU v3": Core(61.5e12, 450e9, 164e9, "half of 123 TFLOP/s, 900 GB/s, 4 x 656 Gbit/s"),
-    "TPU v4": Core(137.5e12, 614e9, 150e9, "half of 275 TFLOP/s, 1,228 GB/s, 2,400 Gbit/s"),
-    "TPU v5 lite": Core(197e12, 819e9, 200e9, "197 TFLOP/s, 819 GB/s, 1,600 Gbit/s"),
-    "TPU v5": Core(459e12, 2765e9, 600e9, "459 TFLOP/s, 2,765 GB/s, 4,800 Gbit/s"),
-    "TPU v6 lite": Core(918e12, 1640e9, 400e9, "918 TFLOP/s, 1,640 GB/s, 400 GB/s each way"),
 }
 
 
@@ -75,8 +46,8 @@ def topology(name: str) -> tuple[Any, ...]:
         raise InputError(
             f"no topology {name!r} ({reason}); expected a name such as v3:2x2, v4:2x2x1, v5e:2x4 or v6e:2x4"
         ) from None
-    if devices[0].device_kind not in CORES:
-        raise InputError(f"{name} has devices {devices[0].device_kind!r}; expected one of {', '.join(CORES)}")
+    if peak(devices[0]) is None:
+        raise InputError(f"{name} has devices {devices[0].device_kind!r}; expected one of {', '.join(CHIPS)}")
     return tuple(devices)
 
 
@@ -95,16 +66,21 @@ def mesh_of(devices: tuple[Any, ...], shape: str | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def roofline(cost: Cost, device_kind: str) -> dict[str, float | str]:
+def roofline(cost: Cost, device: Any) -> dict[str, float | str]:
     """The least milliseconds a program can take, by compute, memory and interconnect, and which of them is the bound.
 
-    Williams et al. 2009 (CACM 52:4): each alone at its peak rate, all at once. No program comes down to it.
+    Williams et al. 2009 (CACM 52:4): each alone at its peak rate, all at once. No program comes down to it. `peaks`
+    names the rates.
     """
-    core = CORES[device_kind]
+    rates = peak(device)
+    assert rates is not None
+    assert rates.hbm
+    assert rates.ici
     times = {
-        "compute": 1e3 * cost.flops / core.flops,
-        "memory": 1e3 * cost.hbm_bytes / core.hbm,
-        "interconnect": 1e3 * cost.sent_bytes / core.ici,
+        "compute": 1e3 * cost.flops / rates.flops,
+        "memory": 1e3 * cost.hbm_bytes / rates.hbm,
+        "interconnect": 1e3 * cost.sent_bytes / rates.ici,
     }
     bound = max(times, key=lambda name: times[name])
-    return {"ms": times[bound], "bound": bound, **{f"{name}_ms": time for name, time in times.items()}}
+    peaks = f"{rates.flops / 1e12:g} TFLOP/s, HBM {rates.hbm / 1e9:g} GB/s, links {rates.ici / 1e9:g} GB/s"
+    return {"ms": times[bound], "bound": bound, **{f"{name}_ms": time for name, time in times.items()}, "peaks": peaks}

@@ -108,7 +108,8 @@ def spread(value: Any, target: NamedSharding) -> Any:
         return target
     split = list(target.spec) + [None] * (len(value.shape) - len(target.spec))
     if isinstance(value, Int4Array):
-        devices = target.mesh.shape[split[value.axis]] if split[value.axis] else 1
+        names = split[value.axis] or ()
+        devices = prod(target.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
         if any(part.shape[value.axis] % devices for part in (value.packed, value.scale)):
             split[value.axis] = None
         place = NamedSharding(target.mesh, PartitionSpec(*split))

@@ -114,6 +114,9 @@ def test_measurements_are_taken_up_where_they_stopped(
     monkeypatch.setattr(Damage, "of", counted)
     assert plan_within(model, seen, budget, file=file) == whole
     assert set(measured) == {2}
+    with monkeypatch.context() as patched:  # a whole file needs no pass through the model
+        patched.setattr(Damage, "__init__", None)
+        assert plan_within(model, seen, budget, file=file) == whole
     with pytest.raises(InputError, match="costs measured with another key"):
         plan_within(model, seen, dataclasses.replace(budget, tokens=200), file=file)
     file.write_text("{}")

@@ -134,10 +134,17 @@ def test_a_scale_is_split_with_its_values(shape: tuple[int, ...], axes: tuple[in
     np.testing.assert_array_equal(dequantize(placed), dequantize(array))
 
 
-@pytest.mark.parametrize(("group", "split"), [(4, P(None, None)), (2, P("model", None))])
-def test_int4_is_split_where_groups_are_whole(group: int, split: P) -> None:
+@pytest.mark.parametrize(
+    ("group", "wanted", "split"),
+    [
+        (4, P("model", None), P(None, None)),
+        (2, P("model", None), P("model", None)),
+        (2, P(("data", "model"), None), P(None, None)),
+    ],
+)
+def test_int4_is_split_where_groups_are_whole(group: int, wanted: P, split: P) -> None:
     array = quantize_int4(jnp.asarray(np.random.default_rng(0).standard_normal((8, 6)), jnp.float32), -2, group)
-    target = jax.NamedSharding(make_mesh(model=4), P("model", None))
+    target = jax.NamedSharding(make_mesh(model=4), wanted)
     placed = place({"kernel": array}, {"kernel": target})["kernel"]
     assert {leaf.sharding.spec for leaf in jax.tree.leaves(placed)} == {split}
     np.testing.assert_array_equal(dequantize(placed), dequantize(array))
