@@ -15,12 +15,13 @@ Letters: m heads of a cluster, D width, K head dimension, R rank.
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
+einsum = partial(np.einsum, optimize=True)  # pairwise by BLAS; as it is, numpy loops over all letters at once
 NEGLIGIBLE = 1e-8  # of the norm: below it there is only rounding (weights are float32 at best)
 
 
@@ -143,7 +144,7 @@ def low_rank_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     The score form of head h is [q, 1] F_h x' with F_h = [Wq_h; bq_h] Wk_h'; kept is the mean form F = mean_h F_h, as
     A^(1/2) F S^(1/2) = U s V'. Objective: E |[x_q, 1] (F - merged) (x_k - mu)'|^2 for x_q, x_k drawn independently.
     """
-    form = np.einsum("mdk,emk->de", heads.queries, heads.key) / len(heads.queries)
+    form = einsum("mdk,emk->de", heads.queries, heads.key) / len(heads.queries)
     u, s, vt = svd(rank, x.joint_root, form, x.root)
     key = ((u * inverse(s)).T @ x.joint_root @ form).T
     query = form @ x.root @ vt.T
@@ -161,8 +162,8 @@ def latent_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     joined = np.concatenate(weighed, axis=1)
     u, s, vt = svd(rank, x.root, joined)
     key = joined @ (vt.T * inverse(s))
-    read = np.einsum("dr,de,emk->mrk", u, x.root, heads.key)
-    query = np.einsum("mdk,mrk->dmr", heads.queries, read)
+    read = einsum("dr,de,emk->mrk", u, x.root, heads.key)
+    query = einsum("mdk,mrk->dmr", heads.queries, read)
     return Scores(query[:-1], query[-1], key, -x.mean @ key)
 
 
@@ -172,10 +173,10 @@ def low_rank_values(heads: Heads, x: InputMoments, rank: int) -> Values:
     M = sum_h Wv_h Wo_h; S^(1/2) M = U s V'; the value is (x - mu) M V_R / s, the output projection s V_R'.
     Objective: E |(x - mu) (M - merged)|^2, the value path of one token.
     """
-    whole = np.einsum("dmk,mke->de", heads.value, heads.output)
+    whole = einsum("dmk,mke->de", heads.value, heads.output)
     _, s, vt = svd(rank, x.root, whole)
     value = whole @ (vt.T * inverse(s))
-    constant = np.einsum("mk,mke->e", heads.value_bias, heads.output) + x.mean @ whole
+    constant = einsum("mk,mke->e", heads.value_bias, heads.output) + x.mean @ whole
     return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)
 
 
@@ -186,9 +187,9 @@ def latent_values(heads: Heads, x: InputMoments, rank: int) -> Values:
     joined = np.concatenate(weighed, axis=1)
     u, s, vt = svd(rank, x.root, joined)
     value = joined @ (vt.T * inverse(s))
-    read = np.einsum("dr,de,emk->mrk", u, x.root, heads.value)
-    constant = np.einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
-    constant += np.einsum("mk,mke->e", heads.value_bias, heads.output)
+    read = einsum("dr,de,emk->mrk", u, x.root, heads.value)
+    constant = einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
+    constant += einsum("mk,mke->e", heads.value_bias, heads.output)
     return Values(value, -x.mean @ value, read @ heads.output, constant)
 
 
@@ -200,7 +201,7 @@ def fitted_values(heads: Heads, moments: OutputMoments, x: InputMoments, rank: i
     B = (Z'Z + ridge)^-1 (Z'Y + ridge M), cut to the R leading principal directions of Z B. Objective:
     E |Y - Z merged|^2 + ridge |merged - M|^2, with ridge relative to the mean variance of Z.
     """
-    path = np.einsum("dmk,mke->de", heads.value, heads.output)
+    path = einsum("dmk,mke->de", heads.value, heads.output)
     size = len(moments.zz)
     penalty = max(ridge * np.trace(moments.zz) / size, np.finfo(np.float64).tiny)
     penalized = moments.zz + penalty * np.eye(size)
