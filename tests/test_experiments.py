@@ -81,7 +81,8 @@ def test_a_stopped_run_stops_the_script(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
 def test_shellcheck() -> None:
-    subprocess.run(["shellcheck", *EXPERIMENTS.glob("*.sh"), ROOT / "tpu_setup.sh"], check=True)
+    scripts = [*EXPERIMENTS.glob("*.sh"), ROOT / "tpu_setup.sh"]
+    assert subprocess.run(["shellcheck", *scripts], capture_output=True, text=True).stdout == ""
 
 
 def cells(kind: str) -> list[str]:
@@ -102,9 +103,11 @@ def test_the_notebook_has_small_cells_without_outputs() -> None:
 def test_the_notebooks_code_compiles() -> None:
     for cell in cells("code"):
         if cell.startswith("%%bash"):
-            subprocess.run(["bash", "-n"], input=cell.split("\n", 1)[1], text=True, check=True)
+            checked = subprocess.run(["bash", "-n"], input=cell.split("\n", 1)[1], text=True, capture_output=True)
+            assert checked.stderr == ""
         else:
-            ast.parse("\n".join("pass" if line[:1] in ("!", "%") else line for line in cell.splitlines()))
+            lines = ["pass" if line[:1] in ("!", "%") else line for line in cell.splitlines()]
+            assert ast.parse("\n".join(lines)).body
 
 
 def test_the_notebooks_commands_are_the_programs() -> None:
