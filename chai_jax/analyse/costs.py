@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from chai_jax.analyse.cluster import round_up
@@ -115,8 +116,9 @@ def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:
 
 def truncated(params: Params, name: str, rank: int) -> Params:
     """A layer whose latent `name` (key or value) has nothing beyond its first `rank` columns."""
-    projection = params[name]
-    return {**params, name: {part: leaf.at[..., rank:].set(0) for part, leaf in projection.items()}}
+    # A mask, not a slice: one small program serves every rank.
+    kept = {part: jnp.where(np.arange(leaf.shape[-1]) < rank, leaf, 0) for part, leaf in params[name].items()}
+    return {**params, name: kept}
 
 
 def measure_costs(

@@ -40,6 +40,13 @@ class Damage:
             x = through(self.model, later, x, self.mask)
         return self.between(x)
 
+    def of_output(self, index: int, layer: LayerSpec, params: Params) -> float:
+        """Mean squared error of what layer `index` adds to its input, over real tokens, relative to what it adds."""
+        before, after = self.entering[index : index + 2]
+        x = through_layer(self.model.config, layer, params, before, self.mask)
+        wrong, right = jax.device_get(_energies(before, after, x, self.mask))
+        return float(wrong / right)
+
     def of_model(self, changed: Model) -> tuple[float, float]:
         """The same for a model that may differ in every layer."""
         x = self.entering[0]
@@ -53,6 +60,13 @@ class Damage:
         found = _compare(self.model.config, rest, self.targets, truth[self.predicts], x[self.predicts])
         divergence, rise = jax.device_get(found)
         return float(divergence), float(rise)
+
+
+@jax.jit
+def _energies(before: Array, after: Array, x: Array, mask: Array) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Squared norms, over real tokens, of x - after and of after - before."""
+    real = mask[..., None]
+    return jnp.sum(jnp.where(real, (x - after) ** 2, 0)), jnp.sum(jnp.where(real, (after - before) ** 2, 0))
 
 
 @partial(jax.jit, static_argnums=0)

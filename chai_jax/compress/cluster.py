@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from chai_jax.compress.low_rank import as_they_are, dense_heads, score_params, value_params
 from chai_jax.compress.merge import (
+    Heads,
     InputMoments,
     OutputMoments,
     fitted_values,
@@ -111,8 +112,11 @@ class Stream:
     def advance(self) -> None:
         self.x = through(self.model, self.index, self.x, self.mask)
         self.index += 1
+        self.__dict__.pop("input_moments", None)
 
+    @cached_property
     def input_moments(self) -> InputMoments:
+        """Of this layer, for every merge that is tried on it."""
         layer, params = self.model.spec.layers[self.index], self.model.params["layers"][str(self.index)]
         return input_moments(self.model.config, layer, params, self.x, self.mask)
 
@@ -155,10 +159,10 @@ class LayerMerge:
         if self.share != "kv" and self.plan.score_merge == "representative":
             return representative_scores(self.old, self.kept)
         form = latent_scores if self.share == "kv" else low_rank_scores
-        rank, x, found = self.spec.key_rank, self._input, []
+        rank, found = self.spec.key_rank, []
         for members in self.members:
-            heads = dense_heads(self.old, members)
-            found.append(as_they_are(heads)[0] if self._whole(members, rank) else form(heads, x, rank))
+            heads = self._heads.at(members)
+            found.append(as_they_are(heads)[0] if self._whole(members, rank) else form(heads, self._input, rank))
         return score_params(self.old, found)
 
     def _values(self, scores: Params) -> Params:
@@ -167,23 +171,27 @@ class LayerMerge:
             return every_value(self.old, self.members)
         if self.share == "qkv" and self.plan.value_merge == "representative":
             return representative_values(self.old, self.kept, self.members)
-        rank, x = self.spec.value_rank, self._input
-        if self.share == "qkv" and self.plan.value_merge == "fit":
-            outputs = zip(self.members, self._output(scores), strict=True)
-            fitted = [fitted_values(dense_heads(self.old, members), found, x, rank) for members, found in outputs]
-        else:
-            form = latent_values if self.share == "kv" else low_rank_values
-            fitted = [form(dense_heads(self.old, members), x, rank) for members in self.members]
-        found = [
-            as_they_are(dense_heads(self.old, members))[1] if self._whole(members, rank) else values
-            for members, values in zip(self.members, fitted, strict=True)
-        ]
+        rank, fit = self.spec.value_rank, self.share == "qkv" and self.plan.value_merge == "fit"
+        outputs = self._output(scores) if fit else [None] * len(self.members)
+        found = []
+        for members, output in zip(self.members, outputs, strict=True):
+            heads = self._heads.at(members)
+            if self._whole(members, rank):
+                found.append(as_they_are(heads)[1])
+            elif output is not None:
+                found.append(fitted_values(heads, output, self._input, rank))
+            else:
+                found.append((latent_values if self.share == "kv" else low_rank_values)(heads, self._input, rank))
         return value_params(self.old, found)
 
     @cached_property
+    def _heads(self) -> Heads:
+        return dense_heads(self.old)
+
+    @property
     def _input(self) -> InputMoments:
         assert self.stream is not None  # the plan needs text, so cluster() has it
-        return self.stream.input_moments()
+        return self.stream.input_moments
 
     def _output(self, scores: Params) -> list[OutputMoments]:
         """Of the merged attention, whatever values it will have; representatives stand in for them."""

@@ -11,16 +11,14 @@ from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
 
 
-def dense_heads(params: Params, members: Sequence[int]) -> Heads:
-    """The heads of a dense layer that are stored at `members`."""
+def dense_heads(params: Params) -> Heads:
+    """All heads of a dense layer, as they are stored."""
 
-    def projection(name: str) -> tuple[np.ndarray, np.ndarray]:
-        kernel, bias = (np.asarray(dequantize(params[name][part]), np.float64) for part in ("kernel", "bias"))
-        return kernel[:, list(members)], bias[list(members)]
+    def wide(name: str, part: str) -> np.ndarray:
+        return np.asarray(dequantize(params[name][part]), np.float64)
 
-    output = np.asarray(dequantize(params["output"]["kernel"]), np.float64)[list(members)]
-    query, key, value = (projection(name) for name in ("query", "key", "value"))
-    return Heads(*query, key[0], *value, output)
+    query, key, value, output = (wide(name, "kernel") for name in ("query", "key", "value", "output"))
+    return Heads(query, wide("query", "bias"), key, value, wide("value", "bias"), output)
 
 
 def as_they_are(heads: Heads) -> tuple[Scores, Values]:

@@ -13,7 +13,9 @@ the rounding error of an int8 token over its entries in proportion to what each 
 Letters: m heads of a cluster, D width, K head dimension, R rank.
 """
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 
@@ -94,7 +96,7 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """The dense heads of one cluster, float64."""
+    """Dense heads, those of a layer or of one cluster, float64."""
 
     query: Float[np.ndarray, "D m K"]
     query_bias: Float[np.ndarray, "m K"]
@@ -108,6 +110,12 @@ class Heads:
         """[Wq_h; bq_h] of every head."""
         return np.concatenate([self.query, self.query_bias[None]]).transpose(1, 0, 2)
 
+    def at(self, members: Sequence[int]) -> "Heads":
+        """These heads alone."""
+        some = list(members)
+        wide = (self.query[:, some], self.query_bias[some], self.key[:, some], self.value[:, some])
+        return Heads(*wide, self.value_bias[some], self.output[some])
+
 
 def square_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
     """The symmetric square root of a positive semidefinite matrix; what rounding made negative counts as zero."""
@@ -116,20 +124,23 @@ def square_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
 
 
 def svd(
-    rank: int, *factors: Float[np.ndarray, "_ _"]
+    rank: int, left: Sequence[Float[np.ndarray, "_ _"]], right: Sequence[Float[np.ndarray, "_ _"]]
 ) -> tuple[Float[np.ndarray, "M R"], Float[np.ndarray, " R"], Float[np.ndarray, "R N"]]:
-    """(U_R, s_R, V_R') of the product of `factors`; rows and columns beyond its own rank are zero.
+    """(U_R, s_R, V_R') of the product of the factors, `left` times `right`; what is beyond its own rank is zero.
 
-    What is negligible beside the factors' norms is their rounding, even where nothing larger is there.
+    Between the two lie few dimensions (two heads of a wide model): left = Q L and right' = P R by QR, and only L R' is
+    decomposed. What is negligible beside the factors' norms is their rounding, even where nothing larger is there.
     """
-    matrix = np.linalg.multi_dot(factors) if len(factors) > 1 else factors[0]
+    one, two = (functools.reduce(np.matmul, factors) for factors in (left, right))
+    (q, core), (p, other) = (scipy.linalg.qr(matrix, mode="economic") for matrix in (one, two.T))
+    core = core @ other.T
     try:
-        u, s, vt = scipy.linalg.svd(matrix, full_matrices=False)
+        u, s, vt = scipy.linalg.svd(core, full_matrices=False)
     except scipy.linalg.LinAlgError:  # the divide-and-conquer driver gives up on some matrices, this one does not
-        u, s, vt = scipy.linalg.svd(matrix, full_matrices=False, lapack_driver="gesvd")
-    kept = s[:rank] > NEGLIGIBLE * math.prod(np.linalg.norm(factor) for factor in factors)
+        u, s, vt = scipy.linalg.svd(core, full_matrices=False, lapack_driver="gesvd")
+    kept = s[:rank] > NEGLIGIBLE * math.prod(np.linalg.norm(factor) for factor in (*left, *right))
     room = (0, max(0, rank - len(s)))
-    u, s, vt = u[:, :rank] * kept, s[:rank] * kept, vt[:rank] * kept[:, None]
+    u, s, vt = (q @ u[:, :rank]) * kept, s[:rank] * kept, (vt[:rank] @ p.T) * kept[:, None]
     return np.pad(u, ((0, 0), room)), np.pad(s, room), np.pad(vt, (room, (0, 0)))
 
 
@@ -144,10 +155,11 @@ def low_rank_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     The score form of head h is [q, 1] F_h x' with F_h = [Wq_h; bq_h] Wk_h'; kept is the mean form F = mean_h F_h, as
     A^(1/2) F S^(1/2) = U s V'. Objective: E |[x_q, 1] (F - merged) (x_k - mu)'|^2 for x_q, x_k drawn independently.
     """
-    form = einsum("mdk,emk->de", heads.queries, heads.key) / len(heads.queries)
-    u, s, vt = svd(rank, x.joint_root, form, x.root)
-    key = ((u * inverse(s)).T @ x.joint_root @ form).T
-    query = form @ x.root @ vt.T
+    queries = np.concatenate(heads.queries, axis=1) / len(heads.queries)  # [D + 1, m K]
+    keys = heads.key.reshape(len(heads.key), -1)  # [D, m K], so that F = queries keys'
+    u, s, vt = svd(rank, (x.joint_root, queries), (keys.T, x.root))
+    key = keys @ (queries.T @ (x.joint_root @ (u * inverse(s))))
+    query = queries @ (keys.T @ (x.root @ vt.T))
     return Scores(query[:-1, None], query[-1:], key, -x.mean @ key)
 
 
@@ -160,7 +172,7 @@ def latent_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     """
     weighed = [heads.key[:, head] @ square_root(query.T @ x.joint @ query) for head, query in enumerate(heads.queries)]
     joined = np.concatenate(weighed, axis=1)
-    u, s, vt = svd(rank, x.root, joined)
+    u, s, vt = svd(rank, (x.root,), (joined,))
     key = joined @ (vt.T * inverse(s))
     read = einsum("dr,de,emk->mrk", u, x.root, heads.key)
     query = einsum("mdk,mrk->dmr", heads.queries, read)
@@ -173,10 +185,10 @@ def low_rank_values(heads: Heads, x: InputMoments, rank: int) -> Values:
     M = sum_h Wv_h Wo_h; S^(1/2) M = U s V'; the value is (x - mu) M V_R / s, the output projection s V_R'.
     Objective: E |(x - mu) (M - merged)|^2, the value path of one token.
     """
-    whole = einsum("dmk,mke->de", heads.value, heads.output)
-    _, s, vt = svd(rank, x.root, whole)
-    value = whole @ (vt.T * inverse(s))
-    constant = einsum("mk,mke->e", heads.value_bias, heads.output) + x.mean @ whole
+    values, outputs = heads.value.reshape(len(heads.value), -1), np.concatenate(heads.output)  # M = values outputs
+    _, s, vt = svd(rank, (x.root, values), (outputs,))
+    value = values @ (outputs @ (vt.T * inverse(s)))
+    constant = (heads.value_bias.reshape(-1) + x.mean @ values) @ outputs
     return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)
 
 
@@ -185,7 +197,7 @@ def latent_values(heads: Heads, x: InputMoments, rank: int) -> Values:
     G_h^(1/2). Objective: sum over heads of E |(x - mu) (Wv_h - merged) Wo_h|^2."""
     weighed = [heads.value[:, head] @ square_root(output @ output.T) for head, output in enumerate(heads.output)]
     joined = np.concatenate(weighed, axis=1)
-    u, s, vt = svd(rank, x.root, joined)
+    u, s, vt = svd(rank, (x.root,), (joined,))
     value = joined @ (vt.T * inverse(s))
     read = einsum("dr,de,emk->mrk", u, x.root, heads.value)
     constant = einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
@@ -206,7 +218,7 @@ def fitted_values(heads: Heads, moments: OutputMoments, x: InputMoments, rank: i
     penalty = max(ridge * np.trace(moments.zz) / size, np.finfo(np.float64).tiny)
     penalized = moments.zz + penalty * np.eye(size)
     whole = scipy.linalg.solve(penalized, moments.zy + penalty * path, assume_a="pos")
-    _, s, vt = svd(rank, square_root(penalized), whole)
+    _, s, vt = svd(rank, (square_root(penalized),), (whole,))
     value = whole @ (vt.T * inverse(s))
     constant = moments.y - (moments.z - x.mean) @ value @ (s[:, None] * vt)
     return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)

@@ -219,7 +219,7 @@ def test_no_more_rank_than_there_is(heads: Heads, x: np.ndarray) -> None:
     # Inputs sum to one number: values that only see the sum are constant, and nothing is left of them but that.
     constant = low_rank_values(dataclasses.replace(heads, value=np.ones_like(heads.value)), moments_of(x), 2)
     assert not constant.output.any()
-    u, s, vt = svd(5, np.zeros((3, 3)))
+    u, s, vt = svd(5, (np.zeros((3, 3)),), (np.eye(3),))
     assert u.shape == (3, 5)
     assert vt.shape == (5, 3)
     assert not s.any()
