@@ -30,7 +30,7 @@ serve
 measure
 report
 environment devices run_folder sinks work
-planning
+planning stages
 pipeline
 __init__
 commands
