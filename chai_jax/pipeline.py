@@ -12,20 +12,16 @@ from typing import Any
 
 from rich.console import Console
 
-from chai_jax.adapt.distil import check_vocabulary, distil
-from chai_jax.adapt.finetune import finetune
-from chai_jax.adapt.target import select_layers, target
+from chai_jax.adapt.distil import check_vocabulary
+from chai_jax.adapt.target import select_layers
 from chai_jax.adapt.toy import toy_model
 from chai_jax.analyse.gate import Gate, tried
-from chai_jax.compress.cluster import cluster
-from chai_jax.compress.quantize import quantize, with_storage
-from chai_jax.config import STAGES, TOY_TRAIN, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
-from chai_jax.environment import versions, where_computed
+from chai_jax.compress.quantize import with_storage
+from chai_jax.config import STAGES, RunConfig, TargetConfig
 from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import new_folder, write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
-from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.planning import check_options, plan_for
 from chai_jax.plans import Plan
@@ -34,10 +30,8 @@ from chai_jax.progress import console
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
 from chai_jax.sinks import harmless, tensorboard, together, wandb
-from chai_jax.spec import Spec
+from chai_jax.stages import TOY, Stages
 from chai_jax.work import Work, open_work
-
-TOY = "toy"
 
 
 @dataclass(frozen=True)
@@ -122,6 +116,7 @@ class Job:
         self, config: RunConfig, folder: RunFolder, work: Work, source: Model, teacher: Model | None, began: float
     ):
         self.config, self.folder, self.work, self.teacher = config, folder, work, teacher
+        self.steps = Stages(config, work)
         self.dense = with_storage(source, config.storage)
         self.model = self.dense
         self.done: list[str] = []
@@ -132,7 +127,7 @@ class Job:
         """Dense first, then clustering, then the stages asked for."""
         later = {
             "distil": self._distil,
-            "quantize": lambda model: quantize(model, self._plan()),
+            "quantize": lambda model: self.steps.quantize(model, self._plan()),
             "target": self._target,
         }
         if plan is not None:
@@ -155,7 +150,7 @@ class Job:
             measured: Any = self.work.measure(model)
             if index:
                 measured = measured.against(self.work.recall(self.folder.predictions(0, "dense")))
-            record = self._record(stage.name, model, measured.metrics(), spent) | gate
+            record = self.steps.record(stage.name, model, measured.metrics(), spent) | gate
             self.folder.finish(index, stage.name, model, record, measured.samples())
         self.folder.clear_partial(index, stage.name)
         # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
@@ -181,24 +176,11 @@ class Job:
         return {"log": together(logs), "checkpoints": wanted.at(path, self.deadline)}
 
     def _dense(self, model: Model) -> Model:
-        wanted = self.config.finetune
-        chance = self.work.labelled and self.work.judge(model).metrics()["at_chance"]
-        if wanted == "always" or (wanted == "auto" and chance):
-            console.print("tuning the dense model on the task first" + (": it is at chance" if chance else ""))
-            settings = FinetuneConfig(self._train(FinetuneConfig().train))
-            model = finetune(model, self.work.training, settings, **self._keeping("dense"))
-            chance = self.work.labelled and self.work.judge(model).metrics()["at_chance"]
-        if chance:
-            console.print(
-                "warning: on held-out training rows the dense model is not above the majority label by two standard "
-                "errors; as a teacher and as a baseline it makes every later number meaningless",
-                style="bold red",
-            )
-        return model
+        return self.steps.dense(model, **self._keeping("dense"))
 
     def _cluster(self, model: Model) -> Model:
         plan = self._plan()
-        clustered = cluster(model, plan, self.work.text)
+        clustered = self.steps.cluster(model, plan)
         if plan.measured is None:
             self._keep_plan(dataclasses.replace(plan, measured=tried(model, clustered, plan, self.work.text)))
         return clustered
@@ -213,16 +195,10 @@ class Job:
         return {"gate": dataclasses.asdict(gate)}
 
     def _distil(self, model: Model) -> Model:
-        settings = DistilConfig(self._train(DistilConfig().train), cache_teacher=self.config.cache_teacher)
-        return distil(model, self.teacher or self.dense, self.work.training, settings, **self._keeping("distil"))
+        return self.steps.distil(model, self.teacher or self.dense, **self._keeping("distil"))
 
     def _target(self, model: Model) -> Model:
-        settings = TargetConfig(self._train(TargetConfig().train), self.config.policy)
-        return target(model, self._plan(), self.work.training, settings, **self._keeping("target"))
-
-    def _train(self, train: TrainConfig) -> TrainConfig:
-        preset = TOY_TRAIN.apply(train) if self.config.model == TOY else train
-        return dataclasses.replace(self.config.train.apply(preset), seed=self.config.seed)
+        return self.steps.target(model, self._plan(), **self._keeping("target"))
 
     def _plan(self) -> Plan:
         """The plan of this run: given, made by an earlier attempt, or made now from the dense model."""
@@ -240,28 +216,6 @@ class Job:
         }
         once(lambda: write_json(self.folder.path / "sensitivity.json", scores))
         once(lambda: write_json(self.folder.path / "plan.json", plan.to_json()))
-
-    def _record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
-        config = model.config
-        shape = config.num_layers, config.num_heads, config.head_dim
-        dense = {storage: bytes_per_token(Spec.dense(*shape, storage)) for storage in ("bfloat16", "float32")}
-        stored = model.kv_bytes_per_token
-        return {
-            "stage": stage,
-            "task": self.work.name,
-            "metrics": metrics,
-            "kv_bytes_per_token": stored,
-            "kv_bytes_per_token_formula": bytes_per_token(model.spec),
-            "kv_bytes_per_sequence": bytes_per_sequence(model.spec),
-            "kv_bytes_per_token_dense_bfloat16": dense["bfloat16"],
-            "kv_bytes_per_token_dense_float32": dense["float32"],
-            "kv_reduction": 1 - stored / dense["bfloat16"],
-            "model_bytes": model.nbytes,
-            "seconds": round(seconds, 2),
-            "seed": self.config.seed,
-            **where_computed(),
-            "versions": versions(),
-        }
 
     def report(self) -> Record:
         """Time all stages side by side, write results.json, model/ and report/, and print the table."""

@@ -45,6 +45,7 @@ from chai_jax.model.model import Model
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.progress import console
 from chai_jax.spec import Spec
+from lab.texts import documents
 
 Record = dict[str, Any]
 BUDGETS = (0.5, 0.45, 0.35, 0.25, 0.15, 0.12, 0.1, 0.06, 0.03)
@@ -94,7 +95,7 @@ class Bench:
         self.study, self.model = study, load(study.model)
         self.dense = with_storage(self.model, "bfloat16")
         tokenizer, task = self.model.tokenizer, get_task(study.task)
-        text = "\n".join(_read(path) for path in study.train_text)
+        text = "\n".join(document for path in study.train_text for document in documents(path))
         cut = windows(tokenizer, text, study.window)[:-1]
         np.random.default_rng(study.seed).shuffle(cut)  # type: ignore[arg-type]
         kept, rest = held_out(load_rows(task, "train", study.data_dir), study.calibration, study.seed)
@@ -130,13 +131,6 @@ class Bench:
             lr=self.study.lr, batch=self.study.batch, accumulation=1, epochs=1, max_steps=self.study.distil
         )
         return distil(model, self.dense, self.training, DistilConfig(dataclasses.replace(train, seed=self.study.seed)))
-
-
-def _read(path: Path) -> str:
-    text = read_text(path)
-    if ".jsonl" not in path.name:
-        return text
-    return "\n".join(json.loads(line)["text"] for line in text.split("\n") if line.strip())
 
 
 def stored(layers: list[LayerPlan], storage: str) -> tuple[LayerPlan, ...]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from chai_jax import pipeline
+from chai_jax import pipeline, stages
 from chai_jax.adapt.stop import StopWatch
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
 from chai_jax.data.toy import toy_rows
@@ -188,7 +188,7 @@ def test_repeating_a_finished_run_computes_nothing(
     undisturbed: Path, small_model: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (undisturbed / "results.json").read_bytes()
-    monkeypatch.setattr(pipeline, "distil", None)
+    monkeypatch.setattr(stages, "distil", None)
     monkeypatch.setattr(pipeline, "latency", None)
     summary = pipeline.run(job(small_model, data, undisturbed))
     assert (undisturbed / "results.json").read_bytes() == before

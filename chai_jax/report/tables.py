@@ -65,10 +65,10 @@ def terminal(records: Sequence[Record], title: str) -> Table:
     return table
 
 
-def markdown(records: Sequence[Record]) -> str:
+def markdown(records: Sequence[Record], columns: Sequence[Column] = COLUMNS) -> str:
     """The table as GitHub Markdown."""
-    lines = [" | ".join(name for name, _ in COLUMNS), " | ".join("---" for _ in COLUMNS)]
-    lines += [" | ".join(cell(record) for _, cell in COLUMNS) for record in records]
+    lines = [" | ".join(name for name, _ in columns), " | ".join("---" for _ in columns)]
+    lines += [" | ".join(cell(record) for _, cell in columns) for record in records]
     return "".join(f"| {line} |\n" for line in lines)
 
 

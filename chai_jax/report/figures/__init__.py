@@ -1,0 +1,25 @@
+"""Pictures over plain rows, each written as PNG, SVG and CSV. The only place that imports matplotlib.
+
+Every function takes the path without suffix, rows (dictionaries) and a caption, and returns the three paths it wrote.
+"""
+
+from chai_jax.report.figures.cells import heatmap
+from chai_jax.report.figures.curves import cost_against, losses
+from chai_jax.report.figures.diagram import pipeline_diagram
+from chai_jax.report.figures.draw import TRADEOFF, Measure
+from chai_jax.report.figures.layers import head_maps, sensitivity
+from chai_jax.report.figures.tradeoff import pareto, radar, scatter3d
+
+__all__ = [
+    "TRADEOFF",
+    "Measure",
+    "cost_against",
+    "head_maps",
+    "heatmap",
+    "losses",
+    "pareto",
+    "pipeline_diagram",
+    "radar",
+    "scatter3d",
+    "sensitivity",
+]

@@ -1,0 +1,119 @@
+"""What all pictures share: colours, measures, captions, and the three files each is saved as."""
+
+import csv
+import io
+import textwrap
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from chai_jax.files.atomic import new_file, write_text
+
+DPI = 200
+# Okabe and Ito's palette: told apart by colour-blind eyes too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":")
+CHARACTERS_PER_INCH = 16  # of a caption
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of rows that is drawn: its name, the label of its axis (with the unit), and which end is the better.
+
+    Attributes:
+        format: of a value, for notes in the picture.
+    """
+
+    name: str
+    label: str
+    lower: bool = False
+    format: str = ".1f"
+
+    def of(self, rows: Sequence[Row]) -> np.ndarray:
+        """The column, float64; nan where a row has none."""
+        return np.array([np.nan if row.get(self.name) is None else row[self.name] for row in rows], float)
+
+
+# What a compressed model is judged by; rows hold the values in these units.
+TRADEOFF = (
+    Measure("accuracy", "accuracy (%)"),
+    Measure("latency", "latency (ms/token)", lower=True, format=".2f"),
+    Measure("reduction", "KV cache reduction (%)"),
+)
+
+
+def save(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
+    """Write `path`.png, .svg and .csv (the rows); returns the three paths. The same picture gives the same bytes."""
+    written = []
+    with mpl.rc_context({"svg.hashsalt": "chai_jax"}), warnings.catch_warnings():
+        # A name in a script that the font has not: boxes are drawn, and the page beside has the text.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            with new_file(path.with_name(path.name + suffix)) as temporary, temporary.open("wb") as file:
+                figure.savefig(file, format=suffix[1:], dpi=DPI, metadata=metadata)
+            written.append(path.with_name(path.name + suffix))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    table = path.with_name(path.name + ".csv")
+    write_text(table, buffer.getvalue())
+    return [*written, table]
+
+
+def plain(text: object) -> str:
+    """Text as it stands: no mathematics between dollars, nothing that cannot be printed."""
+    return "".join(c if c.isprintable() else " " for c in str(text)).replace("$", r"\$")
+
+
+def write_caption(figure: Figure, text: str) -> None:
+    """A small note under the picture, in as many lines as it needs."""
+    width = int(CHARACTERS_PER_INCH * figure.get_figwidth())
+    figure.supxlabel("\n".join(textwrap.wrap(plain(text), width)), fontsize=7)
+
+
+def series_of(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
+    """Rows by their value of a column, in the order of appearance."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(str(row[name]), []).append(row)
+    return found
+
+
+def style(number: int) -> dict[str, Any]:
+    """Colour, marker and line of a series; the first 21 differ."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+    }
+
+
+def errorbars(axes: Axes, rows: Sequence[Row], x: str, y: str, label: str, number: int, joined: bool = True) -> None:
+    """One series with its error bars from `<y>_low` to `<y>_high`, where rows have them."""
+    rows = sorted(rows, key=lambda row: row[x])
+    value = np.array([row[y] for row in rows], float)
+    ends = [np.array([row.get(f"{y}_{end}", row[y]) for row in rows], float) for end in ("low", "high")]
+    look = style(number)
+    if not joined or len(rows) == 1:
+        look["linestyle"] = "none"
+    axes.errorbar(
+        [row[x] for row in rows],
+        value,
+        yerr=np.stack([value - ends[0], ends[1] - value]),
+        markersize=4,
+        linewidth=1,
+        elinewidth=0.8,
+        label=plain(label),
+        **look,
+    )

@@ -1,0 +1,97 @@
+"""Layer by layer: how alike the heads are, and how sensitive each layer is."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from chai_jax.analyse.explain import explain
+from chai_jax.model.params import OPTConfig
+from chai_jax.plans import Plan
+from chai_jax.report.figures.draw import COLOURS, Row, plain, save, series_of, write_caption
+
+# Colour and hatch of each tier: told apart in print without colours too.
+TIERS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (COLOURS[0], "")}
+
+
+def head_maps(
+    path: Path, plan: Plan, correlation: Float[np.ndarray, "L H H"], config: OPTConfig, caption: str = ""
+) -> list[Path]:
+    """How alike the heads of each layer attend, ordered by cluster, with each layer's clusters, tier and cache bytes.
+
+    Args:
+        path: of the files, without suffix.
+        correlation: see `chai_jax.analyse.probe.Probe.correlation`.
+    """
+    layers, columns = len(plan.layers), min(6, len(plan.layers))
+    lines = -(-layers // columns)
+    figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.8), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+    rows: list[Row] = []
+    for index, (layer, about) in enumerate(zip(plan.layers, explain(plan, config), strict=False)):
+        order = [head for one in layer.clusters for head in one.heads]
+        axes[index].imshow(correlation[index][np.ix_(order, order)], cmap="cividis", vmin=0, vmax=1)
+        edge = -0.5
+        for one in layer.clusters:
+            size = len(one.heads)
+            axes[index].add_patch(_square(edge, size))
+            edge += size
+        axes[index].set_xticks(range(len(order)), [str(head) for head in order], fontsize=6)
+        axes[index].set_yticks(range(len(order)), [str(head) for head in order], fontsize=6)
+        axes[index].set_title(
+            f"layer {index}: {about['clusters']} of {about['heads']}, {about['share']}\n"
+            f"{about['tier']}, {about['kv_bytes_per_token']:,} B/token",
+            fontsize=7,
+        )
+        rows += [
+            {"layer": index, "head": a, "other": b, "correlation": round(float(correlation[index][a, b]), 6)}
+            for a in order
+            for b in order
+        ]
+    for empty in axes[layers:]:
+        empty.set_axis_off()
+    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of centred attention rows", shrink=0.8)
+    write_caption(figure, f"Heads, ordered by cluster (boxes). {caption}")
+    return save(figure, path, rows)
+
+
+def _square(edge: float, size: int) -> Rectangle:
+    return Rectangle((edge, edge), size, size, fill=False, edgecolor=COLOURS[1], linewidth=1.5)
+
+
+def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sensitivity") -> list[Path]:
+    """The score of every layer as a bar in the colour of its tier; one panel per `series` (a task, say).
+
+    Args:
+        path: of the files, without suffix.
+        rows: each with `layer`, `sensitivity`, `tier` (high, medium, low) and, for several panels, `series`.
+        caption: what stands under the picture: method, calibration tokens, device, dtype.
+        label: of the axis, with the unit.
+    """
+    panels = series_of([{"series": "", **row} for row in rows], "series")
+    longest = max(map(len, panels.values()))
+    figure = Figure(figsize=(max(5.0, 0.32 * longest + 2), 2.9 * len(panels) + 0.4), layout="constrained")
+    for axes, (name, members) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for tier, (colour, hatch) in TIERS.items():
+            chosen = [row for row in members if row["tier"] == tier]
+            axes.bar(
+                [row["layer"] for row in chosen],
+                [row["sensitivity"] for row in chosen],
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                label=f"{tier} ({len(chosen)})",
+            )
+        axes.set_xticks([row["layer"] for row in members])
+        axes.tick_params(axis="x", labelsize=8)
+        axes.set_ylabel(plain(label))
+        axes.set_title(plain(name), fontsize=10)
+        axes.grid(axis="y", alpha=0.3)
+        axes.set_axisbelow(True)
+    figure.axes[-1].set_xlabel("layer")
+    figure.axes[0].legend(title="tier", fontsize=8, title_fontsize=8)
+    write_caption(figure, caption)
+    return save(figure, path, rows)

@@ -1,0 +1,154 @@
+"""Accuracy, latency and size at once: the radar, the cloud with its projections, and the Pareto panels."""
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from mpl_toolkits.mplot3d import proj3d
+
+from chai_jax.report.figures.draw import TRADEOFF, Measure, Row, errorbars, plain, save, series_of, style, write_caption
+from chai_jax.report.figures.labels import label_points
+
+
+def radar(path: Path, rows: Sequence[Row], caption: str, measures: Sequence[Measure] = TRADEOFF) -> list[Path]:
+    """One polygon per row; on each axis 1 is the best of the rows, and outside is better.
+
+    Args:
+        path: of the files, without suffix.
+        rows: each with `label` and a value for every measure; None where there is none (drawn as 0).
+        caption: what stands under the picture: n, device, dtype.
+        measures: the axes, in their fixed order, the first at the top.
+    """
+    shares = np.stack([_share_of_best(one.of(rows), one.lower) for one in measures], axis=1)
+    angles = np.pi / 2 - 2 * np.pi * np.arange(len(measures) + 1) / len(measures)
+    figure = Figure(figsize=(7, 5.2), layout="constrained")
+    axes: Any = figure.add_subplot(projection="polar")
+    for number, (row, share) in enumerate(zip(rows, shares, strict=True)):
+        look = style(number)
+        axes.plot(angles, [*share, share[0]], label=plain(row["label"]), linewidth=1.6, markersize=5, **look)
+        axes.fill(angles, [*share, share[0]], color=look["color"], alpha=0.06)
+    axes.set_xticks(angles[:-1], [_axis(one, rows) for one in measures], fontsize=8)
+    axes.set_ylim(0, 1.05)
+    axes.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1 = best here"], fontsize=7)
+    axes.set_rlabel_position(30)
+    figure.legend(loc="outside right upper", fontsize=8)
+    write_caption(figure, f"Each axis relative to the best of these rows; outside is better. {caption}")
+    named = {one.name: shares[:, at] for at, one in enumerate(measures)}
+    drawn = [
+        {**row, **{f"{name}_of_best": round(float(share[at]), 6) for name, share in named.items()}}
+        for at, row in enumerate(rows)
+    ]
+    return save(figure, path, drawn)
+
+
+def _share_of_best(values: np.ndarray, lower: bool) -> np.ndarray:
+    """Values as fractions of the best: value / largest, or smallest / value; below 0, or where there is none, 0."""
+    if np.isnan(values).all():
+        return np.zeros(len(values))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        share = np.nanmin(values) / values if lower else values / np.nanmax(values)
+    return np.clip(np.nan_to_num(share, nan=0.0, posinf=0.0, neginf=0.0), 0, 1)
+
+
+def _axis(measure: Measure, rows: Sequence[Row]) -> str:
+    values = measure.of(rows)
+    if np.isnan(values).all():
+        return plain(measure.label)
+    best = np.nanmin(values) if measure.lower else np.nanmax(values)
+    return plain(f"{measure.label}\nbest: {best:{measure.format}}")
+
+
+def scatter3d(
+    path: Path,
+    rows: Sequence[Row],
+    caption: str,
+    measures: Sequence[Measure] = TRADEOFF,
+    title: str = "Accuracy, latency and size",
+) -> list[Path]:
+    """The rows in space, coloured by the first measure, and beside it the three projections, since depth misleads.
+
+    Args:
+        path: of the files, without suffix.
+        rows: each with `label` and a value for every measure; rows that lack one are left out.
+        caption: what stands under the picture: n, device, dtype.
+        measures: three; on the x, y and z axis.
+    """
+    rows = [row for row in rows if all(np.isfinite(one.of([row])[0]) for one in measures)]
+    points = np.stack([one.of(rows) for one in measures], axis=1)
+    names = [str(row["label"]) for row in rows]
+    figure = Figure(figsize=(12.5, 8), layout="constrained")
+    grid = figure.add_gridspec(3, 2, width_ratios=(2.1, 1))
+    space: Any = figure.add_subplot(grid[:, 0], projection="3d")
+    flat = [figure.add_subplot(grid[at, 1]) for at in range(3)]
+    scale = Normalize(*_range(points[:, 0]))
+    colours: dict[str, Any] = {"c": points[:, 0], "cmap": "plasma", "norm": scale}
+    _space(space, points, measures, colours)
+    for axes, (x, y) in zip(flat, combinations(range(3), 2), strict=True):
+        axes.scatter(points[:, x], points[:, y], s=70, edgecolors="black", linewidths=0.8, **colours)
+        _bold(axes, measures[x], measures[y])
+    bar = figure.colorbar(ScalarMappable(scale, "plasma"), ax=space, shrink=0.6, location="left", pad=0.02)
+    bar.set_label(plain(measures[0].label), fontweight="bold")
+    figure.suptitle(plain(title), color="purple", fontweight="bold", fontsize=16)
+    write_caption(figure, caption)
+    figure.draw_without_rendering()
+    seen = np.stack(proj3d.proj_transform(*points.T, space.get_proj())[:2], axis=1)
+    label_points(space, seen, names, size=9)
+    for axes, (x, y) in zip(flat, combinations(range(3), 2), strict=True):
+        label_points(axes, points[:, [x, y]], names)
+    return save(
+        figure, path, [{"label": row["label"], **{one.name: row[one.name] for one in measures}} for row in rows]
+    )
+
+
+def _range(values: np.ndarray) -> tuple[float, float]:
+    """From the least to the greatest, and a little to both sides, so that one point lies in the middle."""
+    room = 0.08 * float(np.ptp(values)) or 0.5
+    return float(values.min()) - room, float(values.max()) + room
+
+
+def _space(axes: Any, points: np.ndarray, measures: Sequence[Measure], colours: dict[str, Any]) -> None:
+    floor = _range(points[:, 2])[0]
+    for x, y, z in points:
+        axes.plot([x, x], [y, y], [floor, z], color="#888888", linewidth=0.8, linestyle=":")
+    axes.scatter(*points.T, s=300, edgecolors="black", linewidths=1.5, depthshade=False, **colours)
+    for name, measure, values in zip("xyz", measures, points.T, strict=True):
+        getattr(axes, f"set_{name}lim")(*_range(values))
+        getattr(axes, f"set_{name}label")(plain(measure.label), fontweight="bold", labelpad=8)
+    axes.view_init(elev=22, azim=-55)
+    axes.set_box_aspect(None, zoom=0.9)
+
+
+def _bold(axes: Axes, x: Measure, y: Measure) -> None:
+    axes.set_xlabel(plain(x.label), fontweight="bold", fontsize=8)
+    axes.set_ylabel(plain(y.label), fontweight="bold", fontsize=8)
+    axes.tick_params(labelsize=7)
+    axes.margins(0.15)
+    axes.grid(alpha=0.3)
+
+
+def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x: str, caption: str) -> list[Path]:
+    """Points with error bars, one panel per measure, against what they cost.
+
+    Args:
+        rows: each with `series`, `label`, the cost `x`, and for each panel its value and `<name>_low`, `<name>_high`.
+        panels: (name of the measure, label of its axis).
+        x: the column of the cost, also the label of its axis.
+        caption: what stands under the picture.
+    """
+    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for number, (series, members) in enumerate(series_of(rows, "series").items()):
+            errorbars(axes, members, x, name, series, number)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel(plain(x))
+        axes.set_ylabel(plain(label))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+    write_caption(figure, caption)
+    return save(figure, path, rows)

@@ -1,0 +1,94 @@
+"""The options that all experiments have, and how an experiment is started from the command line."""
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import tyro
+from tyro.conf import OmitArgPrefixes, Positional
+
+from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
+from chai_jax.data.tasks import TASKS
+from chai_jax.errors import InputError
+from chai_jax.planning import parse_list
+from chai_jax.progress import console
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an experiment is done with; planning and training options are those of `chai-jax run`."""
+
+    model: Positional[tuple[str, ...]]
+    """Hub ids or folders of dense OPTs; each gets its rows."""
+    task: str = "sst2"
+    """sst2, rte, piqa, with commas."""
+    data_dir: Path | None = None
+    """Folder holding TASK/{train,validation}.jsonl[.gz]; without it, the data comes from the Hugging Face hub."""
+    seeds: str = "0,1,2"
+    """Seeds of splits, clusterings and shuffles, with commas."""
+    limit: int | None = None
+    """Evaluate on the first N validation examples only."""
+    out: Path = Path("runs/experiments")
+    """Folder of the tables; what they are made from is kept under tree/ and shared by all experiments."""
+    finetune: Literal["auto", "always", "never"] = "auto"
+    """Tune the dense model on the task first: `auto` does if it is at chance."""
+    storage: Literal["bfloat16", "float32"] = "bfloat16"
+    """Cache format of layers that are not quantized."""
+    checkpoint_minutes: float | None = None
+    """Save the state of training so often, too; without it a stage that was stopped begins again."""
+    planning: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainOverrides = field(default_factory=TrainOverrides)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        return parse_list("--task", self.task, tuple(TASKS))
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """The seeds, each once.
+
+        Raises:
+            InputError: none, or something that is no whole number from 0.
+        """
+        names = [name.strip() for name in self.seeds.split(",") if name.strip()]
+        if not names or not all(name.isdecimal() for name in names):
+            raise InputError(f"--seeds is {self.seeds!r}; expected whole numbers with commas: 0,1,2")
+        return tuple(dict.fromkeys(map(int, names)))
+
+    def run_config(self, model: str, task: str, seed: int) -> RunConfig:
+        """The run of `chai-jax run` that these options would start."""
+        names = ("data_dir", "limit", "finetune", "storage", "train")
+        shared = {name: getattr(self, name) for name in names}
+        return RunConfig(model, task, seed=seed, planning=self.planning.filled(toy=model == "toy"), **shared)
+
+    @property
+    def command(self) -> str:
+        """The command line as anyone can repeat it: models and data by variable, other paths by name."""
+        public = {path: "$MODEL" if len(self.model) == 1 else f"$MODEL{at}" for at, path in enumerate(self.model, 1)}
+        public[str(self.data_dir)] = "$DATA"
+        words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
+        return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
+
+
+def start(experiment: Callable[[Any], Record], kind: type[Options], about: str | None) -> None:
+    """Parse the command line, run the experiment, and end the program: its result is the last line of stdout."""
+    options: Any = tyro.cli(OmitArgPrefixes[kind], description=about)  # type: ignore[valid-type]
+    try:
+        if not options.model:
+            raise InputError("no MODEL is given; expected one or more hub ids or folders of dense OPTs")
+        # Stages of one shape recur from seed to seed and script to script: their programs are compiled once.
+        jax.config.update("jax_compilation_cache_dir", str((options.out / "programs").absolute()))
+        print(json.dumps(experiment(options)))
+    except InputError as error:
+        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from the last finished piece", markup=False)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,26 @@
+"""Texts on disk as documents."""
+
+import json
+from pathlib import Path
+
+from chai_jax.data.text import read_text
+from chai_jax.errors import InputError
+
+
+def documents(path: Path) -> list[str]:
+    """The documents of a file: one a line of .jsonl (its field `text`), else the file is one; gzipped or not.
+
+    Raises:
+        InputError: it cannot be read, or a line is no object with a text.
+    """
+    text = read_text(path)
+    if ".jsonl" not in path.name:
+        return [text]
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                found.append(str(json.loads(line)["text"]))
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise InputError(f'{path}:{number} is no JSON object with a field "text": mend the line') from None
+    return found
