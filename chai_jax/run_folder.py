@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from chai_jax.errors import InputError
-from chai_jax.files.atomic import check_writable, new_folder, write_json, write_text
+from chai_jax.files.atomic import check_writable, new_folder, read_jsonl, write_json, write_jsonl, write_text
 from chai_jax.model.model import Model
 from chai_jax.processes import agreed, first_process, once
 
@@ -86,8 +86,7 @@ class RunFolder:
         def write() -> None:
             with new_folder(self.stage_path(index, name)) as folder:
                 model.save(folder / "model")
-                lines = "".join(json.dumps(entry) + "\n" for entry in predictions)
-                (folder / "predictions.jsonl").write_text(lines, encoding="utf-8")
+                write_jsonl(folder / "predictions.jsonl", predictions)
                 (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
         once(write)
@@ -96,8 +95,7 @@ class RunFolder:
         return json.loads((self.stage_path(index, name) / "record.json").read_text(encoding="utf-8"))
 
     def predictions(self, index: int, name: str) -> list[Record]:
-        lines = (self.stage_path(index, name) / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_jsonl(self.stage_path(index, name) / "predictions.jsonl")
 
     def logger(self, stage: str) -> Callable[[Record], None]:
         """Append records of `stage` to metrics.jsonl, each of its steps once; in all processes but the first, nothing.

@@ -51,6 +51,7 @@ from chai_jax.model.params import Params
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.progress import track
 from chai_jax.report.tables import as_csv
+from lab.variants import at_random
 
 WARMUPS = (5, 10, 20)
 COUNTS = {"elbow": "elbow", "half": 0.5}
@@ -75,14 +76,6 @@ def look(model: Model, data_dir: Path) -> Probe:
         model.tokenizer, read_text(data_dir / TEXT / "validation.txt.gz"), min(256, model.config.max_positions)
     )
     return probe(model, prompts(model, kept) + [window.tokens for window in text[:CALIBRATION]])
-
-
-def at_random(heads: int, count: int, random: np.random.Generator) -> tuple[ClusterPlan, ...]:
-    """A partition of the heads into `count` clusters, none empty, each kept by one of its heads."""
-    shuffled = random.permutation(heads)
-    labels = np.concatenate([np.arange(count), random.integers(0, count, heads - count)])
-    parts = [shuffled[labels == label].tolist() for label in range(count)]
-    return tuple(ClusterPlan(tuple(sorted(part)), part[0]) for part in parts)
 
 
 def plans(model: Model, seen: Probe, seeds: int) -> Iterator[tuple[Record, Plan]]:

@@ -1,62 +1,64 @@
 """What a smaller cache costs: every way to compress it, against its bytes, before and after distillation.
 
     python experiments/study.py $MODEL --data-dir $DATA --train-text $TEXT --test-text $DATA/wikitext2/test.raw.txt.gz \
-        --distil 60 --out runs/study
+        --windows 64 --out runs/study
+    python experiments/study.py ... --rows clusters-0.25,everything-0.06 --distil 80      # likewise, trained
 
-For every row of the study: bytes of the cache per token (summed from real arrays) as a fraction of the dense bfloat16
-one, bytes of the weights, multiply-adds of the scores per token, perplexity on the test text and accuracy on the task
-with the paired differences from the dense bfloat16 model and their 95 % intervals. Plans are made, and models trained,
-on $TEXT and the task's training rows; validation rows and the test text are scored once. Expected: every row's
-`kv_bytes_per_token` equals its formula; the row `latent-1/1` would equal `dense`.
+For every row: bytes of the cache per token (summed from real arrays) as a fraction of the dense bfloat16 one, bytes of
+the weights, multiply-adds of scores and mixed values per token, the error of the layers' outputs, perplexity on the
+test text and accuracy on the task, with the paired differences from the dense bfloat16 model and their 95 % intervals.
+Plans are made, and models trained, on $TEXT and the task's training rows; validation rows and the test text are scored
+once a row. Expected: `kv_bytes_per_token` equals its formula in every row.
 
-What is done is kept under --out (a folder per row: plan.json, record.json), so that a study that was stopped goes on.
-Writes results.json, results.csv and results.md. The last line on stdout is where they are, as JSON.
+What is done is kept under --out/rows: a study that was stopped goes on, and tables hold every row that is there.
+Writes study.json, .csv, .md, and the pictures study-pareto and study-spectrum. The last line on stdout is JSON.
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
-import tyro
+from tyro.conf import Positional
 
 from chai_jax.adapt.distil import distil
 from chai_jax.analyse.budget import Budget, plan_within
-from chai_jax.analyse.planner import find_clusters, plan, singletons
+from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe, probe
+from chai_jax.analyse.sensitivity import spread
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.config import DistilConfig, TrainConfig
-from chai_jax.data.batches import Encoded, encode
+from chai_jax.data.batches import Encoded, Windows, encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
 from chai_jax.data.text import read_text, windows
-from chai_jax.environment import versions, where_computed
-from chai_jax.files.atomic import write_json, write_text
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import new_folder, read_jsonl, write_json, write_jsonl
 from chai_jax.files.store import load
 from chai_jax.measure.evaluate import evaluate_rows, evaluate_windows
 from chai_jax.measure.result import Result, TextResult
-from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans import Plan
 from chai_jax.progress import console
 from chai_jax.spec import Spec
+from lab.options import Record, start
+from lab.study_tables import publish_study
 from lab.texts import documents
+from lab.variants import Variant, variants
 
-Record = dict[str, Any]
-BUDGETS = (0.5, 0.45, 0.35, 0.25, 0.15, 0.12, 0.1, 0.06, 0.03)
-RATIOS = (0.75, 0.5, 0.25)
+GATE_WINDOWS = 16  # of held-out text, on which predicted and measured costs of a plan are compared
 
 
 @dataclass(frozen=True)
 class Study:
     """The options of the study."""
 
-    model: tyro.conf.Positional[str]
+    model: Positional[str]
     """Hub id or folder of a dense OPT."""
     data_dir: Path
     """Folder holding TASK/{train,validation}.jsonl[.gz]."""
@@ -72,9 +74,9 @@ class Study:
     """Only the rows whose names begin with one of these, with commas; the dense row is always there."""
     distil: int = 0
     """Updates of distillation for a second line of every row; 0 for none."""
-    batch: int = 32
-    """Examples of an update: text windows and task rows."""
-    lr: float = 3e-4
+    batch: int = 16
+    """Examples of an update: half of them text windows, half task rows."""
+    lr: float = 5e-4
     """Peak learning rate of the distillation."""
     window: int = 256
     """Tokens of a training or calibration window."""
@@ -82,7 +84,7 @@ class Study:
     """Measure perplexity on this many evenly spread windows of the test text; all of them, if not given."""
     limit: int | None = None
     """Measure accuracy on the first N validation rows."""
-    calibration: Annotated[int, tyro.conf.arg(aliases=["-c"])] = 96
+    calibration: int = 96
     """Windows of text, and as many task rows, for calibration."""
     seed: int = 0
     """Of clusterings, splits and shuffles."""
@@ -97,7 +99,9 @@ class Bench:
         tokenizer, task = self.model.tokenizer, get_task(study.task)
         text = "\n".join(document for path in study.train_text for document in documents(path))
         cut = windows(tokenizer, text, study.window)[:-1]
-        np.random.default_rng(study.seed).shuffle(cut)  # type: ignore[arg-type]
+        cut = [cut[at] for at in np.random.default_rng(study.seed).permutation(len(cut))]
+        if len(cut) <= study.calibration + GATE_WINDOWS:
+            raise InputError(f"the text makes {len(cut)} windows; expected more than {study.calibration}: give more")
         kept, rest = held_out(load_rows(task, "train", study.data_dir), study.calibration, study.seed)
 
         def encoded(row: Any) -> Encoded:
@@ -105,90 +109,72 @@ class Bench:
             return encode(tokenizer, example.context, example.completion, self.model.config.max_positions - 1)
 
         self.calibration = [one.tokens for one in (*cut[: study.calibration], *map(encoded, kept))]
-        self.training = [*cut[study.calibration :], *map(encoded, rest)]
-        test = windows(tokenizer, read_text(study.test_text), self.model.config.max_positions)[:-1]
+        text_windows = cut[study.calibration :]
+        self.gate = Windows.stack([one.tokens for one in text_windows[:GATE_WINDOWS]], self.model.config.pad_token_id)
+        self.texts, self.rest, self.encoded = text_windows[GATE_WINDOWS:], rest, encoded
+        test = windows(tokenizer, read_text(study.test_text), self.model.config.max_positions)
         chosen = np.linspace(0, len(test) - 1, min(study.windows or len(test), len(test))).astype(int)
         self.test = [test[at] for at in chosen]
         self.task, self.validation = task, load_rows(task, "validation", study.data_dir, study.limit)
 
     @cached_property
+    def training(self) -> list[Encoded]:
+        """As many text windows as task rows, and no more than the updates take."""
+        count = min(self.study.distil * self.study.batch // 2, len(self.texts), len(self.rest))
+        return [*self.texts[:count], *map(self.encoded, self.rest[:count])]
+
+    @cached_property
     def probe(self) -> Probe:
         return probe(self.model, self.calibration, window=self.study.window)
 
-    def within(self, budget: float, **choices: Any) -> Plan:
-        """The planner's plan; every row measures what its choices need once, in a file of its own."""
-        shares = choices.get("shares", ("qkv", "kv"))
-        merge = choices.pop("value_merge", "low_rank")
-        file = self.study.out / f"costs-{'-'.join(shares)}-{'-'.join(choices['storages'])}-{merge}.json"
-        wanted = Budget(budget, **choices)
-        return plan_within(self.model, self.probe, wanted, value_merge=merge, seed=self.study.seed, file=file)
+    @cached_property
+    def damage(self) -> Damage:
+        """Of changes to the dense model, on held-out text."""
+        return Damage(self.model, *spread(self.gate, self.gate.mask.size))
+
+    def within(self, budget: float, *, shares: tuple[str, ...], storages: tuple[str, ...], value_merge: str) -> Plan:
+        """The planner's plan; what a set of choices needs is measured once, in a file of its own."""
+        file = self.study.out / f"costs-{'-'.join((*shares, *storages, value_merge))}.json"
+        wanted = Budget(budget, shares=shares, storages=storages)
+        return plan_within(self.model, self.probe, wanted, value_merge=value_merge, seed=self.study.seed, file=file)
+
+    def compressed(self, plan: Plan | None) -> Model:
+        if plan is None:
+            return self.dense
+        return quantize(cluster(self.dense, plan, self.probe), plan)
+
+    def distilled(self, model: Model) -> Model:
+        wanted = self.study
+        train = TrainConfig(wanted.lr, wanted.batch, 1, 1, max_steps=wanted.distil, seed=wanted.seed)
+        return distil(model, self.dense, self.training, DistilConfig(train))
 
     def measure(self, model: Model) -> tuple[TextResult, Result]:
         return evaluate_windows(model, self.test), evaluate_rows(model, self.task, self.validation)
 
-    def distilled(self, model: Model) -> Model:
-        train = TrainConfig(
-            lr=self.study.lr, batch=self.study.batch, accumulation=1, epochs=1, max_steps=self.study.distil
-        )
-        return distil(model, self.dense, self.training, DistilConfig(dataclasses.replace(train, seed=self.study.seed)))
 
+class Rows:
+    """What has been measured, a folder a row."""
 
-def stored(layers: list[LayerPlan], storage: str) -> tuple[LayerPlan, ...]:
-    """The layers with one cache format."""
-    return tuple(
-        dataclasses.replace(one, clusters=tuple(dataclasses.replace(c, storage=storage) for c in one.clusters))
-        for one in layers
-    )
+    def __init__(self, path: Path):
+        self.path = path
 
+    def has(self, name: str) -> bool:
+        return (self.path / name / "record.json").is_file()
 
-def rows(bench: Bench) -> Iterator[tuple[str, Callable[[], Plan | None]]]:
-    """Name and plan of every row, cheapest to make first; no plan is the dense model."""
-    config, seed = bench.model.config, bench.study.seed
+    def record(self, name: str) -> Record:
+        return json.loads((self.path / name / "record.json").read_text(encoding="utf-8"))
 
-    def uniform(share: str, clusters: Any, storage: str = "bfloat16", **merges: str) -> Plan:
-        found = [LayerPlan(find_clusters(corr, clusters, seed)) for corr in bench.probe.correlation]
-        return Plan(stored(found, storage), share, **merges)  # type: ignore[arg-type]
+    def results(self, name: str) -> tuple[TextResult, Result]:
+        text, task = (read_jsonl(self.path / name / f"{what}.jsonl") for what in ("text", "task"))
+        return TextResult.from_samples(text), Result.from_samples(task)
 
-    def latent(part: float, storage: str = "bfloat16") -> Plan:
-        rank = max(1, round(part * config.hidden_size))
-        one = LayerPlan((ClusterPlan(tuple(range(config.num_heads)), 0),), key_rank=rank, value_rank=rank)
-        return Plan(stored([one] * config.num_layers, storage), "kv")
-
-    def dense(storage: str) -> Plan:
-        return Plan(stored([LayerPlan(singletons(config.num_heads))] * config.num_layers, storage))
-
-    def random(share: str, ratio: float, draw: int) -> Plan:
-        layers = []
-        rng = np.random.default_rng((seed, draw))
-        count = max(1, round(ratio * config.num_heads))
-        for _ in range(config.num_layers):
-            parts = np.array_split(rng.permutation(config.num_heads), count)
-            heads = [tuple(sorted(part.tolist())) for part in parts]
-            layers.append(LayerPlan(tuple(ClusterPlan(part, part[0]) for part in heads)))
-        return Plan(tuple(layers), share)
-
-    low_rank = {"score_merge": "low_rank", "value_merge": "low_rank"}
-    fit = {"score_merge": "low_rank", "value_merge": "fit"}
-    yield "dense", lambda: None
-    yield "int8", lambda: dense("int8")
-    for ratio in RATIOS:
-        yield f"qk-{ratio}", lambda ratio=ratio: uniform("qk", ratio)
-        yield f"qk-random-{ratio}", lambda ratio=ratio: random("qk", ratio, 0)
-        yield f"qkv-{ratio}", lambda ratio=ratio: uniform("qkv", ratio)
-        yield f"qkv-low_rank-{ratio}", lambda ratio=ratio: uniform("qkv", ratio, **low_rank)
-        yield f"qkv-fit-{ratio}", lambda ratio=ratio: uniform("qkv", ratio, **fit)
-        yield f"latent-{ratio / 2}", lambda ratio=ratio: latent(ratio / 2)
-    yield "latent-0.0625", lambda: latent(0.0625)
-    yield "elbow", lambda: uniform("qkv", "elbow")
-    yield (
-        "tiers",
-        lambda: plan(bench.model, bench.probe, layers=1.0, seed=seed, score_merge="low_rank", value_merge="fit"),
-    )
-    for budget in BUDGETS:
-        clusters = {"shares": ("qkv",), "storages": ("bfloat16", "int8"), "value_merge": "fit"}
-        yield f"clusters-{budget}", lambda budget=budget, clusters=clusters: bench.within(budget, **clusters)
-        everything = {"storages": ("bfloat16", "int8", "int4")}
-        yield f"everything-{budget}", lambda budget=budget, everything=everything: bench.within(budget, **everything)
+    def keep(self, name: str, record: Record, plan: Plan | None, results: tuple[TextResult, Result]) -> None:
+        with new_folder(self.path / name) as folder:
+            for what, result in zip(("text", "task"), results, strict=True):
+                write_jsonl(folder / f"{what}.jsonl", result.samples())
+            if plan is not None:
+                write_json(folder / "plan.json", plan.to_json())
+            write_json(folder / "record.json", record)
 
 
 def score_macs(model: Model, columns: int) -> int:
@@ -198,98 +184,64 @@ def score_macs(model: Model, columns: int) -> int:
     )
 
 
-def record_of(bench: Bench, name: str, model: Model, made: Plan | None, dense: Any, seconds: float) -> Record:
-    text, answers = bench.measure(model)
-    if dense is not None:
-        text, answers = text.against(dense[0]), answers.against(dense[1])
+def output_error(bench: Bench, model: Model) -> float:
+    """Mean over layers of the relative squared error of what each adds, given the dense model's states."""
+    layers = enumerate(model.spec.layers)
+    return float(np.mean([bench.damage.of_output(at, one, model.params["layers"][str(at)]) for at, one in layers]))
+
+
+def do(bench: Bench, rows: Rows, variant: Variant, updates: int) -> None:
+    """Make, measure and keep one row, and its second line where `updates` of distillation are asked for."""
+    model, plan, began = None, None, time.monotonic()
+    for name, trained in ((variant.name, False), (f"{variant.name}+distil", True)):
+        if rows.has(name) or (trained and not (updates and variant.name != "dense")):
+            continue
+        console.print(f"[bold]{name}[/bold]", highlight=False)
+        if model is None:
+            plan = variant.make()
+            model = bench.compressed(plan)
+        if trained:
+            model = bench.distilled(model)
+        results = bench.measure(model)
+        if variant.name != "dense":
+            text, task = rows.results("dense")
+            results = results[0].against(text), results[1].against(task)
+        record = {"row": name, "family": variant.family, "updates": updates if trained else 0}
+        record |= describe(bench, model, plan, trained) | {"text": results[0].metrics(), "task": results[1].metrics()}
+        rows.keep(name, record | {"seconds": round(time.monotonic() - began, 1)}, plan, results)
+
+
+def describe(bench: Bench, model: Model, plan: Plan | None, trained: bool) -> Record:
+    """What a row's model costs, and what its plan promised."""
     config = bench.model.config
     whole = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
     return {
-        "row": name,
         "kv_bytes_per_token": model.kv_bytes_per_token,
         "kv_bytes_per_token_formula": bytes_per_token(model.spec),
+        "kv_bytes_per_sequence": bytes_per_sequence(model.spec),
         "kv_fraction": model.kv_bytes_per_token / whole,
         "model_bytes": model.nbytes,
         "score_macs": score_macs(model, config.max_positions),
-        "text": text.metrics(),
-        "task": answers.metrics(),
-        "predicted_kl": made.predicted if made else None,
-        "seconds": round(seconds, 1),
+        "output_error": None if trained else output_error(bench, model),
+        "kl_predicted": plan.predicted if plan else None,
+        "kl_held_out": None if trained else bench.damage.of_model(model)[0],
         "seed": bench.study.seed,
     }
 
 
 def run(study: Study) -> Record:
     """Do what is not done yet, and write the tables."""
-    bench = Bench(study)
+    bench, rows = Bench(study), Rows(study.out / "rows")
     wanted = tuple(name.strip() for name in study.rows.split(",") if name.strip())
-    records: list[Record] = []
-    dense: Any = None
-    for name, make in rows(bench):
-        if wanted and name != "dense" and not name.startswith(wanted):
-            continue
-        for updates in [0] if name == "dense" or not study.distil else [0, study.distil]:
-            label = f"{name}+distil" if updates else name
-            file = study.out / "rows" / label / "record.json"
-            if not file.exists() or (name == "dense" and dense is None):
-                console.print(f"[bold]{label}[/bold]", highlight=False)
-                began, made = time.monotonic(), make()
-                model = bench.dense if made is None else quantize(cluster(bench.dense, made, bench.probe), made)
-                model = bench.distilled(model) if updates else model
-                if name == "dense":
-                    dense = bench.measure(model)
-                record = record_of(
-                    bench, label, model, made, None if name == "dense" else dense, time.monotonic() - began
-                )
-                if made is not None:
-                    write_json(file.parent / "plan.json", made.to_json())
-                write_json(file, record)
-            records.append(json.loads(file.read_text(encoding="utf-8")))
-            write_tables(study, records)
-    return {"out": str(study.out), "rows": len(records)}
-
-
-def table(records: list[Record]) -> list[Record]:
-    """Flat rows for CSV and Markdown."""
-
-    def flat(record: Record) -> Record:
-        text, task = record["text"], record["task"]
-        low, high = task.get("difference_interval", (None, None))
-        return {
-            "row": record["row"],
-            "cache %": round(100 * record["kv_fraction"], 1),
-            "bytes/token": record["kv_bytes_per_token"],
-            "weights MB": round(record["model_bytes"] / 1e6, 2),
-            "score MACs": record["score_macs"],
-            "perplexity": round(text["perplexity"], 2),
-            "ppl change %": _percent(text.get("difference")),
-            "acc %": round(100 * task["acc"], 1),
-            "s.e.": round(100 * task["acc_stderr"], 1),
-            "difference": None if low is None else round(100 * task["difference"], 1),
-            "95 % low": None if low is None else round(100 * low, 1),
-            "95 % high": None if high is None else round(100 * high, 1),
-            "flips": sum(task["flips"].values()) if isinstance(task.get("flips"), dict) else task.get("flips"),
-        }
-
-    return [flat(record) for record in records]
-
-
-def _percent(difference: float | None) -> float | None:
-    """A difference of losses in nats as a change of perplexity in per cent."""
-    return None if difference is None else round(100 * float(np.expm1(difference)), 2)
-
-
-def write_tables(study: Study, records: list[Record]) -> None:
-    """results.json (with all metrics), results.csv and results.md."""
-    flat = table(records)
-    names = list(flat[0])
-    lines = [[("" if row[name] is None else str(row[name])) for name in names] for row in flat]
-    about = {"model": Path(study.model).name, "task": study.task, **where_computed(), "versions": versions()}
-    write_json(study.out / "results.json", {**about, "rows": records})
-    write_text(study.out / "results.csv", "".join(",".join(cells) + "\n" for cells in [names, *lines]))
-    first = [f"| {' | '.join(names)} |", f"|{' --- |' * len(names)}"]
-    write_text(study.out / "results.md", "\n".join(first + [f"| {' | '.join(cells)} |" for cells in lines]) + "\n")
+    every = list(variants(bench.model, lambda: bench.probe, bench.within, study.seed))
+    for variant in every:
+        if not wanted or variant.name == "dense" or variant.name.startswith(wanted):
+            do(bench, rows, variant, study.distil)
+    names = [f"{variant.name}{trained}" for variant in every for trained in ("", "+distil")]
+    records = [rows.record(name) for name in names if rows.has(name)]
+    about = {name: str(value) for name, value in dataclasses.asdict(study).items() if name not in ("rows", "out")}
+    return publish_study(study.out, records, bench.model, bench.probe, about)
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(tyro.cli(Study, description=__doc__))))
+    start(run, Study, __doc__)

@@ -172,14 +172,15 @@ class LayerMerge:
         if self.share == "qkv" and self.plan.value_merge == "representative":
             return representative_values(self.old, self.kept, self.members)
         rank, fit = self.spec.value_rank, self.share == "qkv" and self.plan.value_merge == "fit"
-        outputs = self._output(scores) if fit else [None] * len(self.members)
+        merged = [at for at, members in enumerate(self.members) if not self._whole(members, rank)]
+        outputs = dict(zip(merged, self._output(scores, merged), strict=True)) if fit and merged else {}
         found = []
-        for members, output in zip(self.members, outputs, strict=True):
+        for at, members in enumerate(self.members):
             heads = self._heads.at(members)
-            if self._whole(members, rank):
+            if at not in merged:
                 found.append(as_they_are(heads)[1])
-            elif output is not None:
-                found.append(fitted_values(heads, output, self._input, rank))
+            elif fit:
+                found.append(fitted_values(heads, outputs[at], self._input, rank))
             else:
                 found.append((latent_values if self.share == "kv" else low_rank_values)(heads, self._input, rank))
         return value_params(self.old, found)
@@ -193,9 +194,10 @@ class LayerMerge:
         assert self.stream is not None  # the plan needs text, so cluster() has it
         return self.stream.input_moments
 
-    def _output(self, scores: Params) -> list[OutputMoments]:
-        """Of the merged attention, whatever values it will have; representatives stand in for them."""
+    def _output(self, scores: Params, clusters: Sequence[int]) -> list[OutputMoments]:
+        """Of these clusters' attention, whatever values it will have; representatives stand in for them."""
         assert self.stream is not None
         merged = {**self.old, **scores, **representative_values(self.old, self.kept, self.members)}
         spec = dataclasses.replace(self.spec, value_rank=self.config.head_dim)
-        return output_moments(self.config, (self.dense, spec), (self.old, merged), self.stream.x, self.stream.mask)
+        layers, params = (self.dense, spec), (self.old, merged)
+        return output_moments(self.config, layers, params, clusters, self.stream.x, self.stream.mask)

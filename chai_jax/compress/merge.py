@@ -170,8 +170,7 @@ def latent_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     is x N V_R / s, head h reads it through Wk_h ~ (N V_R / s) R_h, R_h = U_R' S^(1/2) Wk_h, which its query absorbs:
     exact, since OPT has no rotary positions. Objective: sum over heads of E |score_h - merged score_h|^2.
     """
-    weighed = [heads.key[:, head] @ square_root(query.T @ x.joint @ query) for head, query in enumerate(heads.queries)]
-    joined = np.concatenate(weighed, axis=1)
+    joined = weighed_keys(heads, x)
     u, s, vt = svd(rank, (x.root,), (joined,))
     key = joined @ (vt.T * inverse(s))
     read = einsum("dr,de,emk->mrk", u, x.root, heads.key)
@@ -195,14 +194,34 @@ def low_rank_values(heads: Heads, x: InputMoments, rank: int) -> Values:
 def latent_values(heads: Heads, x: InputMoments, rank: int) -> Values:
     """One latent value and an output projection for each head (`kv`): as `latent_scores`, with (Wo_h Wo_h')^(1/2) for
     G_h^(1/2). Objective: sum over heads of E |(x - mu) (Wv_h - merged) Wo_h|^2."""
-    weighed = [heads.value[:, head] @ square_root(output @ output.T) for head, output in enumerate(heads.output)]
-    joined = np.concatenate(weighed, axis=1)
+    joined = weighed_values(heads)
     u, s, vt = svd(rank, (x.root,), (joined,))
     value = joined @ (vt.T * inverse(s))
     read = einsum("dr,de,emk->mrk", u, x.root, heads.value)
     constant = einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
     constant += einsum("mk,mke->e", heads.value_bias, heads.output)
     return Values(value, -x.mean @ value, read @ heads.output, constant)
+
+
+def weighed_keys(heads: Heads, x: InputMoments) -> Float[np.ndarray, "D mK"]:
+    """N = [Wk_h G_h^(1/2)]_h: the keys of all heads side by side, each weighed by what its queries ask for."""
+    return np.concatenate(
+        [heads.key[:, head] @ square_root(query.T @ x.joint @ query) for head, query in enumerate(heads.queries)],
+        axis=1,
+    )
+
+
+def weighed_values(heads: Heads) -> Float[np.ndarray, "D mK"]:
+    """[Wv_h (Wo_h Wo_h')^(1/2)]_h: the values of all heads side by side, each weighed by what is made of it."""
+    roots = (square_root(output @ output.T) for output in heads.output)
+    return np.concatenate([heads.value[:, head] @ root for head, root in enumerate(roots)], axis=1)
+
+
+def spectra(heads: Heads, x: InputMoments) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+    """Singular values of a layer's keys and values, as `latent_scores` and `latent_values` cut them off at a rank."""
+    joined = weighed_keys(heads, x), weighed_values(heads)
+    keys, values = (svd(matrix.shape[1], (x.root,), (matrix,))[1] for matrix in joined)
+    return keys, values
 
 
 def fitted_values(heads: Heads, moments: OutputMoments, x: InputMoments, rank: int, ridge: float = 1e-2) -> Values:

@@ -1,12 +1,13 @@
 """Second moments on calibration text: of what enters a layer, and of what a merged attention offers and should."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from chai_jax.compress.merge import InputMoments, OutputMoments
 from chai_jax.model.params import OPTConfig, Params
@@ -26,10 +27,15 @@ def input_moments(
 
 
 def output_moments(
-    config: OPTConfig, layers: tuple[LayerSpec, LayerSpec], params: tuple[Params, Params], x: Any, mask: Any
+    config: OPTConfig,
+    layers: tuple[LayerSpec, LayerSpec],
+    params: tuple[Params, Params],
+    clusters: Sequence[int],
+    x: Any,
+    mask: Any,
 ) -> list[OutputMoments]:
-    """One per cluster of the second layer, a `qkv` one: its attention P_c on the normed input x gives Z = P_c x; the
-    joint output of its heads in the first, a dense layer, value biases included, is Y.
+    """One for each of these clusters of the second layer, a `qkv` one: its attention P_c on the normed input x gives
+    Z = P_c x; the joint output of its heads in the first, a dense layer, value biases included, is Y.
 
     Args:
         layers: the dense layer and the merged one, of which only queries and keys are read.
@@ -37,11 +43,12 @@ def output_moments(
         x: [N, W, D], what enters the layer.
     """
     place = {heads[0]: at for at, heads in enumerate(layers[0].clusters)}
-    # As an array, so that layers with other clusters of the same number share a program.
-    members = np.zeros((len(layers[1].clusters), config.num_heads), np.float32)
-    for cluster, heads in enumerate(layers[1].clusters):
-        members[cluster, [place[head] for head in heads]] = 1
-    sums = partial(_output_moments, config, tuple(map(anonymous, layers)), jnp.asarray(members))
+    # As arrays, so that layers with other clusters of the same number share a program.
+    members = np.zeros((len(clusters), config.num_heads), np.float32)
+    for row, cluster in zip(members, clusters, strict=True):
+        row[[place[head] for head in layers[1].clusters[cluster]]] = 1
+    chosen = jnp.asarray(members), jnp.asarray(clusters, jnp.int32)
+    sums = partial(_output_moments, config, tuple(map(anonymous, layers)), *chosen)
     total, width = _sum(sums, params, x, mask), config.hidden_size
     found = []
     for pairs in total["pairs"] / total["count"]:
@@ -55,11 +62,11 @@ def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
     """Add up `function(params, x, mask)` over batches, in float64."""
     total: Any = None
     for at in range(0, len(x), BATCH):
-        room = BATCH - len(x[at : at + BATCH])
-        part = (
-            jnp.pad(x[at : at + BATCH], ((0, room), (0, 0), (0, 0))),
-            np.pad(mask[at : at + BATCH], ((0, room), (0, 0))),
-        )
+        windows, real = x[at : at + BATCH], np.asarray(mask[at : at + BATCH])
+        # Windows are padded on the right to the longest of all: those of a task's prompts are mostly padding.
+        length = min(real.shape[1], 1 << (int(real.sum(axis=1).max()) - 1).bit_length())
+        room = (0, BATCH - len(real))
+        part = jnp.pad(windows[:, :length], (room, (0, 0), (0, 0))), np.pad(real[:, :length], (room, (0, 0)))
         new = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(function(params, *part)))
         total = new if total is None else jax.tree.map(np.add, total, new)
     return total
@@ -76,12 +83,13 @@ def _input_moments(config: OPTConfig, layer: LayerSpec, params: Params, x: Array
 def _output_moments(
     config: OPTConfig,
     layers: tuple[LayerSpec, LayerSpec],
-    members: Float[Array, "C H"],
+    members: Float[Array, "M H"],
+    clusters: Int32[Array, " M"],
     params: tuple[Params, Params],
     x: Array,
     mask: Array,
 ) -> dict[str, Array]:
-    """Second moments of [1, Z_c] with [1, Z_c, Y_c] for every cluster c."""
+    """Second moments of [1, Z_c] with [1, Z_c, Y_c] for these clusters c."""
     dense, merged = (attention_of(config, layer, tree, x, mask) for layer, tree in zip(layers, params, strict=True))
     kernel, real = dequantize(params[0]["output"]["kernel"]), mask[..., None]
 
@@ -92,5 +100,5 @@ def _output_moments(
         known = jnp.where(real, jnp.concatenate([jnp.ones_like(x[..., :1]), offered], axis=-1), 0.0)
         return jnp.einsum("nwx,nwy->xy", known, jnp.concatenate([known, wanted], axis=-1), precision="highest")
 
-    pairs = jax.lax.map(moment, (jnp.swapaxes(merged.probabilities, 0, 1), members))
+    pairs = jax.lax.map(moment, (jnp.swapaxes(merged.probabilities, 0, 1)[clusters], members))
     return {"pairs": pairs, "count": mask.sum(dtype=jnp.float32)}

@@ -1,7 +1,6 @@
 """What a measurement leaves: a model's answers or losses one by one, and every figure derived from them."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from chai_jax.errors import InputError
-from chai_jax.files.atomic import write_text
+from chai_jax.files.atomic import write_jsonl
 from chai_jax.measure.statistics import (
     at_chance,
     calibration_error,
@@ -135,7 +134,7 @@ class Result:
 
     def write_samples(self, path: str | Path) -> None:
         """Write `samples` as JSON lines, atomically."""
-        write_text(Path(path), "".join(json.dumps(sample) + "\n" for sample in self.samples()))
+        write_jsonl(Path(path), self.samples())
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from chai_jax.report.figures.cells import heatmap
 from chai_jax.report.figures.curves import cost_against, losses
 from chai_jax.report.figures.diagram import pipeline_diagram
 from chai_jax.report.figures.draw import TRADEOFF, Measure
-from chai_jax.report.figures.layers import head_maps, sensitivity
+from chai_jax.report.figures.layers import head_maps, sensitivity, spectrum
 from chai_jax.report.figures.tradeoff import pareto, radar, scatter3d
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "radar",
     "scatter3d",
     "sensitivity",
+    "spectrum",
 ]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
@@ -93,5 +94,35 @@ def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sen
         axes.set_axisbelow(True)
     figure.axes[-1].set_xlabel("layer")
     figure.axes[0].legend(title="tier", fontsize=8, title_fontsize=8)
+    write_caption(figure, caption)
+    return save(figure, path, rows)
+
+
+def spectrum(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
+    """How much of a layer's keys or values each rank holds: a panel each, a line a layer, dark for early layers.
+
+    Args:
+        path: of the files, without suffix.
+        rows: each with `what` (keys, values), `layer`, `rank` (from 1) and `energy` (share of the squared singular
+            values held, from 0 to 1).
+        caption: what stands under the picture: calibration tokens, device.
+    """
+    panels = series_of(rows, "what")
+    figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+    for axes, (what, members) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        layers = series_of(members, "layer")
+        colours = colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+        for (layer, ranks), colour in zip(layers.items(), colours, strict=True):
+            lost = [max(1 - row["energy"], 1e-6) for row in ranks]
+            axes.plot([row["rank"] for row in ranks], lost, color=colour, linewidth=1.3, label=f"layer {layer}")
+        axes.axhline(0.01, color="black", linewidth=0.7, linestyle=":")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("rank of the latent")
+        axes.set_ylabel("energy not held (dotted: 1 %)")
+        axes.set_title(plain(what), fontsize=10)
+        axes.grid(alpha=0.3)
+    if len(layers) <= 16:
+        figure.axes[-1].legend(fontsize=7)
     write_caption(figure, caption)
     return save(figure, path, rows)

@@ -1,0 +1,155 @@
+"""What the study leaves: its table, how well the planner predicts, and two pictures."""
+
+import datetime
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+from chai_jax.analyse.probe import Probe
+from chai_jax.compress.cluster import Stream
+from chai_jax.compress.low_rank import dense_heads
+from chai_jax.compress.merge import spectra
+from chai_jax.environment import versions, where_computed
+from chai_jax.files.atomic import write_json, write_text
+from chai_jax.model.model import Model
+from chai_jax.progress import track
+from chai_jax.report.figures import pareto, spectrum
+from chai_jax.report.tables import Column, as_csv, markdown
+from lab.options import Record
+
+ENERGY = 0.99  # of a spectrum, that a rank is to hold
+
+
+def perplexity_change(record: Record, end: str = "difference") -> float | None:
+    """A paired difference of losses (or an end of its interval: `low`, `high`) as a change of perplexity."""
+    text = record["text"]
+    if "difference" not in text:
+        return None
+    low, high = text["difference_interval"]
+    return float(np.expm1({"difference": text["difference"], "low": low, "high": high}[end]))
+
+
+def _signed(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:+.{digits}f}"
+
+
+def _interval(record: Record) -> str:
+    ends = record["task"].get("difference_interval")
+    return "-" if ends is None else f"{_signed(record['task']['difference'])} [{_signed(ends[0])}, {_signed(ends[1])}]"
+
+
+def _flips(record: Record) -> str:
+    flips = record["task"].get("flips")
+    return "-" if flips is None else f"{flips['right_to_wrong']} / {flips['wrong_to_right']}"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("row", lambda record: record["row"]),
+    ("cache %", lambda record: f"{100 * record['kv_fraction']:.1f}"),
+    ("KV B/token", lambda record: f"{record['kv_bytes_per_token']:,}"),
+    ("+ B/sequence", lambda record: f"{record['kv_bytes_per_sequence']:,}"),
+    ("weights MB", lambda record: f"{record['model_bytes'] / 1e6:.2f}"),
+    ("score MMACs", lambda record: f"{record['score_macs'] / 1e6:.2f}"),
+    ("output error %", lambda record: _signed(record["output_error"], 2).lstrip("+")),
+    ("perplexity", lambda record: f"{record['text']['perplexity']:.1f}"),
+    ("change %", lambda record: _signed(perplexity_change(record), 2)),
+    ("acc ± s.e. %", lambda record: f"{100 * record['task']['acc']:.1f} ± {100 * record['task']['acc_stderr']:.1f}"),
+    ("difference [95 %]", _interval),
+    ("lost / won", _flips),
+)
+
+
+def predictions(records: Sequence[Record]) -> Record:
+    """How the KL that the planner predicted on its calibration text ranks the plans, against what was measured on
+    held-out text, and against the loss on the test text: Spearman's correlations."""
+    planned = [one for one in records if one["kl_predicted"] is not None and not one["updates"]]
+    if len(planned) < 3:
+        return {"plans": len(planned)}
+    predicted = [one["kl_predicted"] for one in planned]
+    measured = [one["kl_held_out"] for one in planned]
+    rise = [one["text"]["difference"] for one in planned]
+    ratio = np.array(measured) / np.array(predicted)
+    return {
+        "plans": len(planned),
+        "spearman_predicted_held_out_kl": float(stats.spearmanr(predicted, measured).statistic),
+        "spearman_predicted_test_loss": float(stats.spearmanr(predicted, rise).statistic),
+        "held_out_over_predicted": {
+            name: float(value)
+            for name, value in zip(("p10", "median", "p90"), np.percentile(ratio, (10, 50, 90)), strict=True)
+        },
+    }
+
+
+def layer_spectra(model: Model, probe: Probe) -> list[Record]:
+    """For keys and values of every layer, the share of the energy that each rank holds."""
+    stream, rows = Stream(model, probe), []
+    for layer in track(range(model.config.num_layers), "Spectra"):
+        found = spectra(dense_heads(model.params["layers"][str(layer)]), stream.input_moments)
+        for what, singular in zip(("keys", "values"), found, strict=True):
+            held = np.cumsum(singular**2) / np.sum(singular**2)
+            rows += [
+                {"layer": layer, "what": what, "rank": rank, "energy": round(float(share), 6)}
+                for rank, share in enumerate(held, 1)
+            ]
+        stream.advance()
+    return rows
+
+
+def ranks_for(rows: Sequence[Record], energy: float = ENERGY) -> Record:
+    """The smallest ranks that hold this share of the energy, layer by layer."""
+    ranks: dict[str, dict[int, int]] = {"keys": {}, "values": {}}
+    for row in rows:
+        if row["energy"] >= energy:
+            ranks[row["what"]].setdefault(row["layer"], row["rank"])
+    return {what: [of[layer] for layer in sorted(of)] for what, of in ranks.items()}
+
+
+def draw_pareto(path: Path, records: Sequence[Record], caption: str) -> None:
+    """Accuracy and perplexity, as differences from the dense model, against the cache."""
+    rows = []
+    for one in records:
+        if "difference" not in one["text"]:
+            continue
+        low, high = one["task"]["difference_interval"]
+        rows.append(
+            {
+                "series": one["family"] + (", distilled" if one["updates"] else ""),
+                "label": one["row"],
+                "cache (% of dense bfloat16)": 100 * one["kv_fraction"],
+                "accuracy": 100 * one["task"]["difference"],
+                "accuracy_low": 100 * low,
+                "accuracy_high": 100 * high,
+                "perplexity": 100 * (perplexity_change(one) or 0.0),
+                "perplexity_low": 100 * (perplexity_change(one, "low") or 0.0),
+                "perplexity_high": 100 * (perplexity_change(one, "high") or 0.0),
+            }
+        )
+    panels = (("accuracy", "accuracy: difference (points)"), ("perplexity", "perplexity: change (%)"))
+    if rows:
+        pareto(path, rows, panels, "cache (% of dense bfloat16)", caption)
+
+
+def publish_study(out: Path, records: Sequence[Record], model: Model, probe: Probe, options: Record) -> Record:
+    """Write study.json, .csv, .md and the pictures; returns what the last line of stdout says."""
+    where, text = where_computed(), records[0]["text"]
+    about = {"date": datetime.date.today().isoformat(), "options": options, **where, "versions": versions()}
+    energies, planner = layer_spectra(model, probe), predictions(records)
+    ranks = ranks_for(energies)
+    seconds = sum(one["seconds"] for one in records)
+    write_json(out / "study.json", {**about, "planner": planner, "ranks_99": ranks, "rows": list(records)})
+    write_text(out / "study.csv", as_csv(records))
+    n = f"{records[0]['task']['n']} examples of {options['task']}, {text['n']:,} tokens of text"
+    caption = f"{n}; seed {options['seed']}; {where['device']}, {where['compute_dtype']}. Bars: 95 %, paired."
+    draw_pareto(out / "study-pareto", records, caption)
+    spectrum(out / "study-spectrum", energies, f"{len(probe.tokens)} calibration windows; {where['device']}.")
+    lines = [
+        f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {options['seed']}, {about['date']}",
+        markdown(records, COLUMNS).rstrip(),
+        f"{len(records)} rows in {seconds / 60:.0f} minutes. Planner, predicted against measured: {planner}.",
+        f"Ranks that hold {ENERGY:.0%} of the energy, layer by layer, of {model.config.hidden_size}: keys "
+        f"{ranks['keys']}, values {ranks['values']}.",
+    ]
+    write_text(out / "study.md", "\n\n".join(lines) + "\n")
+    return {"out": str(out / "study.md"), "rows": len(records), "planner": planner}
