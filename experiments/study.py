@@ -3,6 +3,7 @@
     python experiments/study.py $MODEL --data-dir $DATA --train-text $TEXT --test-text $DATA/wikitext2/test.raw.txt.gz \
         --windows 64 --out runs/study
     python experiments/study.py ... --rows clusters-0.25,everything-0.06 --distil 80      # likewise, trained
+    python experiments/study.py ... --rows dense --plans                               # how well the planner predicts
 
 For every row: bytes of the cache per token (summed from real arrays) as a fraction of the dense bfloat16 one, bytes of
 the weights, multiply-adds of scores and mixed values per token, the error of the layers' outputs, perplexity on the
@@ -28,6 +29,7 @@ from tyro.conf import Positional
 from chai_jax.adapt.distil import distil
 from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.damage import Damage
+from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.analyse.sensitivity import spread
 from chai_jax.compress.cluster import cluster
@@ -44,14 +46,15 @@ from chai_jax.measure.result import Result, TextResult
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans import Plan
-from chai_jax.progress import console
+from chai_jax.progress import console, track
 from chai_jax.spec import Spec
 from lab.options import Record, start
 from lab.study_tables import publish_study
 from lab.texts import documents
-from lab.variants import Variant, variants
+from lab.variants import CHOICES, Variant, variants
 
 GATE_WINDOWS = 16  # of held-out text, on which predicted and measured costs of a plan are compared
+PLANNED = np.geomspace(0.7, 0.04, 16)  # budgets of those plans
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,8 @@ class Study:
     """Tokens of a training or calibration window."""
     windows: int | None = None
     """Measure perplexity on this many evenly spread windows of the test text; all of them, if not given."""
+    plans: bool = False
+    """Also compare what the planner predicts with what it is, over plans of many budgets."""
     limit: int | None = None
     """Measure accuracy on the first N validation rows."""
     calibration: int = 96
@@ -224,9 +229,26 @@ def describe(bench: Bench, model: Model, plan: Plan | None, trained: bool) -> Re
         "score_macs": score_macs(model, config.max_positions),
         "output_error": None if trained else output_error(bench, model),
         "kl_predicted": plan.predicted if plan else None,
-        "kl_held_out": None if trained else bench.damage.of_model(model)[0],
+        "kl": None if trained else bench.damage.of_model(model)[0],
         "seed": bench.study.seed,
     }
+
+
+def planned(bench: Bench) -> list[Record]:
+    """What the planner predicts, on calibration text, for plans of many budgets, and what it is on held-out text."""
+    file = bench.study.out / "planner.json"
+    found: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    wanted = [(name, round(float(budget), 4)) for name in CHOICES for budget in PLANNED]
+    for name, budget in track(wanted[len(found) :], "Predicting and measuring plans"):
+        plan = bench.within(budget, **CHOICES[name])
+        model = bench.compressed(plan)
+        kl = bench.damage.of_model(model)[0]
+        fraction = cache_fraction(plan, bench.model.config)
+        found.append(
+            {"choices": name, "budget": budget, "kv_fraction": fraction, "predicted": plan.predicted, "kl": kl}
+        )
+        write_json(file, found)
+    return found
 
 
 def run(study: Study) -> Record:
@@ -240,7 +262,8 @@ def run(study: Study) -> Record:
     names = [f"{variant.name}{trained}" for variant in every for trained in ("", "+distil")]
     records = [rows.record(name) for name in names if rows.has(name)]
     about = {name: str(value) for name, value in dataclasses.asdict(study).items() if name not in ("rows", "out")}
-    return publish_study(study.out, records, bench.model, bench.probe, about)
+    plans = planned(bench) if study.plans else []
+    return publish_study(study.out, records, plans, bench.model, bench.probe, about)
 
 
 if __name__ == "__main__":

@@ -51,18 +51,18 @@ def test_ranks_are_the_smallest_that_hold_the_energy() -> None:
     assert ranks_for(rows, 0.95) == {"keys": [3, 1], "values": [1]}
 
 
-def test_the_planners_ranking_is_compared_over_its_untrained_plans_alone() -> None:
+def test_predictions_are_ranked_over_distinct_plans() -> None:
     from lab.study_tables import predictions
 
-    def record(predicted: float | None, measured: float, updates: int = 0) -> dict[str, Any]:
-        text = {"difference": measured**2}
-        return {"kl_predicted": predicted, "kl_held_out": measured, "updates": updates, "text": text}
+    def plan(predicted: float, kl: float) -> dict[str, Any]:
+        return {"choices": "clusters", "kv_fraction": 1 / predicted, "predicted": predicted, "kl": kl}
 
-    planned = [record(1.0, 2.0), record(2.0, 4.0), record(3.0, 6.0), record(4.0, 5.0)]
-    found = predictions([record(None, 9.0), *planned, record(0.1, 9.0, updates=3)])
+    plans = [plan(1.0, 2.0), plan(2.0, 4.0), plan(3.0, 6.0), plan(4.0, 5.0)]
+    found = predictions([*plans, plan(4.0, 5.0)])
     assert found["plans"] == 4
-    assert found["spearman_predicted_held_out_kl"] == pytest.approx(0.8)  # two neighbours of four exchanged
-    assert found["held_out_over_predicted"]["median"] == pytest.approx(2.0)
+    assert found["spearman"] == found["spearman_clusters"] == pytest.approx(0.8)  # two neighbours of four exchanged
+    assert found["measured_over_predicted"]["median"] == pytest.approx(2.0)
+    assert predictions(plans[:2]) == {"plans": 2}
 
 
 @pytest.mark.slow

@@ -61,25 +61,20 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def predictions(records: Sequence[Record]) -> Record:
-    """How the KL that the planner predicted on its calibration text ranks the plans, against what was measured on
-    held-out text, and against the loss on the test text: Spearman's correlations."""
-    planned = [one for one in records if one["kl_predicted"] is not None and not one["updates"]]
-    if len(planned) < 3:
-        return {"plans": len(planned)}
-    predicted = [one["kl_predicted"] for one in planned]
-    measured = [one["kl_held_out"] for one in planned]
-    rise = [one["text"]["difference"] for one in planned]
-    ratio = np.array(measured) / np.array(predicted)
-    return {
-        "plans": len(planned),
-        "spearman_predicted_held_out_kl": float(stats.spearmanr(predicted, measured).statistic),
-        "spearman_predicted_test_loss": float(stats.spearmanr(predicted, rise).statistic),
-        "held_out_over_predicted": {
-            name: float(value)
-            for name, value in zip(("p10", "median", "p90"), np.percentile(ratio, (10, 50, 90)), strict=True)
-        },
-    }
+def predictions(plans: Sequence[Record]) -> Record:
+    """How the KL that the planner predicted on calibration text ranks plans, against what it is on held-out text:
+    Spearman's correlation, and the ratio of the two. Plans of equal bytes and prediction count once."""
+    distinct = {(one["choices"], one["kv_fraction"], one["predicted"]): one for one in plans}
+    if len(distinct) < 3:
+        return {"plans": len(distinct)}
+    predicted, measured = (np.array([one[name] for one in distinct.values()]) for name in ("predicted", "kl"))
+    found: Record = {"plans": len(distinct), "spearman": float(stats.spearmanr(predicted, measured).statistic)}
+    for name in dict.fromkeys(one["choices"] for one in distinct.values()):
+        chosen = np.array([one["choices"] == name for one in distinct.values()])
+        if chosen.sum() > 2:
+            found[f"spearman_{name}"] = float(stats.spearmanr(predicted[chosen], measured[chosen]).statistic)
+    ends = np.percentile(measured / predicted, (10, 50, 90)).tolist()
+    return found | {"measured_over_predicted": dict(zip(("p10", "median", "p90"), ends, strict=True))}
 
 
 def layer_spectra(model: Model, probe: Probe) -> list[Record]:
@@ -131,14 +126,19 @@ def draw_pareto(path: Path, records: Sequence[Record], caption: str) -> None:
         pareto(path, rows, panels, "cache (% of dense bfloat16)", caption)
 
 
-def publish_study(out: Path, records: Sequence[Record], model: Model, probe: Probe, options: Record) -> Record:
+def publish_study(
+    out: Path, records: Sequence[Record], plans: Sequence[Record], model: Model, probe: Probe, options: Record
+) -> Record:
     """Write study.json, .csv, .md and the pictures; returns what the last line of stdout says."""
     where, text = where_computed(), records[0]["text"]
     about = {"date": datetime.date.today().isoformat(), "options": options, **where, "versions": versions()}
-    energies, planner = layer_spectra(model, probe), predictions(records)
+    energies, planner = layer_spectra(model, probe), predictions(plans)
     ranks = ranks_for(energies)
     seconds = sum(one["seconds"] for one in records)
-    write_json(out / "study.json", {**about, "planner": planner, "ranks_99": ranks, "rows": list(records)})
+    write_json(
+        out / "study.json",
+        {**about, "planner": planner, "plans": list(plans), "ranks_99": ranks, "rows": list(records)},
+    )
     write_text(out / "study.csv", as_csv(records))
     n = f"{records[0]['task']['n']} examples of {options['task']}, {text['n']:,} tokens of text"
     caption = f"{n}; seed {options['seed']}; {where['device']}, {where['compute_dtype']}. Bars: 95 %, paired."
@@ -147,7 +147,7 @@ def publish_study(out: Path, records: Sequence[Record], model: Model, probe: Pro
     lines = [
         f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {options['seed']}, {about['date']}",
         markdown(records, COLUMNS).rstrip(),
-        f"{len(records)} rows in {seconds / 60:.0f} minutes. Planner, predicted against measured: {planner}.",
+        f"{len(records)} rows in {seconds / 60:.0f} minutes. Planner, predicted against measured KL: {planner}.",
         f"Ranks that hold {ENERGY:.0%} of the energy, layer by layer, of {model.config.hidden_size}: keys "
         f"{ranks['keys']}, values {ranks['values']}.",
     ]
