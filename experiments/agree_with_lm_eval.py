@@ -9,10 +9,10 @@ Needs torch and lm-eval[hf]. The harness's own tasks (sst2, rte, piqa, wikitext)
 - compressed: `evaluate` beside `chai-jax lm-eval`'s model, both on $MODEL with half of the heads of every layer
   clustered and quantized by tier (calibrated on training rows of the first task, not tuned), or on --compressed FOLDER.
 
-Expected: no log-likelihood of a choice further apart than 1e-3 nats, equal accuracies, equal standard errors, the same
-predictions (but where the best two choices lie within 1e-3 nats, which are listed), and word perplexities that agree to
-one part in 100,000. Writes agreement.json; exits with 1 where something disagrees. The last line on stdout is the
-record as JSON.
+Expected, dense: no log-likelihood of a choice further apart than 1e-3 nats, equal accuracies, equal standard errors,
+the same predictions (but where the best two choices lie within 1e-3 nats, which are listed), and word perplexities that
+agree to one part in 100,000. Compressed: no difference at all. Writes agreement.json; exits with 1 where something
+disagrees. The last line on stdout is the record as JSON.
 """
 
 import argparse
@@ -35,10 +35,11 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.store import load
 from chai_jax.measure.evaluate import Result, evaluate
-from chai_jax.measure.lm_eval import LanguageModel, local_rows, write_tasks
+from chai_jax.measure.harness_tasks import local_rows, write_tasks
+from chai_jax.measure.lm_eval import LanguageModel
 from chai_jax.model.model import Model
 
-TOLERANCE = 1e-3  # nats, of a choice
+TOLERANCE = 1e-3  # nats, of a choice, between two implementations
 RELATIVE = 1e-5  # of a word perplexity
 CALIBRATION = 64  # training prompts
 
@@ -74,14 +75,14 @@ def compress(model: Model, task_name: str, data_dir: Path) -> Model:
     return quantize(cluster(model, chosen), chosen)
 
 
-def compare(theirs: np.ndarray, ours: np.ndarray, norms: np.ndarray) -> Record:
+def compare(theirs: np.ndarray, ours: np.ndarray, norms: np.ndarray, tolerance: float) -> Record:
     """Two sets of log-likelihoods [examples, choices], divided by `norms` before the best one is chosen.
 
-    A margin is narrow if `TOLERANCE` nats on one choice could turn it.
+    A margin is narrow if `tolerance` nats on one choice could turn it.
     """
     theirs, ours = theirs / norms, ours / norms
     ranked = np.sort(theirs, axis=1)
-    narrow = ranked[:, -1] - ranked[:, -2] < TOLERANCE / norms.min(axis=1)
+    narrow = ranked[:, -1] - ranked[:, -2] < tolerance / norms.min(axis=1)
     different = theirs.argmax(1) != ours.argmax(1)
     return {
         "different_predictions": np.flatnonzero(different).tolist(),
@@ -95,7 +96,7 @@ def samples(harness: Record, name: str) -> list[Record]:
     return sorted(harness["samples"][name], key=lambda sample: sample["doc_id"])
 
 
-def choices(name: str, harness: Record, ours: Result) -> Record:
+def choices(name: str, harness: Record, ours: Result, tolerance: float) -> Record:
     """One task's record: the largest difference, the predictions, and the reported figures side by side."""
     answers = np.array([list(sample["filtered_resps"]) for sample in samples(harness, name)])
     theirs, greedy = answers[..., 0], answers[..., 1].astype(bool)
@@ -107,12 +108,12 @@ def choices(name: str, harness: Record, ours: Result) -> Record:
         measures["acc_norm"] = ours.characters
     for measure, norms in measures.items():
         record[measure] = {
-            **compare(theirs, ours.loglikelihoods, norms),
+            **compare(theirs, ours.loglikelihoods, norms, tolerance),
             "harness": [reported[f"{measure},none"], reported[f"{measure}_stderr,none"]],
             "chai_jax": [metrics[measure], metrics[f"{measure}_stderr"]],
         }
     record["greedy_differs"] = int((greedy != ours.greedy).sum())
-    record["agrees"] = difference <= TOLERANCE and all(record[measure]["agrees"] for measure in measures)
+    record["agrees"] = difference <= tolerance and all(record[measure]["agrees"] for measure in measures)
     return record
 
 
@@ -152,13 +153,13 @@ def agreement(chosen: argparse.Namespace) -> Record:
 
     torch = {"model_args": {"pretrained": chosen.model, "dtype": "float32"}, "device": "cpu"}
     theirs = run_harness("hf", rows, batch_size=chosen.batch_size, **torch)
-    found: Record = {"dense": {name: choices(name, theirs, ours(model, name)) for name in questions}}
+    found: Record = {"dense": {name: choices(name, theirs, ours(model, name), TOLERANCE) for name in questions}}
     if "wikitext" in rows:
         own = run_harness(LanguageModel(model, chosen.batch_size), {"wikitext": rows["wikitext"]})
         found["dense"]["wikitext"] = pages(theirs, own)
     if small is not None:
         own = run_harness(LanguageModel(small, chosen.batch_size), questions)
-        found["compressed"] = {name: choices(name, own, ours(small, name)) for name in questions}
+        found["compressed"] = {name: choices(name, own, ours(small, name), 0.0) for name in questions}
     return found
 
 

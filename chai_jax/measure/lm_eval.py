@@ -7,7 +7,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,10 +16,9 @@ import jax
 
 from chai_jax.adapt.toy import load_any
 from chai_jax.data.batches import Encoded
-from chai_jax.data.tasks import Row, get_task, load_rows
-from chai_jax.data.text import pages, read_text
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable
+from chai_jax.measure.harness_tasks import SOURCES, local_rows, write_tasks
 from chai_jax.model.model import Model
 from chai_jax.processes import first_process
 from chai_jax.score import loglikelihoods
@@ -46,14 +45,6 @@ except ModuleNotFoundError as error:
 BATCH_SIZE = 32
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 Record = dict[str, Any]
-# The harness's own definitions of what can be run on local rows.
-SOURCES = {
-    "sst2": "glue/sst2/default.yaml",
-    "rte": "glue/rte/default.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "wikitext": "wikitext/wikitext.yaml",
-}
-WIKITEXT = Path("wikitext2/test.raw.txt")  # in a data folder, gzipped or not
 
 
 @register_model("chai-jax")
@@ -113,6 +104,20 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(Summed log-probability, is greedy) per (context, continuation), one task after the other.
+
+        A compressed cache rounds what float32 sums in another order in another batch: so a task's batches, and its
+        answers bit for bit, are those of `evaluate`, whichever tasks are run beside it.
+        """
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            members = [index for index, request in enumerate(requests) if request.task_name == task]
+            found = super().loglikelihood([requests[index] for index in members], disable_tqdm)
+            for index, answer in zip(members, found, strict=True):
+                answers[index] = answer
+        return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
         """(Summed log-probability, is greedy) per (name, context, continuation), too long contexts cut on the left."""
@@ -188,62 +193,6 @@ def _generation_settings(wanted: dict[str, Any]) -> Settings:
     if temperature == 0 or wanted.get("do_sample") is False:
         return stops, length, 0.0, None, None
     return stops, length, temperature, wanted.get("top_k"), wanted.get("top_p")
-
-
-def local_rows(name: str, data_dir: Path, limit: int | None = None, few_shot: bool = False) -> dict[str, list[Row]]:
-    """By split, what the harness's task `name` reads, from a data folder.
-
-    Args:
-        limit: only the first rows (documents of wikitext) of what is scored.
-        few_shot: whether the training rows, of which examples are taken, are wanted too.
-
-    Raises:
-        InputError: an unknown task, or files that are missing or damaged.
-    """
-    if name != "wikitext":
-        task = get_task(name)
-        training = {"training": load_rows(task, "train", data_dir)} if few_shot else {}
-        return {"validation": load_rows(task, "validation", data_dir, limit), **training}
-    plain, zipped = data_dir / WIKITEXT, data_dir / f"{WIKITEXT}.gz"
-    if not plain.is_file() and not zipped.is_file():
-        raise InputError(f"{plain}[.gz] is missing; expected WikiText-2's raw test text there: check --data-dir")
-    text = read_text(plain if plain.is_file() else zipped)
-    return {"test": [{"page": page} for page in pages(text)[:limit]]}
-
-
-def write_tasks(folder: Path, rows: Mapping[str, Mapping[str, Sequence[Row]]]) -> None:
-    """Write the harness's own tasks into `folder`, changed in nothing but that they read these rows.
-
-    Given to the harness as `include_path`, they take the place of its tasks of the same names: no network is needed.
-
-    Args:
-        folder: holds the task files, the rows, and the harness's copies of them.
-        rows: by task name and split (training, validation, test), each with its task's columns (see `local_rows`).
-
-    Raises:
-        InputError: an unknown task.
-    """
-    built_in = Path(lm_eval.__file__).parent / "tasks"
-    for name, splits in rows.items():
-        if name not in SOURCES:
-            raise InputError(
-                f"the task {name!r} has no counterpart in the harness; expected one of {', '.join(SOURCES)}"
-            )
-        files = {split: (folder / f"{name}_{split}.jsonl").absolute() for split in splits}
-        for split, path in files.items():
-            path.write_text("".join(json.dumps(row) + "\n" for row in splits[split]), encoding="utf-8")
-        local = {
-            "include": str(built_in / SOURCES[name]),
-            "task": name,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {
-                "data_files": {split: str(path) for split, path in files.items()},
-                "cache_dir": str((folder / "cache").absolute()),
-            },
-            **{f"{split}_split": split if split in splits else None for split in ("training", "validation", "test")},
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(local), encoding="utf-8")  # JSON is YAML
 
 
 def run(model: str, arguments: Sequence[str], data_dir: Path | None = None, revision: str | None = None) -> Record:
