@@ -4,6 +4,7 @@ Results go to stdout (the last line is one JSON object), progress and messages t
 stderr and exit status 2; a run that stopped to be gone on with later exits with status 75.
 """
 
+import dataclasses
 import errno
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 
+from chai_jax.commands.harness import LmEvalCommand
 from chai_jax.commands.machines import AotCommand, EnvCommand
 from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCommand, VerifyCommand
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
@@ -47,21 +49,34 @@ Command = (
     | Annotated[GenerateCommand, subcommand("generate")]
     | Annotated[VerifyCommand, subcommand("verify")]
     | Annotated[ExportCommand, subcommand("export")]
+    | Annotated[LmEvalCommand, subcommand("lm-eval")]
     | Annotated[AotCommand, subcommand("aot")]
     | Annotated[EnvCommand, subcommand("env")]
 )
+
+
+def parse(argv: Sequence[str]) -> Any:
+    """The command that `argv` asks for. What is no option of `lm-eval` goes to the harness, whose parser judges it.
+
+    Raises:
+        SystemExit: an option or a value that is not known, status 2, or `--help`.
+    """
+    commands: Any = OmitArgPrefixes[Command]  # type: ignore[misc]
+    program: dict[str, Any] = {
+        "prog": "chai-jax",
+        "description": "Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",
+    }
+    if list(argv[:1]) != ["lm-eval"]:
+        return tyro.cli(commands, args=argv, **program)
+    command, unknown = tyro.cli(commands, args=argv, return_unknown_args=True, **program)
+    return dataclasses.replace(command, arguments=tuple(unknown))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its result is the last line of stdout. Returns the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    command: Any = tyro.cli(
-        OmitArgPrefixes[Command],  # type: ignore[misc]
-        args=argv,
-        prog="chai-jax",
-        description="Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",
-    )
+    command = parse(sys.argv[1:] if argv is None else argv)
     try:
         if hasattr(command, "devices"):
             from chai_jax.devices import start

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from chai_jax.adapt.distil import check_vocabulary
 from chai_jax.adapt.target import select_layers
-from chai_jax.adapt.toy import toy_model
+from chai_jax.adapt.toy import load_any
 from chai_jax.analyse.gate import Gate, tried
 from chai_jax.compress.quantize import with_storage
 from chai_jax.config import STAGES, RunConfig, TargetConfig
@@ -40,11 +40,6 @@ class Stage:
 
     name: str
     apply: Callable[[Model], Model]
-
-
-def load_any(source: str, revision: str | None = None, seed: int = 0) -> Model:
-    """The built-in toy, or a model from a folder or the hub."""
-    return toy_model(seed) if source == TOY else load(source, revision=revision)
 
 
 def run(config: RunConfig) -> Record:

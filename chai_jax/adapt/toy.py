@@ -28,6 +28,11 @@ def toy_folder(seed: int) -> Path:
     return cache / "chai_jax" / f"toy-{VERSION}-{seed}"
 
 
+def load_any(source: str, revision: str | None = None, seed: int = 0) -> Model:
+    """The built-in toy, or a model from a folder or the hub."""
+    return toy_model(seed) if source == "toy" else load(source, revision=revision)
+
+
 def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
     """The toy, trained now or by an earlier call.
 

@@ -36,10 +36,10 @@ class EvaluateCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
+        from chai_jax.adapt.toy import load_any
         from chai_jax.data.tasks import get_task
         from chai_jax.files.atomic import check_writable
         from chai_jax.measure.evaluate import evaluate, perplexity
-        from chai_jax.pipeline import load_any
         from chai_jax.processes import once
 
         if (self.task is None) == (self.text is None):
@@ -81,7 +81,7 @@ class GenerateCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.pipeline import load_any
+        from chai_jax.adapt.toy import load_any
         from chai_jax.serve.generate import stream
 
         model = load_any(self.model)
@@ -106,8 +106,8 @@ class VerifyCommand:
     """Likewise."""
 
     def run(self) -> Any:
+        from chai_jax.adapt.toy import load_any
         from chai_jax.measure.verify import verify
-        from chai_jax.pipeline import load_any
 
         return verify(load_any(self.first), load_any(self.second))
 
@@ -122,10 +122,10 @@ class ExportCommand:
     """A new folder."""
 
     def run(self) -> Any:
+        from chai_jax.adapt.toy import load_any
         from chai_jax.compress.expand import expand
         from chai_jax.files.atomic import claim_folder
         from chai_jax.files.hf import export
-        from chai_jax.pipeline import load_any
 
         claim_folder(self.out)
         model = load_any(self.model)

@@ -30,9 +30,10 @@ class PlanCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
+        from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import check_writable, write_json
-        from chai_jax.pipeline import load_any, print_table
+        from chai_jax.pipeline import print_table
         from chai_jax.planning import plan_for
         from chai_jax.processes import once
         from chai_jax.work import open_work
@@ -60,8 +61,9 @@ class ExplainCommand:
     """The model it is for, to say what it costs in cache bytes."""
 
     def run(self) -> Any:
+        from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
-        from chai_jax.pipeline import load_any, print_table
+        from chai_jax.pipeline import print_table
         from chai_jax.plans import Plan
 
         plan = Plan.read(self.plan)

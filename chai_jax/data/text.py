@@ -37,6 +37,22 @@ def read_text(path: str | Path) -> str:
     return text
 
 
+def pages(text: str) -> list[str]:
+    """WikiText's articles, each from its title (` = Title = `) to the next.
+
+    They are the documents of the lm-evaluation-harness's task wikitext (EleutherAI/wikitext_document_level, whose
+    loading script cuts WikiText's raw files at the same lines): 62 for the test split of WikiText-2.
+    """
+    found: list[list[str]] = [[]]
+    for line in text.split("\n"):
+        # Deeper headings (` = = Heading = = `) begin no article.
+        heading = line.replace("= = =", "===").replace("= =", "==").strip()
+        if heading.startswith("= ") and heading.endswith(" ="):
+            found.append([])
+        found[-1].append(line)
+    return [page for page in map("\n".join, found) if page.strip()]
+
+
 def windows(tokenizer: Any, text: str, length: int) -> list[Encoded]:
     """The whole text as non-overlapping windows of `length` tokens, each `</s>` plus up to `length - 1` of the text.
 

@@ -3,26 +3,40 @@
 This module needs the extra `chai_jax[eval]`; importing it without raises InputError.
 """
 
+import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from chai_jax.adapt.toy import load_any
 from chai_jax.data.batches import Encoded
-from chai_jax.data.tasks import Row
 from chai_jax.errors import InputError
-from chai_jax.files.store import load
+from chai_jax.files.atomic import check_writable
+from chai_jax.measure.harness_tasks import SOURCES, local_rows, write_tasks
 from chai_jax.model.model import Model
+from chai_jax.processes import first_process
 from chai_jax.score import loglikelihoods
 from chai_jax.serve.generate import generate_tokens
 
 try:
     import lm_eval
     import lm_eval.models  # before ours: the harness fills its registry only where it finds it empty
+    from datasets.exceptions import DatasetNotFoundError
+    from lm_eval._cli import HarnessCLI
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from lm_eval.utils import (
+        get_rolling_token_windows,
+        handle_non_serializable,
+        make_disjoint_window,
+        setup_logging,
+    )
 except ModuleNotFoundError as error:
     raise InputError(
         f"the lm-evaluation-harness is not there (no module {error.name}): pip install 'chai_jax[eval]'"
@@ -30,7 +44,7 @@ except ModuleNotFoundError as error:
 
 BATCH_SIZE = 32
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
-SOURCES = {"sst2": "glue/sst2/default.yaml", "rte": "glue/rte/default.yaml", "piqa": "piqa/piqa.yaml"}
+Record = dict[str, Any]
 
 
 @register_model("chai-jax")
@@ -43,19 +57,28 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         batch_size: int | str = BATCH_SIZE,
         max_batch_size: int | None = None,
         device: str | None = None,
+        revision: str | None = None,
+        **unknown: Any,
     ):
         """
         Args:
-            pretrained: a model, or the folder or hub id to load.
+            pretrained: a model, or the folder or hub id to load, or `toy`.
             batch_size: sequences per device and batch; "auto" is 32.
             max_batch_size: upper bound of `batch_size`.
             device: not used; JAX decides (see JAX_PLATFORMS).
+            revision: of a hub model.
+
+        Raises:
+            InputError: another argument, a batch size that is no number, a model that cannot be loaded or has no
+                tokenizer.
         """
         super().__init__()
-        self.model = pretrained if isinstance(pretrained, Model) else load(pretrained)
+        if unknown:
+            raise InputError(f"model_args has {', '.join(unknown)}; expected nothing but pretrained and revision")
+        self.model = pretrained if isinstance(pretrained, Model) else load_any(pretrained, revision)
         if self.model.tokenizer is None:
             raise InputError(f"{self.model.source or 'the model'} has no tokenizer; expected its tokenizer files")
-        size = BATCH_SIZE if str(batch_size).startswith("auto") else int(batch_size)
+        size = _batch_size(batch_size)
         self.batch_size = min(size, max_batch_size or size)
         self.tokenizer = self.model.tokenizer
 
@@ -81,6 +104,20 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
             add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
         ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
         return ids
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(Summed log-probability, is greedy) per (context, continuation), one task after the other.
+
+        A compressed cache rounds what float32 sums in another order in another batch: so a task's batches, and its
+        answers bit for bit, are those of `evaluate`, whichever tasks are run beside it.
+        """
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        for task in dict.fromkeys(request.task_name for request in requests):
+            members = [index for index, request in enumerate(requests) if request.task_name == task]
+            found = super().loglikelihood([requests[index] for index in members], disable_tqdm)
+            for index, answer in zip(members, found, strict=True):
+                answers[index] = answer
+        return answers
 
     def _loglikelihood_tokens(self, requests: Sequence[Pair], **_: Any) -> list[tuple[float, bool]]:
         """(Summed log-probability, is greedy) per (name, context, continuation), too long contexts cut on the left."""
@@ -135,6 +172,14 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         return texts
 
 
+def _batch_size(wanted: int | str) -> int:
+    if str(wanted).startswith("auto"):
+        return BATCH_SIZE
+    if not str(wanted).isdecimal() or int(wanted) < 1:
+        raise InputError(f"--batch_size is {wanted!r}; expected a number from 1 on, or auto")
+    return int(wanted)
+
+
 Settings = tuple[tuple[str, ...], int, float, int | None, float | None]
 
 
@@ -150,49 +195,102 @@ def _generation_settings(wanted: dict[str, Any]) -> Settings:
     return stops, length, temperature, wanted.get("top_k"), wanted.get("top_p")
 
 
-def write_tasks(folder: Path, rows: Mapping[str, Sequence[Row]]) -> None:
-    """Write the harness's own tasks into `folder`, changed in nothing but that they read these rows.
-
-    Given to the harness as `include_path`, they take the place of its tasks of the same names: no network is needed.
+def run(model: str, arguments: Sequence[str], data_dir: Path | None = None, revision: str | None = None) -> Record:
+    """`lm-eval run` on one of our models; the harness prints its tables and writes its results files.
 
     Args:
-        rows: by task name, each with its task's columns (see `chai_jax.data.tasks.load_rows`).
+        model: folder, hub id, or `toy`.
+        arguments: the harness's own (`--tasks`, `--include_path`, `--output_path`, ...).
+        data_dir: read those of `SOURCES` that are among the tasks from this folder, not from the hub.
+        revision: of a hub model.
+
+    Returns:
+        The harness's "results" and "n-samples" by task, its "versions" of the tasks, its seeds ("config"), and the
+        "files" it wrote.
 
     Raises:
-        InputError: an unknown task.
+        InputError: what the harness refuses before it begins, data that cannot be fetched, results that cannot be
+            written.
+        SystemExit: options that the harness's parser refuses, status 2.
     """
-    built_in = Path(lm_eval.__file__).parent / "tasks"
-    for name in rows:
-        if name not in SOURCES:
-            raise InputError(
-                f"the task {name!r} has no counterpart in the harness; expected one of {', '.join(SOURCES)}"
-            )
-        path = folder / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows[name]), encoding="utf-8")
-        local = {
-            "include": str(built_in / SOURCES[name]),
-            "task": name,
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": {"validation": str(path.absolute())}},
-            "training_split": None,
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(local), encoding="utf-8")  # JSON is YAML
-
-
-def run(model: str, arguments: Sequence[str]) -> None:
-    """`lm-eval run` on one of our models; `arguments` are the harness's own (`--tasks`, `--include_path`, ...).
-
-    Raises:
-        SystemExit: as the harness's command line does.
-    """
-    from lm_eval.__main__ import cli_evaluate
-
+    setup_logging()
+    harness, given = HarnessCLI(), json.dumps({"pretrained": model, **({"revision": revision} if revision else {})})
+    chosen = ["--model", "chai-jax", "--model_args", given, "--batch_size", "auto", "--device", jax.default_backend()]
     # The harness has no other way in than the process's arguments.
-    before = sys.argv
-    chosen = ["--model", "chai-jax", "--model_args", json.dumps({"pretrained": model}), "--batch_size", "auto"]
-    sys.argv = ["lm-eval", "run", *chosen, *arguments]
+    with _replaced(sys, "argv", ["lm-eval", "run", *chosen, *arguments]):
+        namespace = harness.parse_args()
+    if namespace.model != "chai-jax":
+        raise InputError(f"--model is {namespace.model}; expected MODEL alone: run other models with lm-eval itself")
+    with tempfile.TemporaryDirectory(prefix="chai_jax_") as folder:
+        if data_dir is not None:
+            _use_local_rows(namespace, data_dir, Path(folder))
+        return _execute(harness, namespace)
+
+
+def _use_local_rows(namespace: argparse.Namespace, data_dir: Path, folder: Path) -> None:
+    """Let the harness's parsed options find, before all others, tasks that read `data_dir`; they go into `folder`."""
+    names = [name for name in SOURCES if name in (namespace.tasks or ())]
+    if not names:
+        raise InputError(f"--data-dir holds rows for {', '.join(SOURCES)}; expected one of them among --tasks")
+    write_tasks(folder, {name: local_rows(name, data_dir, few_shot=bool(namespace.num_fewshot)) for name in names})
+    namespace.include_path = [path for path in (namespace.include_path, str(folder)) if path]
+
+
+def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
+    """Let the harness do what its parsed options say; see `run`."""
+    passed: Record = {}
+    evaluate = lm_eval.simple_evaluate
+
+    def watched(*args: Any, evaluation_tracker: Any, **options: Any) -> Record | None:
+        """`simple_evaluate`: what goes in and comes out, since the harness's command line returns nothing."""
+        passed["tracker"] = evaluation_tracker
+        if evaluation_tracker.output_path:  # the harness would find it out at the end, and only warn
+            check_writable(_root(evaluation_tracker.output_path))
+        found: Record = evaluate(*args, evaluation_tracker=evaluation_tracker, **options)
+        passed["results"] = found
+        return found if first_process() else None  # what the others return they would write
+
     try:
-        cli_evaluate()
+        with _replaced(lm_eval, "simple_evaluate", watched):
+            harness.execute(namespace)
+    except (ConnectionError, DatasetNotFoundError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(
+            f"cannot fetch a task's data ({reason}); give local rows with --data-dir (for {', '.join(SOURCES)}) or "
+            "tasks that read local files with --include_path"
+        ) from None
+    except (ValueError, TypeError, OSError) as error:
+        if passed or isinstance(error, InputError):
+            raise
+        raise InputError(f"lm-eval: {' '.join(str(error).split())}") from None
+    found = {name: passed["results"].get(name) for name in ("results", "groups", "n-samples", "versions", "config")}
+    found["files"] = _written(passed["tracker"]) if first_process() else []
+    readable: Record = json.loads(json.dumps(found, default=handle_non_serializable))
+    return readable
+
+
+def _root(output_path: str) -> Path:
+    """The folder under which the harness writes, given a folder or the name of a JSON file."""
+    path = Path(output_path)
+    return path.parent if path.suffix == ".json" else path
+
+
+def _written(tracker: Any) -> list[str]:
+    """The files that the harness's tracker has just saved; it only warns where it could not."""
+    if not tracker.output_path:
+        return []
+    files = sorted(_root(tracker.output_path).rglob(f"*_{tracker.date_id}.json*"))
+    if not files:
+        raise InputError(f"the results could not be written to {tracker.output_path}: see lm-eval's messages above")
+    return [str(file) for file in files]
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """`owner.name` is `value` for a while."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
     finally:
-        sys.argv = before
+        setattr(owner, name, before)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from chai_jax.data.text import read_text, split_corpus, windows
+from chai_jax.data.text import pages, read_text, split_corpus, windows
 from chai_jax.errors import InputError
 
 TEXT = "a gorgeous , witty film .\n \nIs this sentence é or 電影 ?\n" * 20
@@ -38,6 +38,22 @@ def test_wikitext_has_the_windows_its_perplexity_is_known_for(shared: Path) -> N
     cut = windows(tokenizer, read_text(shared / "data/wikitext2/test.raw.txt.gz"), 512)
     assert sum(len(window.tokens) - window.start for window in cut[:-1]) == 349_013
     assert len(cut[-1].tokens) == 1 + 267
+
+
+def test_pages_begin_at_titles_alone() -> None:
+    first, second = " = A = \n \n = = B = = \n x = y =\n = = = C = = = \n", " = D = E = \n z"
+    assert pages(first + second) == [first.removesuffix("\n"), second]
+    assert pages(f"before\n{second}") == ["before", second]
+    assert pages(" \n" + second) == [second]
+
+
+def test_wikitext_has_the_documents_the_harness_counts(shared: Path) -> None:
+    """62, as EleutherAI/wikitext_document_level has for this split, and every line is in one of them."""
+    text = read_text(shared / "data/wikitext2/test.raw.txt.gz")
+    found = pages(text)
+    assert len(found) == 62
+    assert "\n".join(found) == text.removeprefix(" \n")
+    assert found[0].startswith(" = Robert Boulter = \n")
 
 
 @pytest.mark.parametrize("calibration", [0, 3, 1000])

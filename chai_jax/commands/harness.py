@@ -1,0 +1,33 @@
+"""`chai-jax lm-eval`: a model in the lm-evaluation-harness."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional, Suppress
+
+from chai_jax.config import DeviceConfig
+
+
+@dataclass(frozen=True)
+class LmEvalCommand:
+    """Run a model through the lm-evaluation-harness (pip install 'chai_jax[eval]'). MODEL comes first; all options but
+    those below are the harness's own: --tasks, --num_fewshot, --limit, --batch_size, --output_path, --log_samples,
+    --include_path, ... (`lm-eval run --help` lists them)."""
+
+    model: Positional[str]
+    """Hub id, folder, or `toy`."""
+    data_dir: Path | None = None
+    """Folder holding TASK/validation.jsonl[.gz] for sst2, rte, piqa (and TASK/train.jsonl[.gz] for --num_fewshot), and
+    wikitext2/test.raw.txt[.gz] for wikitext: these tasks then need no network."""
+    revision: str | None = None
+    """Revision of a hub model."""
+    arguments: Suppress[tuple[str, ...]] = ()
+    devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def run(self) -> Any:
+        from chai_jax.environment import versions, where_computed
+        from chai_jax.measure.lm_eval import run
+
+        found = run(self.model, self.arguments, self.data_dir, self.revision)
+        return {**found, "software": versions(), **where_computed()}
