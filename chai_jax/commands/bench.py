@@ -1,8 +1,7 @@
 """`chai-jax bench`: how long models take and how much they hold, side by side in one run."""
 
-import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import metadata
@@ -108,9 +107,9 @@ class BenchCommand:
                 raise InputError(f"--{name} is {value}; expected at least {bound}")
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in UNTOLD}
         lists = {
-            "batch": numbers("batch", self.batch, int, 1, math.inf),
-            "prompt": numbers("prompt", self.prompt or "", int, 1, math.inf),
-            "clusters": numbers("clusters", self.clusters or "", float, 0, 1),
+            "batch": numbers("batch", self.batch, int),
+            "prompt": numbers("prompt", self.prompt or "", int),
+            "clusters": numbers("clusters", self.clusters or "", float),
         }
         if not lists["batch"]:
             raise InputError("--batch is empty; expected numbers with commas, such as 1,8")
@@ -147,19 +146,19 @@ def open_model(source: str, seed: int) -> Any:
     return random_model(shape, seed) if kind == "random" else load_any(source, seed=seed)
 
 
-def numbers(name: str, text: str, kind: Callable[[str], float], low: float, high: float) -> list[Any]:
-    """The numbers of a list with commas, each once, in the order given.
+def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
+    """Whole numbers from 1, or fractions above 0 and up to 1, of a list with commas: each once, in the order given.
 
     Raises:
-        InputError: something else is in it, or a number that is not from `low` to `high` (a fraction: above `low`).
+        InputError: something else is in it.
     """
     found = []
     for part in filter(None, (part.strip() for part in text.split(","))):
         try:
             value = kind(part)
         except ValueError:
-            value = math.nan
-        if not (low <= value <= high and (kind is int or value > low)):
+            value = kind(-1)
+        if not (value >= 1 if kind is int else 0 < value <= 1):
             expected = "whole numbers from 1, such as 1,8" if kind is int else "fractions above 0, up to 1: 0.25,0.5"
             raise InputError(f"--{name} is {text!r}; expected {expected}")
         found.append(value)
