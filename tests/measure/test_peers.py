@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from chai_jax.compress.cluster import cluster
+from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.measure import peers
 from chai_jax.measure.bench import Shape, Timed
 from chai_jax.measure.peers import PEERS, check_peer
 from chai_jax.measure.programs import uniform_plan
+from chai_jax.measure.sweep import peer
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
@@ -82,3 +84,18 @@ def test_ctranslate2_wants_a_vocabulary_of_eights(torch: ModuleType) -> None:
     pytest.importorskip("ctranslate2")
     with pytest.raises(InputError, match="has 60 tokens"):
         PEERS["ctranslate2"](random_model(OPTConfig(60, 32, 2, 4, 64, 48, 32)), 1)
+
+
+def test_a_peer_is_set_against_what_it_computes(torch: ModuleType) -> None:
+    """Its floor is that of all heads and a float32 cache, whatever the model was compressed to."""
+    small = cluster(random_model(PRE), uniform_plan(PRE, "qkv", 0.5, "int8"))
+    entrant = peer("hf", "small", with_storage(small, "int8"), threads=1)
+    assert entrant.facts() == {
+        "model": "hf small",
+        "framework": "transformers",
+        "layers": 2,
+        "clustered_layers": 0,
+        "heads": 4,
+        "clusters": 4.0,
+        "kv_bytes_per_token": 2 * 2 * 32 * 4,
+    }
