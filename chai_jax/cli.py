@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
 
+from chai_jax.commands.bench import BenchCommand
 from chai_jax.commands.harness import LmEvalCommand
 from chai_jax.commands.machines import AotCommand, EnvCommand
 from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCommand, VerifyCommand
@@ -47,6 +48,7 @@ Command = (
     | Annotated[ExplainCommand, subcommand("explain")]
     | Annotated[EvaluateCommand, subcommand("evaluate")]
     | Annotated[GenerateCommand, subcommand("generate")]
+    | Annotated[BenchCommand, subcommand("bench")]
     | Annotated[VerifyCommand, subcommand("verify")]
     | Annotated[ExportCommand, subcommand("export")]
     | Annotated[LmEvalCommand, subcommand("lm-eval")]

@@ -1,15 +1,16 @@
 """Latency of several models side by side: warmed up, interleaved, medians with their spread, compilation apart."""
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import cache_bytes
@@ -22,55 +23,109 @@ from chai_jax.serve.sample import Sampling
 
 Record = dict[str, Any]
 MEASURES = ("score_ms_per_example", "prefill_ms", "decode_ms_per_token")
+ANSWERS = (4, 5)  # the two tokens that a question may be answered with; any two would do
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What is timed: prompts of equal length, continued by `new_tokens` each; and as many questions of that length.
+    """What is timed: prompts of equal length, continued by `new_tokens` each; and as many questions.
 
-    A question has two answers of one token each, as those of SST-2.
+    The first new token comes from reading the prompt, so that `new_tokens` decoding steps make `new_tokens` + 1.
+    A question of `question` tokens has two answers of one token each, as those of SST-2.
     """
 
     batch: int = 8
     prompt: int = 32
     new_tokens: int = 32
+    question: int = 32
 
     def fit(self, positions: int) -> "Shape":
         """The same where it fits the position table, else halves of what there is."""
+        question = min(self.question, positions)
         if self.prompt + self.new_tokens <= positions:
-            return self
-        return Shape(self.batch, positions // 2, positions - positions // 2)
+            return Shape(self.batch, self.prompt, self.new_tokens, question)
+        return Shape(self.batch, positions // 2, positions - positions // 2, question)
+
+    def inputs(self, vocabulary: int, seed: int) -> tuple[Int[np.ndarray, "B T"], Int[np.ndarray, "B Q"]]:
+        """Random prompts and questions, int32, the same for every model of one vocabulary."""
+        random = np.random.default_rng(seed)
+        sizes = (self.batch, self.prompt), (self.batch, self.question)
+        prompts, questions = (random.integers(4, vocabulary, size, np.int32) for size in sizes)
+        return prompts, questions
+
+
+@runtime_checkable
+class Contender(Protocol):
+    """A model at one shape in some framework, ready to run. Decoding is greedy, and no sequence stops early.
+
+    Attributes:
+        compile_seconds: spent before the first run, which warms up as well.
+        bytes: what is held, by name.
+    """
+
+    compile_seconds: float
+    bytes: dict[str, int]
+
+    def score(self) -> tuple[float, Any]:
+        """Milliseconds, and the answers' log-probabilities [B, 2] in nats."""
+
+    def generate(self) -> tuple[float, float, Any]:
+        """Milliseconds of reading the prompts (first token included) and of all steps; the new tokens [B, N + 1]."""
+
+
+Build = Callable[[Shape, int], Contender]
 
 
 def latency(
     models: Mapping[str, Model], shape: Shape | None = None, trials: int = 9, seed: int = 0
 ) -> dict[str, Record]:
-    """Time scoring, prefill and decoding of every model, one after the other within each of `trials` rounds.
-
-    Weights are cast to the compute dtype beforehand, so all models are in memory at once in that dtype. Prompts are
-    random tokens, no sequence stops early, and decoding is greedy.
-
-    Returns:
-        Per model, for each of `MEASURES`, the median, p10 and p90 in milliseconds: `score_ms_per_example`;
-        `prefill_ms` of the batch, first token included; `decode_ms_per_token`, which is one step of the whole batch.
-        `ratio_to_first`: the same of the ratios to the first model, taken round by round.
-        `compile_seconds` of the three programs; `bytes` (see `Timed.bytes`); the shape, trials, device and dtype.
+    """`race` of models that share a vocabulary, at a shape that is cut to fit the shortest position table.
 
     Raises:
         InputError: no models, models of different vocabularies, fewer than one trial.
     """
-    if not models or len({model.config.vocab_size for model in models.values()}) > 1:
+    check_comparable(models.values())
+    shape = (shape or Shape()).fit(min(model.config.max_positions for model in models.values()))
+    return race({name: partial(Timed, model) for name, model in models.items()}, shape, trials, seed)
+
+
+def check_comparable(models: Iterable[Model]) -> None:
+    """Raise InputError unless there are models, all of one vocabulary, so that all can read the same tokens."""
+    if len({model.config.vocab_size for model in models}) != 1:
         raise InputError("expected one or more models of one vocabulary to time side by side: leave the others out")
+
+
+def race(
+    entrants: Mapping[str, Build], shape: Shape, trials: int = 9, seed: int = 0, tokens: int = 0
+) -> dict[str, Record]:
+    """Time scoring, prefill and decoding of every entrant, one after the other within each of `trials` rounds.
+
+    Weights are cast to the compute dtype beforehand, so all models are in memory at once in that dtype. Prompts are
+    random tokens, no sequence stops early, and decoding is greedy.
+
+    Args:
+        tokens: decode at least that many tokens more with every entrant, for their mean.
+
+    Returns:
+        Per entrant, for each of `MEASURES`, the median, p10 and p90 in milliseconds: `score_ms_per_example`;
+        `prefill_ms` of the batch, first token included; `decode_ms_per_token`, which is one step of the whole batch.
+        `ratio_to_first`: the same of the ratios to the first entrant, taken round by round.
+        `compile_seconds` of the three programs; `bytes` (see `Timed.bytes`); the shape, trials, device and dtype.
+        With `tokens`, `long_run` (see there).
+
+    Raises:
+        InputError: fewer than one trial.
+    """
     if trials < 1:
         raise InputError(f"trials is {trials}; expected at least 1")
-    shape = (shape or Shape()).fit(min(model.config.max_positions for model in models.values()))
-    timed = {name: Timed(model, shape, seed) for name, model in track(list(models.items()), "Compiling", len(models))}
-    for model in timed.values():
-        model.round()  # the first run of a program is slower than the rest
-    rounds: dict[str, list[list[float]]] = {name: [] for name in timed}
+    ready = {name: build(shape, seed) for name, build in track(list(entrants.items()), "Compiling", len(entrants))}
+    for contender in ready.values():
+        lap(contender, shape)  # the first run of a program is slower than the rest
+    rounds: dict[str, list[list[float]]] = {name: [] for name in ready}
     for _ in track(range(trials), "Timing"):
-        for name, model in timed.items():
-            rounds[name].append(model.round())
+        for name, contender in ready.items():
+            rounds[name].append(lap(contender, shape))
+    means = long_run(ready, shape, tokens) if tokens else {}
     first = np.array(next(iter(rounds.values())))
     common = {"n": trials, **asdict(shape), "seed": seed}
     common |= {"device": jax.devices()[0].device_kind, "dtype": np.dtype(compute_dtype()).name}
@@ -78,11 +133,42 @@ def latency(
         name: {
             **_spread(np.array(rounds[name])),
             "ratio_to_first": _spread(np.array(rounds[name]) / first),
-            "compile_seconds": round(model.compile_seconds, 3),
-            "bytes": model.bytes,
+            "compile_seconds": round(contender.compile_seconds, 3),
+            "bytes": contender.bytes,
+            **({"long_run": means[name]} if tokens else {}),
             **common,
         }
-        for name, model in timed.items()
+        for name, contender in ready.items()
+    }
+
+
+def lap(contender: Contender, shape: Shape) -> list[float]:
+    """Run a contender once; milliseconds in the order and units of `MEASURES`."""
+    scoring, _ = contender.score()
+    prefilling, decoding, _ = contender.generate()
+    return [scoring / shape.batch, prefilling, decoding / shape.new_tokens]
+
+
+def long_run(ready: Mapping[str, Contender], shape: Shape, tokens: int) -> dict[str, Record]:
+    """The mean over at least `tokens` decoded tokens of each contender, in turns of one batch of completions.
+
+    Returns:
+        Per contender `tokens` (really decoded), `decode_ms_per_token` (mean over all steps, each of the whole batch)
+        and `stderr` of it over the turns (None of a single turn), both in milliseconds.
+    """
+    each = shape.batch * shape.new_tokens
+    turns = -(-tokens // each)
+    steps: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in track(range(turns), f"Decoding {turns * each:,} tokens"):
+        for name, contender in ready.items():
+            steps[name].append(contender.generate()[1] / shape.new_tokens)
+    return {
+        name: {
+            "tokens": turns * each,
+            "decode_ms_per_token": float(np.mean(found)),
+            "stderr": float(np.std(found, ddof=1)) / math.sqrt(turns) if turns > 1 else None,
+        }
+        for name, found in steps.items()
     }
 
 
@@ -96,7 +182,7 @@ def _spread(rounds: Float[np.ndarray, "N 3"]) -> dict[str, dict[str, float]]:
 
 
 class Timed:
-    """A model's three programs, compiled, with their inputs.
+    """The contender of this package: a model's three programs, compiled, with their inputs.
 
     Attributes:
         compile_seconds: tracing and compiling, of all three.
@@ -108,11 +194,10 @@ class Timed:
         self.shape, self.compile_seconds = shape, 0.0
         dtype, what = compute_dtype(), (model.config, model.spec)
         self.params = jax.block_until_ready(cast(model.params, dtype))
-        random = np.random.default_rng(seed)
-        tokens = jnp.asarray(random.integers(4, model.config.vocab_size, (shape.batch, shape.prompt), np.int32))
-        lengths = jnp.full(shape.batch, shape.prompt, jnp.int32)
-        self.questions = tokens, lengths, jnp.tile(jnp.array([4, 5], jnp.int32), (shape.batch, 1))
-        self.prompts = tokens, jnp.ones(tokens.shape, bool), jax.random.split(jax.random.key(seed), shape.batch)
+        prompts, questions = map(jnp.asarray, shape.inputs(model.config.vocab_size, seed))
+        lengths = jnp.full(shape.batch, shape.question, jnp.int32)
+        self.questions = questions, lengths, jnp.tile(jnp.array(ANSWERS, jnp.int32), (shape.batch, 1))
+        self.prompts = prompts, jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(seed), shape.batch)
         self.rule = Sampling.checked(), jnp.int32(NEVER)
         self.until = jnp.int32(shape.prompt + shape.new_tokens)
         capacity = bucket(shape.prompt + shape.new_tokens + 1)
@@ -121,13 +206,13 @@ class Timed:
         def score(params: Params, tokens: Array, lengths: Array, answers: Array) -> Any:
             return target_logprobs(*what, dtype, params, Questions(tokens, lengths, lengths, answers))
 
-        self.score = self._compiled(score, self.params, *self.questions)
+        self._score = self._compiled(score, self.params, *self.questions)
         start = partial(self._compiled, prefill, *what, self.params, *self.prompts, *self.rule)
-        self.prefill = start(capacity=capacity, dtype=dtype)
-        state = self.prefill(self.params, *self.prompts, *self.rule)
-        self.decode = self._compiled(decode, *what, self.params, state, self.until, *self.rule, dtype=dtype)
+        self._prefill = start(capacity=capacity, dtype=dtype)
+        state = self._prefill(self.params, *self.prompts, *self.rule)
+        self._decode = self._compiled(decode, *what, self.params, state, self.until, *self.rule, dtype=dtype)
 
-        memory = self.decode.memory_analysis()
+        memory = self._decode.memory_analysis()
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         self.bytes = {
             "weights": model.nbytes,
@@ -143,12 +228,15 @@ class Timed:
         self.compile_seconds += time.perf_counter() - began
         return program
 
-    def round(self) -> list[float]:
-        """Run each program once; milliseconds in the order and units of `MEASURES`."""
-        scoring, _ = _clock(lambda: self.score(self.params, *self.questions))
-        prefilling, state = _clock(lambda: self.prefill(self.params, *self.prompts, *self.rule))
-        decoding, _ = _clock(lambda: self.decode(self.params, state, self.until, *self.rule))
-        return [scoring / self.shape.batch, prefilling, decoding / self.shape.new_tokens]
+    def score(self) -> tuple[float, Any]:
+        milliseconds, (logprobs, _) = _clock(lambda: self._score(self.params, *self.questions))
+        return milliseconds, logprobs
+
+    def generate(self) -> tuple[float, float, Any]:
+        prefilling, state = _clock(lambda: self._prefill(self.params, *self.prompts, *self.rule))
+        decoding, state = _clock(lambda: self._decode(self.params, state, self.until, *self.rule))
+        start = self.shape.prompt
+        return prefilling, decoding, state.tokens[:, start : start + self.shape.new_tokens + 1]
 
 
 def _clock(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -55,13 +55,13 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def terminal(records: Sequence[Record], title: str) -> Table:
-    """The table for a terminal."""
+def terminal(records: Sequence[Record], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
+    """The table for a terminal; the first column names the row."""
     table = Table(title=title, title_justify="left")
-    for name, _ in COLUMNS:
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    for number, (name, _) in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", overflow="fold")
     for record in records:
-        table.add_row(*(cell(record) for _, cell in COLUMNS))
+        table.add_row(*(cell(record) for _, cell in columns))
     return table
 
 

@@ -19,7 +19,7 @@ from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16)
-SHAPE = Shape(batch=2, prompt=8, new_tokens=4)
+SHAPE = Shape(batch=2, prompt=8, new_tokens=4, question=6)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def records(model: Model) -> dict[str, dict[str, Any]]:
 
 def test_each_record_says_what_was_timed_and_where(records: dict[str, dict[str, Any]]) -> None:
     for record in records.values():
-        assert {key: record[key] for key in ("n", "batch", "prompt", "new_tokens")} == {"n": 4, **vars(SHAPE)}
+        assert {key: record[key] for key in ("n", *vars(SHAPE))} == {"n": 4, **vars(SHAPE)}
         assert record["device"] == "cpu"
         assert record["dtype"] == "float32"
         assert record["compile_seconds"] > 0
@@ -68,10 +68,13 @@ class Sleeper:
     def __init__(self, model: Any, shape: Shape, seed: int) -> None:
         self.speed, self.calls = model.speed, 0
 
-    def round(self) -> list[float]:
+    def score(self) -> tuple[float, None]:
         Sleeper.order.append(self.speed)
         self.calls += 1
-        return [self.speed * self.calls, 1.0, 2.0]
+        return SHAPE.batch * self.speed * self.calls, None
+
+    def generate(self) -> tuple[float, float, None]:
+        return 1.0, 2.0, None
 
 
 def test_models_take_turns_and_ratios_are_taken_round_by_round(monkeypatch: pytest.MonkeyPatch, model: Model) -> None:
@@ -103,12 +106,12 @@ def test_the_clock_waits_for_the_result_and_counts_milliseconds() -> None:
 
 def test_a_round_divides_by_examples_and_by_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "_clock", lambda run: (120.0, run()))
-    assert bench.Timed(model, SHAPE, seed=0).round() == [60.0, 120.0, 30.0]
+    assert bench.lap(bench.Timed(model, SHAPE, seed=0), SHAPE) == [60.0, 120.0, 30.0]
 
 
 def test_a_shape_that_does_not_fit_the_positions_is_halved(model: Model) -> None:
     assert Shape(4, 30, 18).fit(48) == Shape(4, 30, 18)
-    assert Shape(4, 30, 19).fit(48) == Shape(4, 24, 24)
+    assert Shape(4, 30, 19, 50).fit(48) == Shape(4, 24, 24, 48)
     assert latency({"dense": model}, Shape(1, 40, 40), trials=1)["dense"]["prompt"] == 24
 
 
