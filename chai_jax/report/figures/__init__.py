@@ -8,7 +8,7 @@ from chai_jax.report.figures.curves import cost_against, losses
 from chai_jax.report.figures.diagram import pipeline_diagram
 from chai_jax.report.figures.draw import TRADEOFF, Measure
 from chai_jax.report.figures.layers import head_maps, sensitivity
-from chai_jax.report.figures.tradeoff import pareto, radar, scatter3d
+from chai_jax.report.figures.tradeoff import pareto, radar, scatter3d, unbeaten
 
 __all__ = [
     "TRADEOFF",
@@ -22,4 +22,5 @@ __all__ = [
     "radar",
     "scatter3d",
     "sensitivity",
+    "unbeaten",
 ]

@@ -79,6 +79,7 @@ def cost_against(
         axes.set_xscale("log", base=2)
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_title(plain(f"{panel} {value}"), fontsize=10)
         axes.set_xlabel(plain(x_label))
         axes.grid(alpha=0.3, which="both")

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chai_jax.files.atomic import new_file, write_text
+from chai_jax.report.markup import printable
 
 DPI = 200
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
@@ -72,8 +73,8 @@ def save(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
 
 
 def plain(text: object) -> str:
-    """Text as it stands: no mathematics between dollars, nothing that cannot be printed."""
-    return "".join(c if c.isprintable() else " " for c in str(text)).replace("$", r"\$")
+    """Text as it stands, in one line: no mathematics between dollars, nothing that cannot be printed."""
+    return printable(text).replace("\n", " ").replace("$", r"\$")
 
 
 def write_caption(figure: Figure, text: str) -> None:
