@@ -35,10 +35,14 @@ def image(source: str, alt: str, width: int) -> Markup:
     return Markup(f'<img src="{html.escape(source)}" alt="{html.escape(printable(alt))}" width="{width}">')
 
 
-def table(head: Sequence[object], rows: Sequence[Sequence[object]], caption: str | None = None) -> Markup:
-    """A table that scrolls sideways where it is too wide; the first cell of each row is the row's name."""
+def table(head: Sequence[object], rows: Sequence[Sequence[object]], caption: str) -> Markup:
+    """A table that scrolls sideways where it is too wide, below its caption; the first cell of a row is its name."""
     names = tag("tr", *(tag("th", name, scope="col") for name in head))
     lines = [tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows]
-    about = [tag("caption", caption)] if caption else []
-    inner = tag("table", *about, tag("thead", names), tag("tbody", *lines))
-    return tag("div", inner, class_="wide", tabindex="0")
+    inner = tag("table", tag("thead", names), tag("tbody", *lines))
+    return join(tag("p", caption, class_="quiet"), tag("div", inner, class_="wide", tabindex="0"))
+
+
+def pairs(values: Sequence[tuple[object, object]]) -> Markup:
+    """Names and their values, in columns."""
+    return tag("dl", *(tag("div", tag("dt", name), tag("dd", value)) for name, value in values))

@@ -10,13 +10,14 @@ from typing import Any
 
 from chai_jax.analyse.explain import explain
 from chai_jax.files.atomic import write_text
+from chai_jax.report.figures import DPI
 from chai_jax.report.gallery import Picture, draw, draw_front, scores
-from chai_jax.report.markup import Markup, escape, image, join, table, tag
+from chai_jax.report.markup import Markup, escape, image, join, pairs, table, tag
 from chai_jax.report.saved import SavedRun
-from chai_jax.report.tables import COLUMNS, Column, Record
+from chai_jax.report.tables import COLUMNS, Column, Record, percent, score
 
 PIXELS_PER_INCH = 96
-DOTS_PER_INCH = 200
+FITS_A_PHONE = 560  # CSS pixels: shrunk to a phone's width, letters are still readable
 WHERE = ("versions", "device", "compute_dtype", "mesh", "processes")
 # Nothing but what the page itself holds: the browser refuses everything else, scripts too.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -57,6 +58,27 @@ LATENCIES: tuple[Column, ...] = (
 )
 
 
+def _ranks(row: Record) -> str:
+    ranks = [row.get(name) for name in ("key_rank", "value_rank")]
+    return ", ".join("full" if rank is None else str(rank) for rank in ranks) if "tier" in row else ""
+
+
+# Of a plan; the row of totals has bytes alone.
+LAYERS: tuple[Column, ...] = (
+    ("layer", lambda row: str(row["layer"])),
+    ("sensitivity", lambda row: "" if row.get("sensitivity") is None else f"{row['sensitivity']:.3g}"),
+    ("tier", lambda row: row.get("tier", "")),
+    ("share", lambda row: row.get("share", "")),
+    ("clusters of heads", lambda row: f"{row['clusters']} of {row['heads']}" if "heads" in row else ""),
+    ("rank of keys, values", _ranks),
+    ("critical", lambda row: str(row.get("critical", ""))),
+    ("clusters stored as", lambda row: ", ".join(f"{n} {name}" for name, n in row.get("storage", {}).items())),
+    ("weights", lambda row: row.get("weights", "")),
+    ("KV B/token", lambda row: f"{row['kv_bytes_per_token']:,}" if "kv_bytes_per_token" in row else "-"),
+    ("KV reduction", lambda row: percent(row.get("kv_reduction"))),
+)
+
+
 def write_page(folders: Sequence[Path], out: Path, keep: Path | None = None) -> Record:
     """Write a page about the runs in `folders` to `out`.
 
@@ -91,7 +113,7 @@ def _page(runs: Sequence[SavedRun], sections: Sequence[Markup]) -> str:
         tag("style", Markup(style)),
     )
     links = [tag("li", _link(at, run)) for at, run in enumerate(runs)]
-    content = tag("body", tag("h1", title), *([tag("ul", *links)] if len(runs) > 1 else []), *sections)
+    content = tag("body", tag("h1", "chai_jax report"), *([tag("ul", *links)] if len(runs) > 1 else []), *sections)
     return f"<!DOCTYPE html>\n{tag('html', head, content, lang='en')}\n"
 
 
@@ -133,13 +155,12 @@ def _run(number: int, run: SavedRun, gallery: Sequence[Picture]) -> Markup:
 def _summary(run: SavedRun) -> str:
     """In a sentence or two, what was done and what it cost and bought."""
     dense, last = run.records[0], run.records[-1]
-    score = dict(COLUMNS)["score ± s.e."]
     stages = ", ".join(record["stage"] for record in run.records[1:]) or "nothing"
     return (
-        f"{run.config.get('model')} on {dense['task']}: {stages}. The score went from {score(dense)} to {score(last)} "
+        f"The dense model went through {stages}. The score went from {score(dense)} to {score(last)} "
         f"({run.scored_on}), the cache from {dense['kv_bytes_per_token']:,} to {last['kv_bytes_per_token']:,} bytes a "
-        f"token ({last['kv_reduction']:.1%} less than dense bfloat16), the weights from {dense['model_bytes']:,} to "
-        f"{last['model_bytes']:,} bytes. {run.measured_on}."
+        f"token ({percent(last['kv_reduction'])} less than dense bfloat16), the weights from "
+        f"{dense['model_bytes']:,} to {last['model_bytes']:,} bytes. {run.measured_on}."
     )
 
 
@@ -165,29 +186,15 @@ def _table(records: Sequence[Record], columns: Sequence[Column], caption: str) -
 def _plan(run: SavedRun) -> Markup:
     """The plan, a row per layer; bytes are by formula."""
     plan, rows = run.plan, explain(run.plan, run.shape)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    found = [("predicted", plan.predicted), ("measured", plan.measured)]
-    moved = "; ".join(f"KL {name} {value:.3g} nats/token" for name, value in found if value is not None)
-    caption = f"Membership {plan.membership}; scores {plan.score_merge}, values {plan.value_merge}. {moved}"
-    return table(
-        [name.replace("_", " ") for name in names], [[_cell(row.get(name)) for name in names] for row in rows], caption
-    )
-
-
-def _cell(value: object) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return ", ".join(f"{name}: {_cell(entry)}" for name, entry in value.items())
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return f"{value:,}" if type(value) is int else str(value)
+    found = (("predicted", plan.predicted), ("measured", plan.measured))
+    moved = "".join(f" KL {name}: {value:.3g} nats/token." for name, value in found if value is not None)
+    merges = f"Membership {plan.membership}; scores {plan.score_merge}, values {plan.value_merge}."
+    return _table(rows, LAYERS, f"{merges}{moved} Bytes by formula, for one sequence.")
 
 
 def _settings(values: Record) -> Markup:
-    """Names and values, those of a group under its name."""
-    rows = [(name, _cell(value)) for name, value in _named(values)]
-    return tag("div", table(("setting", "value"), rows), class_="settings")
+    """Names and values; those of a group with its name before theirs."""
+    return pairs([(name, "-" if value in (None, "") else value) for name, value in _named(values)])
 
 
 def _named(values: Record, prefix: str = "") -> list[tuple[str, object]]:
@@ -200,11 +207,12 @@ def _named(values: Record, prefix: str = "") -> list[tuple[str, object]]:
 def _figure(picture: Picture) -> Markup:
     """The picture in whichever format is smaller, as wide as it was drawn."""
     png, svg = (picture.path.with_name(picture.path.name + suffix) for suffix in (".png", ".svg"))
-    width = struct.unpack(">I", png.read_bytes()[16:20])[0] * PIXELS_PER_INCH // DOTS_PER_INCH
+    width = struct.unpack(">I", png.read_bytes()[16:20])[0] * PIXELS_PER_INCH // DPI
     chosen = min((svg, png), key=lambda path: path.stat().st_size)
     kind = "svg+xml" if chosen == svg else "png"
     source = f"data:image/{kind};base64,{base64.b64encode(chosen.read_bytes()).decode()}"
-    shown = tag("div", image(source, picture.alt, width), class_="wide", tabindex="0")
+    wide = {"class_": "wide", "tabindex": "0"} if width > FITS_A_PHONE else {}
+    shown = tag("div", image(source, picture.alt, width), **wide)
     return tag("figure", shown, tag("figcaption", tag("strong", f"{picture.title}. "), picture.alt))
 
 

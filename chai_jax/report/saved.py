@@ -5,7 +5,6 @@ import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.gate import Gate
@@ -15,8 +14,8 @@ from chai_jax.files.folder import read_json
 from chai_jax.files.hf_config import parse_config
 from chai_jax.model.params import OPTConfig
 from chai_jax.plans import Plan
+from chai_jax.report.tables import Record, percent
 
-Record = dict[str, Any]
 NEEDED = ("stage", "task", "metrics", "kv_bytes_per_token", "kv_reduction", "model_bytes", "latency")
 
 
@@ -95,7 +94,7 @@ class SavedRun:
         if budget is not None and self.shape is not None:
             reached = cache_fraction(self.plan, self.shape)
             if reached > budget:
-                said.append(f"The plan takes {reached:.1%} of the dense cache, more than the budget of {budget:.1%}.")
+                said.append(f"The plan takes {percent(reached)} of the dense cache; its budget was {percent(budget)}.")
         return said
 
 
@@ -103,7 +102,7 @@ def _concerns_of(record: Record, config: Record) -> list[str]:
     said, stage, metrics = [], record["stage"], record["metrics"]
     if metrics.get("at_chance"):
         said.append(
-            f"At {stage} the model is not above the majority label ({metrics['majority']:.1%}) by two standard errors."
+            f"At {stage} the model is not two standard errors above the majority ({percent(metrics['majority'])})."
             + (" As a teacher and a baseline it makes every later number meaningless." if stage == "dense" else "")
         )
     gate, limit = record.get("gate"), config.get("gate")

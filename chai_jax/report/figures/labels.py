@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
-from matplotlib.transforms import Bbox
 
 from chai_jax.report.figures.draw import plain
 
@@ -17,14 +16,17 @@ BOX = {"boxstyle": "round,pad=0.25", "facecolor": "white", "edgecolor": "#888888
 LINE = {"arrowstyle": "-", "color": "#888888", "linewidth": 0.6, "zorder": 1}
 FREE = 3  # pixels: points nearer to each other share a label
 
+Box = Float[np.ndarray, "2 2"]  # lower left and upper right corner, in pixels
+Boxes = Float[np.ndarray, "N 2 2"]
+
 
 def label_points(
     axes: Axes, points: Float[np.ndarray, "N 2"], names: Sequence[str], size: float, radius: float
 ) -> None:
     """Write each name in a white box near its point (data coordinates), with a line to it; one box for equal points.
 
-    Greedy: each takes the place that hides least of the points, tick labels, earlier boxes and their lines, and lies
-    within the axes.
+    The figure must have been laid out (`draw_without_rendering`). Greedy: each takes the place that hides least of the
+    points, tick labels, earlier boxes and their lines, and lies within the axes.
 
     Args:
         size: of the letters, in points.
@@ -32,20 +34,17 @@ def label_points(
     """
     figure = axes.get_figure(root=True)
     assert figure is not None
-    figure.draw_without_rendering()  # the transforms below hold only once the layout is done
-    pixels = figure.dpi / 72
+    pixels, frame = figure.dpi / 72, axes.get_window_extent().get_points()
     at = axes.transData.transform(points)
-    marks = [Bbox([spot - radius * pixels, spot + radius * pixels]) for spot in at]
-    taken, lines = [*marks, *_tick_labels(axes)], np.zeros((0, 2))
-    frame = axes.get_window_extent()
+    marks = np.stack([at - radius * pixels, at + radius * pixels], axis=1)
+    taken, lines = np.concatenate([marks, _tick_labels(axes)]), np.zeros((0, 2))
     for spot, point, name in _together(at, points, names):
         extent = np.array([0.62 * size * len(name) + 6, 1.5 * size + 4]) * pixels
         boxes = [_box(spot + place * pixels, extent, place) for place in PLACES]
         ways = [spot + _from(radius, place)[:, None] * place * pixels for place in PLACES]
         hidden = [_hidden(box, way, taken, lines, frame) for box, way in zip(boxes, ways, strict=True)]
         best = int(np.argmin(hidden))
-        taken.append(boxes[best])
-        lines = np.concatenate([lines, ways[best]])
+        taken, lines = np.concatenate([taken, boxes[best][None]]), np.concatenate([lines, ways[best]])
         _write(axes, name, point, PLACES[best], size)
 
 
@@ -61,31 +60,41 @@ def _together(at: np.ndarray, points: np.ndarray, names: Sequence[str]) -> list[
     return found
 
 
+def _tick_labels(axes: Any) -> Boxes:
+    names = [name for name in "xyz" if hasattr(axes, f"get_{name}ticklabels")]
+    labels = [label for name in names for label in getattr(axes, f"get_{name}ticklabels")() if label.get_text()]
+    return np.array([label.get_window_extent().get_points() for label in labels]).reshape(-1, 2, 2)
+
+
+def _box(corner: np.ndarray, extent: np.ndarray, place: np.ndarray) -> Box:
+    low = corner - extent * (1 - np.sign(place)) / 2
+    return np.stack([low, low + extent])
+
+
 def _from(radius: float, place: np.ndarray) -> np.ndarray:
     """Fractions of the way to a place, beginning at the edge of the point."""
     return np.linspace(min(1.0, 1.2 * radius / float(np.hypot(*place))), 1, 40)
 
 
-def _tick_labels(axes: Any) -> list[Bbox]:
-    names = [name for name in "xyz" if hasattr(axes, f"get_{name}ticklabels")]
-    labels = [label for name in names for label in getattr(axes, f"get_{name}ticklabels")() if label.get_text()]
-    return [label.get_window_extent() for label in labels]
-
-
-def _box(corner: np.ndarray, extent: np.ndarray, place: np.ndarray) -> Bbox:
-    low = corner - extent * (1 - np.sign(place)) / 2
-    return Bbox([low, low + extent])
-
-
-def _hidden(box: Bbox, way: np.ndarray, taken: Sequence[Bbox], lines: np.ndarray, frame: Bbox) -> float:
+def _hidden(box: Box, way: np.ndarray, taken: Boxes, lines: np.ndarray, frame: Box) -> float:
     """How much a box and the way to it hide, in pixels squared: what is there, lines, and what is outside the axes."""
-    inside = Bbox.intersection(box, frame)
-    area = box.width * box.height
-    outside = area - (inside.width * inside.height if inside else 0.0)
-    over = [one for one in (Bbox.intersection(box, other) for other in taken) if one]
+    area = float(np.prod(box[1] - box[0]))
+    outside = area - float(overlap(box, frame[None]).sum())
     near = np.hypot(*(way[:, None] - lines).T) < FREE
-    crossed = sum(one.count_contains(way) for one in taken) + box.count_contains(lines) + int(near.sum())
-    return outside + sum(one.width * one.height for one in over) + 0.05 * area * crossed
+    crossed = _inside(way, taken).sum() + _inside(lines, box[None]).sum() + near.sum()
+    return outside + float(overlap(box, taken).sum()) + 0.15 * area * float(crossed)
+
+
+def overlap(box: Box, others: Boxes) -> Float[np.ndarray, " N"]:
+    """The area that a box shares with each of the others."""
+    sides = np.minimum(box[1], others[:, 1]) - np.maximum(box[0], others[:, 0])
+    return np.prod(np.maximum(sides, 0), axis=1)
+
+
+def _inside(points: np.ndarray, boxes: Boxes) -> np.ndarray:
+    """Which points lie in which boxes."""
+    low, high = boxes[:, 0], boxes[:, 1]
+    return np.all((points[:, None] > low) & (points[:, None] < high), axis=-1)
 
 
 def _write(axes: Axes, name: str, point: Any, place: np.ndarray, size: float) -> None:

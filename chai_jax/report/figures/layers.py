@@ -28,7 +28,7 @@ def head_maps(
     """
     layers, columns = len(plan.layers), min(6, len(plan.layers))
     lines = -(-layers // columns)
-    figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.8), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.3), layout="constrained")
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     rows: list[Row] = []
     for index, (layer, about) in enumerate(zip(plan.layers, explain(plan, config), strict=False)):
@@ -53,7 +53,7 @@ def head_maps(
         ]
     for empty in axes[layers:]:
         empty.set_axis_off()
-    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of centred attention rows", shrink=0.8)
+    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of attention", shrink=0.8)
     write_caption(figure, f"Heads, ordered by cluster (boxes). {caption}")
     return save(figure, path, rows)
 

@@ -13,7 +13,18 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import proj3d
 
-from chai_jax.report.figures.draw import TRADEOFF, Measure, Row, errorbars, plain, save, series_of, style, write_caption
+from chai_jax.report.figures.draw import (
+    TRADEOFF,
+    Measure,
+    Row,
+    errorbars,
+    plain,
+    save,
+    series_of,
+    style,
+    ticks_at,
+    write_caption,
+)
 from chai_jax.report.figures.labels import label_points
 
 
@@ -104,9 +115,9 @@ def scatter3d(
     write_caption(figure, caption)
     figure.draw_without_rendering()
     seen = np.stack(proj3d.proj_transform(*points.T, space.get_proj())[:2], axis=1)
-    label_points(space, seen, names, size=9, radius=9)
+    label_points(space, seen, names, size=9.0, radius=9.0)
     for axes, (x, y) in zip(flat, combinations(range(3), 2), strict=True):
-        label_points(axes, points[:, [x, y]], names, size=7, radius=5)
+        label_points(axes, points[:, [x, y]], names, size=7.0, radius=5.0)
     return save(
         figure, path, [{"label": row["label"], **{one.name: row[one.name] for one in measures}} for row in rows]
     )
@@ -134,7 +145,7 @@ def _bold(axes: Axes, x: Measure, y: Measure) -> None:
     axes.set_xlabel(plain(x.label), fontweight="bold", fontsize=8)
     axes.set_ylabel(plain(y.label), fontweight="bold", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.margins(0.2)
+    axes.margins(0.2, 0.28)
     axes.grid(alpha=0.3)
 
 
@@ -153,8 +164,7 @@ def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (series, members) in enumerate(series_of(rows, "series").items()):
             errorbars(axes, members, x, name, series, number)
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter("{x:,g}")
+        ticks_at(axes, [row[x] for row in rows])
         axes.set_xlabel(plain(x))
         axes.set_ylabel(plain(label))
         axes.grid(alpha=0.3)
