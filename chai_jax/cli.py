@@ -22,6 +22,7 @@ from chai_jax.commands.harness import LmEvalCommand
 from chai_jax.commands.machines import AotCommand, EnvCommand
 from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCommand, VerifyCommand
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
+from chai_jax.commands.reports import ReportCommand
 from chai_jax.config import RunConfig
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.progress import console
@@ -52,6 +53,7 @@ Command = (
     | Annotated[VerifyCommand, subcommand("verify")]
     | Annotated[ExportCommand, subcommand("export")]
     | Annotated[LmEvalCommand, subcommand("lm-eval")]
+    | Annotated[ReportCommand, subcommand("report")]
     | Annotated[AotCommand, subcommand("aot")]
     | Annotated[EnvCommand, subcommand("env")]
 )

@@ -15,7 +15,8 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _score(record: Record) -> str:
+def score(record: Record) -> str:
+    """Accuracy or perplexity with its standard error."""
     metrics = record["metrics"]
     if "acc" in metrics:
         return f"{100 * metrics['acc']:.1f} ± {100 * metrics['acc_stderr']:.1f} %"
@@ -45,7 +46,7 @@ def _latency(record: Record) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     ("stage", lambda record: record["stage"]),
-    ("score ± s.e.", _score),
+    ("score ± s.e.", score),
     ("paired difference [95 %]", _difference),
     ("flips", _flips),
     ("KV B/token", lambda record: f"{record['kv_bytes_per_token']:,}"),
