@@ -189,7 +189,7 @@ def test_orders(small_model: Path, data: Path, out: Path, steps: Counting) -> No
     assert {one["comparisons"] for one in rows["comparisons"]} == {5}
     # 16 nodes a seed, of which the configurations, whichever runs first, share eight
     script("configurations").compare_all(wanted)
-    assert steps.taken.total() <= 2 * 16
+    assert steps.taken.total() in (2 * 8, 2 * 16)
     steps.taken.clear()
     script("orders").orders(wanted)
     assert not steps.taken
@@ -332,7 +332,7 @@ def test_documents(tmp_path: Path) -> None:
     assert texts.documents(tmp_path / "a.jsonl") == ["one", "two"]
     assert texts.documents(tmp_path / "b.txt") == ["one\ntwo"]
     (tmp_path / "c.jsonl").write_text('{"text": "one"}\n{"words": "two"}\n')
-    with pytest.raises(InputError, match="c.jsonl:2"):
+    with pytest.raises(InputError, match=r"c\.jsonl:2"):
         texts.documents(tmp_path / "c.jsonl")
 
 
