@@ -25,10 +25,9 @@ FRACTIONS = (0.1, 0.3, 0.4, 0.5, 1.0)
 
 def swept(trees: list[Tree], fraction: float) -> Record:
     """One row: this fraction of the layers, over the seeds."""
-    branches = [
-        tree.branch(f"layers-{fraction:g}", replace(tree.config.planning, layers=fraction, kv_budget=None))
-        for tree in trees
-    ]
+    # Nothing is stored by tiers here, so the cheapest sensitivity will do.
+    choices = {"layers": fraction, "kv_budget": None, "sensitivity": "attention"}
+    branches = [tree.branch(f"layers-{fraction:g}", replace(tree.config.planning, **choices)) for tree in trees]
     found = row(branches, ("cluster",), f"{fraction:.0%}")
     heads = [head_reduction(branch) for branch in branches]
     clustered = [sum(layer.clustered for layer in branch.plan.layers) for branch in branches]

@@ -63,7 +63,8 @@ def orders(options: Options) -> Record:
     for trees in forest(options):
         branches = [tree.base for tree in trees]
         mine = [
-            row(branches, stages, ", ".join(stages[1:]) or "clustering alone", judged=True) | {"whole": stages in WHOLE}
+            row(branches, stages, ", ".join(stages[1:]) or "clustering alone", judged=stages in WHOLE)
+            | {"whole": stages in WHOLE}
             for stages in [*prefixes(), *WHOLE]
         ]
         best, compared = against_best(branches, mine)

@@ -70,7 +70,7 @@ class Tree:
         self.options, self.source, self.name, self.task, self.seed = options, model, Path(model).name, task, seed
         self.config = options.run_config(model, task, seed)
         self.path = options.out / "tree" / self.name / task / f"seed-{seed}"
-        self.steps = dict(STEPS)
+        self.steps = STEPS.copy()
         check_settings(options)
 
     @cached_property
