@@ -23,6 +23,7 @@ from chai_jax.measure.programs import Job, Shapes, lower
 from chai_jax.measure.tpu import roofline
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.plans import Plan
+from chai_jax.progress import console
 
 Record = dict[str, Any]
 GIB = 2**30
@@ -56,9 +57,9 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
         "hbm_limit": hbm_limit(mesh),
     }
     began = time.perf_counter()
-    lowered = lower(job, shapes, plan)
     try:
-        compiled = lowered.compile()
+        with console.status(f"compiling {job.kind}, batch {job.batch}, for {mesh.size} x {device.device_kind}"):
+            compiled = lower(job, shapes, plan).compile()
     except jax.errors.JaxRuntimeError as error:
         record |= {"fits": False, "hbm_needed": _needed(error), "message": str(error).splitlines()[0]}
     else:
