@@ -4,7 +4,7 @@
 
 Needs libtpu (`pip install 'chai_jax[tpu]'`) and an hour or two of one core: every row is a compilation. Finished rows
 are kept in aot.json; the same command goes on behind them. Writes aot.json, aot.csv and aot.md. A row whose job does
-not fit is followed by the options of `RESCUES`, cheapest first, up to the first that fits.
+not fit is followed by the options of `rescues`, cheapest first, up to the first that fits.
 """
 
 import argparse
@@ -149,7 +149,7 @@ COLUMNS = {
     "what": lambda r: r["option"] or (r["cache"] + " cache" if r["kind"] == "decode" else "teacher and student"),
     "data x model": lambda r: "x".join(map(str, r["mesh_shape"].values())) + (" FSDP" if r["fsdp"] else ""),
     "batch": lambda r: f"{r['batch']}" + (f" (largest; {r['too_large']} is not)" if "largest_batch" in r else ""),
-    "HBM a core, GiB": lambda r: f"{size(r) / GIB:.2f} of {r['hbm_limit'] / GIB:.2f}",
+    "HBM a core, at most, GiB": lambda r: f"{size(r) / GIB:.2f} of {r['hbm_limit'] / GIB:.2f}",
     "fits": lambda r: "yes" if r["fits"] else f"no: {(size(r) - r['hbm_limit']) / GIB:.2f} GiB too much",
     "roofline, ms": lambda r: f"{milliseconds(r)} ({r['roofline']['bound']})" if r["fits"] else "-",
     "collectives, MB": lambda r: f"{r['collective_bytes'] / 1e6:.1f}" if r["fits"] else "-",
@@ -195,7 +195,14 @@ def headline(records: list[Record]) -> list[list[str]]:
 
 def markdown(records: list[Record]) -> str:
     rows = [list(cells(record).values()) for record in ordered(records)]
-    return table(headline(records)) + "\n" + table([list(COLUMNS), *rows])
+    return "\n".join([table(headline(records)), table([list(COLUMNS), *rows]), CAPTION])
+
+
+CAPTION = """\
+HBM of what fits is the least of three bounds: the sum of the compiler's parts, some of which share space; its peak,
+which counts arrays in fast memory too; and the limit, which the compiler held the program against. HBM of what does not
+fit is what the compiler says it needs.
+"""
 
 
 def as_csv(records: list[Record]) -> str:

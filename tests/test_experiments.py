@@ -1,12 +1,14 @@
 """The scripts and the notebook of experiments/ ask for things that exist, at the paper's settings."""
 
 import ast
+import importlib.util
 import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -118,3 +120,36 @@ def test_the_notebooks_commands_are_the_programs() -> None:
     assert {config.devices.require_backend for config in configs} == {"tpu"}
     (job,) = [config for config in configs if isinstance(config, RunConfig) and config.model != "toy"]
     assert (job.train.lr, job.train.accumulation, job.train.batch, job.operation.max_minutes) == (2e-5, 8, None, 480)
+
+
+@pytest.fixture
+def aot_table() -> Any:
+    source = importlib.util.spec_from_file_location("aot_table", EXPERIMENTS / "aot_table.py")
+    module = importlib.util.module_from_spec(source)
+    sys.modules["aot_table"] = module
+    source.loader.exec_module(module)
+    yield module
+    del sys.modules["aot_table"]
+
+
+def test_the_published_tables_are_those_of_their_records(aot_table: Any) -> None:
+    book = aot_table.Book(EXPERIMENTS / "results")
+    records = list(book.done.values())
+    assert (book.folder / "aot.md").read_text() == aot_table.markdown(records)
+    assert (book.folder / "aot.csv").read_text() == aot_table.as_csv(records)
+    for record in records:
+        assert record["fits"] == (aot_table.size(record) <= record["hbm_limit"])
+
+
+def test_what_does_not_fit_has_an_option_that_does(aot_table: Any) -> None:
+    """Of every model and slice: distillation at the paper's batch, then its options up to the first that fits; the
+    cache's largest batches, dense and compressed."""
+    done = aot_table.Book(EXPERIMENTS / "results").done
+    for row in aot_table.rows():
+        assert row.key in done
+        if not done[row.key]["fits"]:
+            tried = (done[option.key]["fits"] for option in aot_table.rescues(row) if option.key in done)
+            assert True in tried, row
+    ratios = [float(line[4]) for line in aot_table.headline(list(done.values()))[1:]]
+    assert len(ratios) == 8
+    assert min(ratios) > 3.5

@@ -105,6 +105,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
         ("target", 1),
         ("target", 2),
     ]
+    assert all(step["step_s"] > 0 and step["tokens_per_s"] > 0 for step in steps)
 
 
 def test_interrupted_anywhere_it_ends_the_same(

@@ -13,9 +13,8 @@ import jax
 import numpy as np
 
 from chai_jax.config import TrainConfig
-from chai_jax.data.batches import Encoded, Example, encode
+from chai_jax.data.batches import Encoded, Example, encode_all
 from chai_jax.errors import InputError
-from chai_jax.progress import track
 
 SHORTEST = 16  # the smallest padded length
 SHORT_ANSWER = 8  # answers up to here are padded to one width; longer ones to the input's, lest programs multiply
@@ -48,19 +47,18 @@ def encode_examples(
     limits = [len(examples), config.max_examples, config.max_steps and config.max_steps * config.batch]
     chosen = np.random.default_rng(config.seed).permutation(len(examples))[: min(limit for limit in limits if limit)]
 
-    def tokens_of(example: Example | Encoded) -> Encoded:
-        if isinstance(example, Encoded):
-            if not 1 <= example.start < len(example.tokens) <= longest + 1:
-                raise InputError(
-                    f"an example has {len(example.tokens)} tokens, its answer from token {example.start}; expected a "
-                    f"context, an answer and at most {longest + 1} tokens: shorten it"
-                )
-            return example
-        if tokenizer is None:
-            raise InputError("the model has no tokenizer; expected one to train on text: load it with its tokenizer")
-        return encode(tokenizer, example.context, example.completion, longest)
-
-    return [tokens_of(examples[index]) for index in track(chosen.tolist(), "Tokenizing")]
+    wanted = [examples[index] for index in chosen.tolist()]
+    for example in wanted:
+        if isinstance(example, Encoded) and not 1 <= example.start < len(example.tokens) <= longest + 1:
+            raise InputError(
+                f"an example has {len(example.tokens)} tokens, its answer from token {example.start}; expected a "
+                f"context, an answer and at most {longest + 1} tokens: shorten it"
+            )
+    texts = [example for example in wanted if isinstance(example, Example)]
+    if texts and tokenizer is None:
+        raise InputError("the model has no tokenizer; expected one to train on text: load it with its tokenizer")
+    encoded = iter(encode_all(tokenizer, texts, longest))
+    return [example if isinstance(example, Encoded) else next(encoded) for example in wanted]
 
 
 def updates(lengths: Sequence[int], config: TrainConfig) -> list[np.ndarray]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from chai_jax.errors import InputError
+from chai_jax.processes import divided
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,24 @@ def encode(tokenizer: Any, context: str, completion: str, max_length: int | None
             f"shorten {completion[:40]!r}..."
         )
     return Encoded(tuple(whole[cut:]), max(start - cut, 1))
+
+
+def encode_all(
+    tokenizer: Any, examples: Sequence[Example], max_length: int | None = None, description: str = "Tokenizing"
+) -> list[Encoded]:
+    """`encode` of many; of several processes each tokenizes its share and gets the others' tokens from them.
+
+    All of them need all lengths: these decide which examples share a batch.
+
+    Raises:
+        InputError: as `encode`, of the first example that it refuses, in every process.
+    """
+
+    def start_and_tokens(example: Example) -> tuple[int, ...]:
+        found = encode(tokenizer, example.context, example.completion, max_length)
+        return (found.start, *found.tokens)
+
+    return [Encoded(numbers[1:], numbers[0]) for numbers in divided(start_and_tokens, examples, description)]
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:

@@ -23,6 +23,7 @@ from chai_jax.measure.programs import Job, Shapes, lower
 from chai_jax.measure.tpu import roofline
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.plans import Plan
+from chai_jax.progress import console
 
 Record = dict[str, Any]
 GIB = 2**30
@@ -36,7 +37,7 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
 
     Returns:
         `fits`, `hbm_limit`, and `hbm` in bytes: arguments, outputs, temporaries, aliased (outputs that take an
-        argument's place), their total, and beside it the code; or, where it does not fit, `hbm_needed` and the
+        argument's place), code, and what all need at once, `at_most`; or, where it does not fit, `hbm_needed` and the
         compiler's `message`.
         `flops`, `hbm_bytes`, `collective_bytes` (of operands), `sent_bytes`, `open_loops` (loops that the data
         end, counted as one iteration) and `roofline` (see `chai_jax.measure.tpu.roofline`).
@@ -56,21 +57,30 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
         "hbm_limit": hbm_limit(mesh),
     }
     began = time.perf_counter()
-    lowered = lower(job, shapes, plan)
     try:
-        compiled = lowered.compile()
+        with console.status(f"compiling {job.kind}, batch {job.batch}, for {mesh.size} x {device.device_kind}"):
+            compiled = lower(job, shapes, plan).compile()
     except jax.errors.JaxRuntimeError as error:
         record |= {"fits": False, "hbm_needed": _needed(error), "message": str(error).splitlines()[0]}
     else:
         found = cost(compiled.as_text(), per_iteration=job.kind == "decode")
-        record |= {"fits": True, "hbm": _hbm(compiled.memory_analysis()), "roofline": roofline(found, device)}
+        record |= {
+            "fits": True,
+            "hbm": _hbm(compiled.memory_analysis(), record["hbm_limit"]),
+            "roofline": roofline(found, device),
+        }
         record |= {name: getattr(found, name) for name in ("flops", "hbm_bytes", "open_loops")}
         record |= {"collective_bytes": found.collective_bytes, "sent_bytes": found.sent_bytes}
     versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
     return record | {"compile_seconds": round(time.perf_counter() - began, 1), "versions": versions}
 
 
-def _hbm(memory: Any) -> dict[str, int]:
+def _hbm(memory: Any, limit: int) -> dict[str, int]:
+    """The compiler's account of a program that fits.
+
+    It does not say what it held against the limit. The sum of the parts is no less, since temporaries may lie where
+    arguments lay that are done with; nor is its peak, which counts arrays in fast memory (VMEM) too; nor is the limit.
+    """
     held = {
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
@@ -78,8 +88,8 @@ def _hbm(memory: Any) -> dict[str, int]:
         "aliased": memory.alias_size_in_bytes,
     }
     total = sum(held.values()) - 2 * held["aliased"]
-    # The limit leaves room for the code. Parts that share space are summed: a total may pass the limit by 6 % and fit.
-    return held | {"total": total, "code": memory.generated_code_size_in_bytes}
+    at_most = min(total, memory.peak_memory_in_bytes, limit)
+    return held | {"at_most": at_most, "code": memory.generated_code_size_in_bytes}
 
 
 def _needed(error: Exception) -> int:
@@ -118,8 +128,8 @@ def hbm_limit(mesh: Mesh) -> int:
 
 
 def size(record: Record) -> int:
-    """Bytes of HBM that a measured job needs on each device, whether it fits or not."""
-    return record["hbm"]["total"] if record["fits"] else record["hbm_needed"]
+    """Bytes of HBM that a measured job needs on each device: at most, where it fits."""
+    return record["hbm"]["at_most"] if record["fits"] else record["hbm_needed"]
 
 
 def find_largest_batch(
@@ -203,7 +213,8 @@ def report(record: Record) -> Table:
         table.add_row("does not fit", f"needs {gib(record['hbm_needed'])} of {gib(limit)}: {gib(short)} too much")
         return table
     for name, size in record["hbm"].items():
-        table.add_row(f"HBM {name}", f"{gib(size)} of {gib(limit)}" if name == "total" else gib(size))
+        of = f" of {gib(limit)}" if name == "at_most" else ""
+        table.add_row(f"HBM {name.replace('_', ' ')}", gib(size) + of)
     table.add_row("FLOPs", f"{record['flops']:.3e}")
     table.add_row("bytes to and from HBM", f"{record['hbm_bytes']:.3e}")
     table.add_row("bytes of collectives", f"{record['collective_bytes']:.3e}, {record['sent_bytes']:.3e} sent")

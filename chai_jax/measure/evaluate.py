@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from chai_jax.data.batches import Encoded, encode
+from chai_jax.data.batches import Encoded, Example, encode_all
 from chai_jax.data.tasks import Row, Task, get_task, load_rows
 from chai_jax.data.text import read_text, windows
 from chai_jax.errors import InputError
@@ -63,11 +63,8 @@ def evaluate_rows(model: Model, task: Task, rows: Sequence[Row], batch_size: int
         )
     tokenizer = _tokenizer(model)
     requests = [task.request(row) for row in rows]
-    encoded = [
-        encode(tokenizer, request.context, choice, model.config.max_positions)
-        for request in requests
-        for choice in request.choices
-    ]
+    examples = [Example(request.context, choice) for request in requests for choice in request.choices]
+    encoded = encode_all(tokenizer, examples, model.config.max_positions)
     scores = loglikelihoods(model, encoded, batch_size, f"Scoring {task.name}").reshape(len(rows), -1, 2)
     lengths = np.array([[len(choice.removeprefix(" ")) for choice in request.choices] for request in requests])
     characters = lengths if task.normalised else None

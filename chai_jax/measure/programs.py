@@ -81,6 +81,9 @@ class Job:
         cached: distillation reads the teacher's log-probabilities (float16) from the batch; no teacher is resident.
         moments: dtype of AdamW's first moment.
         remat: the backward pass computes each layer again.
+
+    Raises:
+        InputError: a size below 1, or more targets than tokens.
     """
 
     kind: str
@@ -92,6 +95,13 @@ class Job:
     cached: bool = False
     moments: str = "float32"
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "seq", "targets", "accumulation"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.kind in TRAINING and self.targets > self.seq:
+            raise InputError(f"targets is {self.targets}; expected at most the {self.seq} tokens of an example")
 
     @property
     def unit(self) -> str:

@@ -29,6 +29,7 @@ from chai_jax.data.batches import Encoded
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 
 pytestmark = pytest.mark.slow  # together they take a minute
 
@@ -285,6 +286,16 @@ def test_another_stage_and_teacher_are_refused(
     distil(tiny(), tiny(1), examples, config, layout=one_device, checkpoints=folder)
     with pytest.raises(InputError, match=r"weights\.beside\.embed\.positions is \d+ there"):
         distil(tiny(), tiny(2), examples, config, layout=one_device, checkpoints=folder)
+
+
+def test_another_plan_is_refused(tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path) -> None:
+    layer = LayerPlan(tuple(ClusterPlan((head,), head) for head in range(2)))
+    config = FinetuneConfig(TrainConfig(batch=16, max_steps=1))
+    planned = tiny().replace(plan=Plan((layer,)))
+    finetune(planned, examples, config, layout=one_device, checkpoints=folder)
+    edited = planned.replace(plan=Plan((dataclasses.replace(layer, tier="low"),)))
+    with pytest.raises(InputError, match=r"plan\.layers\.0\.tier is 'high' there and 'low' here"):
+        finetune(edited, examples, config, layout=one_device, checkpoints=folder)
 
 
 @pytest.mark.parametrize("where", ["in the call", "in the background"])

@@ -3,7 +3,9 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from chai_jax import score
 from chai_jax.adapt import step as steps
 from chai_jax.adapt import train as training
 from chai_jax.adapt.finetune import completion_loss, finetune
+from chai_jax.adapt.flops import cost
 from chai_jax.adapt.target import layer_mask
 from chai_jax.adapt.updates import Batch, pack
 from chai_jax.config import FinetuneConfig, TrainConfig
@@ -106,6 +109,29 @@ def test_log_has_one_entry_per_update(run: Any) -> None:
         (n, 6, "finetune") for n in range(1, 7)
     ]
     assert all(entry["tokens_per_s"] > 0 and entry["grad_norm"] > 0 for entry in log)
+
+
+def test_speed_is_in_the_log_and_on_the_progress_line(
+    tiny: Build, examples: list[Encoded], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over all updates tokens and FLOPs sum to those of the examples; devices of a known peak also have an MFU."""
+    progress = mock.MagicMock()
+    progress.__enter__.return_value = progress
+    monkeypatch.setattr(training, "bar", lambda: progress)
+    monkeypatch.setattr(training, "peak", lambda device: SimpleNamespace(flops=1e9))
+    model, log = tiny(), []
+    config = FinetuneConfig(dataclasses.replace(SHORT, epochs=1))
+    finetune(model, examples, config, log.append, layout=Layout(make_mesh(2)))
+    seconds = np.array([entry["step_s"] for entry in log])
+    tokens = sum(len(example.tokens) - 1 for example in examples)
+    np.testing.assert_allclose(seconds @ [entry["tokens_per_s"] for entry in log], tokens)
+    flops = cost(model.config, model.spec, steps.everything(model.params)).of(examples)
+    np.testing.assert_allclose(seconds @ [entry["mfu"] for entry in log], flops / 2e9)
+    assert [call.kwargs["note"] for call in progress.update.call_args_list] == [
+        f"loss {entry['loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s, {entry['step_s']:.2f} s, "
+        f"{entry['mfu']:.0%} MFU"
+        for entry in log
+    ]
 
 
 def test_same_seed_same_bits(run: Any, tiny: Build, examples: list[Encoded], one_device: Layout) -> None:

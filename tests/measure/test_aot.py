@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from chai_jax.cli import main
 from chai_jax.errors import InputError
 from chai_jax.files.hf_config import config_fields
 from chai_jax.measure import tpu
-from chai_jax.measure.aot import GIB, Record, largest_batch, measure, report
+from chai_jax.measure.aot import GIB, Record, _hbm, largest_batch, measure, report
 from chai_jax.measure.programs import KNOWN, Job, Shapes, config_of, dense_spec, lower, spec_of, uniform_plan
 from chai_jax.measure.tpu import mesh_of, topology
 from chai_jax.model.cache import bytes_per_token
@@ -80,9 +81,11 @@ def test_a_token_of_decoding(slice_: str) -> None:
         assert (record["unit"], record["open_loops"]) == ("token", 0)
         # The state is donated: the new cache lies where the old one was.
         assert record["hbm"]["aliased"] >= 256 * 32 * record["kv_bytes_per_token"]
+    for hbm in (dense["hbm"], compressed["hbm"]):
+        assert hbm["arguments"] <= hbm["at_most"] <= hbm["arguments"] + hbm["temporaries"] + 2**20
     # There is no second cache in another layout, where heads of 64 are padded to 128.
     assert dense["hbm"]["temporaries"] < cached
-    assert compressed["hbm"]["total"] < dense["hbm"]["total"]
+    assert compressed["hbm"]["at_most"] < dense["hbm"]["at_most"]
     # FLOPs of a token: two a weight and sequence; those of the attention are few.
     assert dense["flops"] == pytest.approx(2 * 32 * entries, rel=0.2)
 
@@ -130,6 +133,18 @@ def table_text(record: Record) -> str:
     with console.capture() as captured:
         console.print(report(record))
     return captured.get()
+
+
+@pytest.mark.parametrize("name", ["batch", "seq", "targets", "accumulation"])
+@pytest.mark.parametrize("value", [0, -8])
+def test_sizes_below_one(name: str, value: int) -> None:
+    with pytest.raises(InputError, match=f"{name} is {value}; expected at least 1"):
+        Job("decode", **{"batch": 8, "seq": 64, name: value})
+
+
+def test_more_targets_than_tokens() -> None:
+    with pytest.raises(InputError, match="targets is 65; expected at most the 64 tokens"):
+        Job("distil", 8, 64, targets=65)
 
 
 @needs_libtpu
@@ -186,11 +201,20 @@ def test_a_uniform_plan_covers_every_head() -> None:
         uniform_plan(SMALL, "qkv", 0.0, "int8")
 
 
+@pytest.mark.parametrize(("peak", "limit", "expected"), [(9, 20, 9), (13, 20, 12), (13, 11, 11)])
+def test_what_a_program_needs_is_the_least_that_is_known(peak: int, limit: int, expected: int) -> None:
+    """Arguments, outputs and temporaries sum to 12: less where they share space, where fast memory is counted in, or
+    where the compiler has less and accepts the program."""
+    sizes = {"argument": 6, "output": 4, "temp": 5, "alias": 3, "generated_code": 1}
+    account = SimpleNamespace(peak_memory_in_bytes=peak, **{f"{name}_size_in_bytes": n for name, n in sizes.items()})
+    assert _hbm(account, limit)["at_most"] == expected
+
+
 def fake(needs: Callable[[int], int], limit: int, tried: list[int]) -> Callable[[int], Record]:
     def try_batch(batch: int) -> Record:
         tried.append(batch)
         fits = needs(batch) <= limit
-        return {"fits": fits, "hbm_limit": limit, "hbm": {"total": needs(batch)}, "hbm_needed": needs(batch)}
+        return {"fits": fits, "hbm_limit": limit, "hbm": {"at_most": needs(batch)}, "hbm_needed": needs(batch)}
 
     return try_batch
 
