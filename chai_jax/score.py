@@ -31,19 +31,21 @@ SHORTEST = 16  # the smallest padded length
 Total = Any
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "start", "length", "last"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "start", "length", "last"], meta_fields=["short"])
 @dataclass(frozen=True)
 class Questions:
     """A batch of inputs with the tokens that should follow.
 
     Row b feeds `tokens[b, :length[b]]`. Its targets are the tokens at `start[b]` ... `length[b] - 1` and then, behind
-    the input's end, each of the alternatives `last[b]`. A row of length 0 is padding.
+    the input's end, each of the alternatives `last[b]`. A row of length 0 is padding. `short` promises that no row has
+    more targets than that last one.
     """
 
     tokens: Int32[Array, "B T"]
     start: Int32[Array, "B"]
     length: Int32[Array, "B"]
     last: Int32[Array, "B A"]
+    short: bool = False
 
     @property
     def mask(self) -> Bool[Array, "B T"]:
@@ -66,7 +68,8 @@ def fold_targets(
     The number of steps follows the longest answer of the batch without a recompilation.
     """
     rows, longest = questions.tokens.shape
-    width = max(1, HEAD_ROWS // rows)
+    # The vocabulary head may cost more than the layers: it sees no more positions than there are targets.
+    width = 1 if questions.short else max(1, HEAD_ROWS // rows)
 
     def body(index: Array, total: Total) -> Total:
         offsets = index * width + jnp.arange(width, dtype=jnp.int32)
@@ -243,7 +246,8 @@ def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, layou
         tokens[row, : len(group.tokens)] = group.tokens
         start[row], lengths[row] = group.start, len(group.tokens)
         last[row, : len(group.last)] = group.last
-    return Questions(*layout.rows((tokens, start, lengths, last)))
+    short = all(group.start == len(group.tokens) for group in groups)
+    return Questions(*layout.rows((tokens, start, lengths, last)), short)
 
 
 def _batches(groups: list[_Group], batch_size: int, longest: int, ways: int) -> list[tuple[list[_Group], int, int]]:

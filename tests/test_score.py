@@ -1,5 +1,6 @@
 """Log-likelihoods and KL against one-by-one numpy arithmetic, and what batching must not change."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -138,6 +139,17 @@ def test_logits_of_all_positions_never_exist(model: Model) -> None:
     program = str(jax.make_jaxpr(compute)(model.params, questions))
     assert "f32[8,32,97]" in program  # HEAD_ROWS / 8 positions of each row
     assert "48,97]" not in program
+    # One target a row: the head sees one position of each.
+    short = dataclasses.replace(questions, start=questions.length, short=True)
+    program = str(jax.make_jaxpr(compute)(model.params, short))
+    assert "f32[8,1,97]" in program
+    assert "f32[8,32,97]" not in program
+
+
+def test_short_answers_score_alike_alone_and_beside_long_ones(model: Model) -> None:
+    short = [Encoded((2, 5, 6, at), 3) for at in range(7, 12)]
+    beside = score.loglikelihoods(model, [*short, Encoded((2, 5, 6, 7, 8, 9), 2)])
+    np.testing.assert_allclose(score.loglikelihoods(model, short), beside[:-1], atol=1e-5)
 
 
 def test_scoring_reads_what_the_cache_stores(model: Model, examples: list[Encoded]) -> None:

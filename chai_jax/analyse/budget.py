@@ -7,6 +7,7 @@ cached, then the formats of the weights.
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 import numpy as np
 
 from chai_jax.analyse.allocate import Choice, allocate
-from chai_jax.analyse.costs import FindClusters, LayerCosts, Measure, interpolate, latent, measure_costs
+from chai_jax.analyse.costs import FindClusters, LayerCosts, Measure, Sizes, interpolate, latent, measure_costs
 from chai_jax.analyse.explain import planned_layer
 from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
 from chai_jax.analyse.probe import Probe
@@ -30,7 +31,7 @@ from chai_jax.model.stream import rest_of
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.spec import Spec
 
-RANK_STEPS = tuple(2 ** (-step / 2) for step in range(2, 13))  # of the width: 1/2, 0.35, 1/4, ... 1/64
+RANK_STEPS = tuple(2 ** (-step / 2) for step in range(1, 13))  # 0.7, 1/2, 0.35, 1/4, ... 1/64
 REFERENCE_CLUSTERS, REFERENCE_RANK = 1 / 2, 1 / 8  # the changes whose cost is a layer's sensitivity
 
 
@@ -149,23 +150,34 @@ def _key(probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, seed: in
 
 
 def _choices(config: OPTConfig, costs: LayerCosts, budget: Budget, index: int, find: FindClusters) -> Iterator[Choice]:
-    """All that a layer could become: every number of clusters, every pair of latent ranks, in every format."""
-    width, heads = config.hidden_size, config.num_heads
-    ranks = sorted({max(1, round(step * width)) for step in RANK_STEPS})
+    """All that a layer could become: every number of clusters and pair of their ranks, every pair of latent ranks, in
+    every format."""
+    heads = config.num_heads
     shapes: list[tuple[LayerPlan, float]] = [(LayerPlan(singletons(heads)), 0.0)]
     for share, sizes in costs.clusters.items():
-        smallest = min(sizes)
-        shapes += [
-            (LayerPlan(find(index, count), share=share), interpolate(sizes, count)) for count in range(smallest, heads)
-        ]
-    if costs.latent:
-        key, value = ({rank: interpolate(costs.latent[name], rank) for rank in ranks} for name in ("key", "value"))
-        shapes += [(latent(heads, k, v), key[k] + value[v]) for k in ranks for v in ranks]
+        for count in range(min(sizes), heads + 1):
+            clusters, cost = find(index, count), interpolate(sizes, count)
+            for key, value, more in _ranks(costs.ranks if share == "qkv" else {}, config.head_dim):
+                if count < heads or key or value:
+                    shapes.append((LayerPlan(clusters, share=share, key_rank=key, value_rank=value), cost + more))
+    for key, value, cost in _ranks(costs.latent, config.hidden_size):
+        if key and value:
+            shapes.append((latent(heads, key, value), cost))
     for layer, cost in shapes:
         for storage in budget.storages:
             clusters = tuple(dataclasses.replace(one, storage=storage) for one in layer.clusters)
             what = dataclasses.replace(layer, clusters=clusters)
             yield Choice(_cache_bytes(what, config), cost + costs.cache[storage], what)
+
+
+def _ranks(measured: dict[str, Sizes], size: int) -> Iterator[tuple[int | None, int | None, float]]:
+    """(rank of keys, of values, what that costs) for every pair of ranks below `size`; None: left whole."""
+    options: list[dict[int | None, float]] = []
+    for name in ("key", "value"):
+        ranks = sorted({max(1, round(step * size)) for step in RANK_STEPS} - {size}) if name in measured else []
+        options.append({None: 0.0} | {rank: interpolate(measured[name], rank) for rank in ranks})
+    for (key, one), (value, other) in itertools.product(*(option.items() for option in options)):
+        yield key, value, one + other
 
 
 def _pinned(config: OPTConfig) -> Iterator[Choice]:

@@ -28,7 +28,7 @@ from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.progress import track
 
 CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
-RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width
+RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, for a latent; of a head, for clusters
 TINY = 1e-9  # nats: a cost below is rounding, and has no logarithm worth reading
 
 Sizes = dict[int, float]  # clusters or rank: measured KL
@@ -41,12 +41,14 @@ class LayerCosts:
 
     Attributes:
         clusters: by share (`qk`, `qkv`) and number of clusters.
+        ranks: by `key` or `value` and rank of `qkv` clusters of one head each; only what has a rank to choose.
         latent: by `key` or `value` and rank of a `kv` layer's latent.
         cache: by storage format of the layer's cache.
         weights: by format of the layer's weights.
     """
 
     clusters: dict[str, Sizes]
+    ranks: dict[str, Sizes]
     latent: dict[str, Sizes]
     cache: dict[str, float]
     weights: dict[str, float]
@@ -58,7 +60,8 @@ class LayerCosts:
         def sizes(part: dict[str, dict[str, float]]) -> dict[str, Sizes]:
             return {name: {int(size): cost for size, cost in entries.items()} for name, entries in part.items()}
 
-        return cls(sizes(value["clusters"]), sizes(value["latent"]), value["cache"], value["weights"])
+        by_size = (sizes(value[name]) for name in ("clusters", "ranks", "latent"))
+        return cls(*by_size, value["cache"], value["weights"])
 
 
 def interpolate(sizes: Sizes, size: int) -> float:
@@ -83,6 +86,7 @@ class Measure:
         spec, params = self.model.spec.layers[index], self.model.params["layers"][str(index)]
         costs = LayerCosts(
             {share: {n: self._clustered(share, n) for n in counts} | {heads: 0.0} for share in shares if share != "kv"},
+            self._ranks() if "qkv" in shares else {},
             self._latents() if "kv" in shares else {},
             {name: self.damage.of(index, layer_with_storage(spec, name), params)[0] for name in storages},
             {name: self.damage.of(index, spec, store_weights(params, name))[0] for name in weights},
@@ -95,17 +99,34 @@ class Measure:
         merge = LayerMerge(self.model, index, LayerPlan(self.find(index, count), share=share), self.plan, self.stream)
         return self.damage.of(index, merge.spec, merge.params())[0]
 
+    def _ranks(self) -> dict[str, Sizes]:
+        """Ranks of single heads, by low rank (`fit` cannot do worse, and would have to be fitted to each)."""
+        heads, size = self.model.config.num_heads, self.model.config.head_dim
+        merges = {"key": self.plan.score_merge, "value": self.plan.value_merge}
+        singles = LayerPlan(tuple(ClusterPlan((head,), head) for head in range(heads)), share="qkv")
+        found: dict[str, Sizes] = {}
+        for name, merge in merges.items():
+            if merge != "representative" and size > 1:
+                # At a head's own rank a merge leaves the head as it is; one less has its columns in order.
+                found |= self._cut(dataclasses.replace(singles, **{f"{name}_rank": size - 1}), (name,), size)
+        return found
+
     def _latents(self) -> dict[str, Sizes]:
-        """Ranks nest: a smaller latent is the first columns of a larger one, so one merge and program serve all."""
-        index, width = self.stream.index, self.model.config.hidden_size
-        merge = LayerMerge(self.model, index, latent(self.model.config.num_heads, width, width), self.plan, self.stream)
+        """Ranks of one latent key and one latent value for all heads."""
+        config = self.model.config
+        return self._cut(latent(config.num_heads, *[config.hidden_size] * 2), ("key", "value"), config.hidden_size)
+
+    def _cut(self, layer: LayerPlan, names: Sequence[str], size: int) -> dict[str, Sizes]:
+        """Ranks nest: a smaller one is the first columns of a larger one, so one merge and program serve all."""
+        plan = dataclasses.replace(self.plan, value_merge="low_rank") if layer.share == "qkv" else self.plan
+        merge = LayerMerge(self.model, self.stream.index, layer, plan, self.stream)
         whole = merge.params()
-        ranks = sorted({max(1, round(part * width)) for part in RANKS})
+        ranks = sorted({max(1, round(part * size)) for part in RANKS})
 
         def cost(name: str, rank: int) -> float:
-            return self.damage.of(index, merge.spec, truncated(whole, name, rank))[0]
+            return self.damage.of(self.stream.index, merge.spec, truncated(whole, name, rank))[0]
 
-        return {name: {rank: cost(name, rank) for rank in ranks} | {width: 0.0} for name in ("key", "value")}
+        return {name: {rank: cost(name, rank) for rank in ranks} | {size: 0.0} for name in names}
 
 
 def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:
@@ -115,7 +136,7 @@ def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:
 
 
 def truncated(params: Params, name: str, rank: int) -> Params:
-    """A layer whose latent `name` (key or value) has nothing beyond its first `rank` columns."""
+    """A layer whose `name` (key or value), of low rank, has nothing beyond its first `rank` columns."""
     # A mask, not a slice: one small program serves every rank.
     kept = {part: jnp.where(np.arange(leaf.shape[-1]) < rank, leaf, 0) for part, leaf in params[name].items()}
     return {**params, name: kept}

@@ -139,8 +139,8 @@ def open_model(source: str, seed: int) -> Any:
     Raises:
         InputError: there is none.
     """
+    from chai_jax.adapt.toy import load_any
     from chai_jax.measure.sweep import random_model
-    from chai_jax.pipeline import load_any
 
     kind, _, shape = source.partition(":")
     return random_model(shape, seed) if kind == "random" else load_any(source, seed=seed)

@@ -204,7 +204,7 @@ class Timed:
 
         @jax.jit
         def score(params: Params, tokens: Array, lengths: Array, answers: Array) -> Any:
-            return target_logprobs(*what, dtype, params, Questions(tokens, lengths, lengths, answers))
+            return target_logprobs(*what, dtype, params, Questions(tokens, lengths, lengths, answers, short=True))
 
         self._score = self._compiled(score, self.params, *self.questions)
         start = partial(self._compiled, prefill, *what, self.params, *self.prompts, *self.rule)

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 
 from chai_jax.analyse.budget import Budget, plan_within
-from chai_jax.analyse.costs import LayerCosts, interpolate
+from chai_jax.analyse.costs import LayerCosts, Measure, interpolate, latent
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.explain import cache_fraction, planned_spec
 from chai_jax.analyse.gate import Gate, tried
 from chai_jax.analyse.probe import Probe, probe
-from chai_jax.compress.cluster import cluster
+from chai_jax.compress.cluster import LayerMerge, Stream, cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.plans import Plan
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.spec import Spec
 
 Make = Callable[..., Model]
@@ -63,7 +63,7 @@ def test_budgets_are_kept_and_the_bytes_are_real(model: Model, seen: Probe, cost
 def test_what_is_measured_is_the_kl_of_the_changed_model(model: Model, seen: Probe, costs: Path) -> None:
     """One layer changed and the rest pinned: the prediction is then a measurement."""
     budget = Budget(0.9, shares=("qkv",), storages=("bfloat16",), pinned=(0, 2), tokens=10**6)
-    made = plan_within(model, seen, budget)
+    made = plan_within(model, seen, budget, score_merge="representative", value_merge="representative")
     assert [layer.clustered for layer in made.layers] == [False, True, False]
     damage = Damage(model, seen.tokens, seen.mask)
     small = quantize(cluster(model, made, seen), made)
@@ -124,6 +124,36 @@ def test_measurements_are_taken_up_where_they_stopped(
         plan_within(model, seen, budget, file=file)
 
 
+def test_a_rank_costs_what_merging_by_it_costs(model: Model, seen: Probe) -> None:
+    """Cutting columns off one merge is the merge of that rank, for clusters as for latents."""
+    plan, text = Plan((), score_merge="low_rank", value_merge="low_rank"), (seen.tokens, seen.mask)
+    singles = tuple(ClusterPlan((head,), head) for head in range(6))
+    found = Measure(model, seen, text, plan, lambda index, count: singles).layer(("qkv", "kv"), ["bfloat16"], ())
+    damage, stream = Damage(model, *text), Stream(model, seen)
+    assert set(found.ranks) == set(found.latent) == {"key", "value"}
+    for sizes, whole, full in (
+        (found.ranks, LayerPlan(singles, share="qkv"), 8),
+        (found.latent, latent(6, 48, 48), 48),
+    ):
+        for name in ("key", "value"):
+            assert sizes[name].pop(full) == 0
+            for rank, cost in sizes[name].items():
+                merge = LayerMerge(model, 0, dataclasses.replace(whole, **{f"{name}_rank": rank}), plan, stream)
+                assert damage.of(0, merge.spec, merge.params())[0] == pytest.approx(cost, rel=1e-2, abs=1e-6)
+
+
+def test_clusters_keep_fewer_ranks_where_that_costs_less(model: Model, seen: Probe) -> None:
+    made = plan_within(model, seen, Budget(0.4, shares=("qkv",)), value_merge="fit")
+    assert any(layer.key_rank or layer.value_rank for layer in made.layers)
+    small = quantize(cluster(model, made, seen), made)
+    assert small.kv_bytes_per_token == round(cache_fraction(made, model.config) * DENSE) <= 0.4 * DENSE
+    # Representatives have no rank to choose.
+    made = plan_within(
+        model, seen, Budget(0.4, shares=("qkv",)), score_merge="representative", value_merge="representative"
+    )
+    assert not any(layer.key_rank or layer.value_rank for layer in made.layers)
+
+
 def test_interpolation_is_monotone_and_exact_where_measured() -> None:
     sizes = {2: 0.1, 4: 0.02, 6: 0.03, 8: 0.0}
     assert interpolate(sizes, 2) == pytest.approx(0.1)
@@ -135,7 +165,8 @@ def test_interpolation_is_monotone_and_exact_where_measured() -> None:
 
 
 def test_costs_survive_json() -> None:
-    costs = LayerCosts({"qkv": {1: 0.5, 6: 0.0}}, {"key": {4: 0.1}, "value": {4: 0.2}}, {"int8": 0.01}, {})
+    ranks, latent = {"key": {2: 0.3}}, {"key": {4: 0.1}, "value": {4: 0.2}}
+    costs = LayerCosts({"qkv": {1: 0.5, 6: 0.0}}, ranks, latent, {"int8": 0.01}, {})
     assert LayerCosts.from_json(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
 
 
