@@ -217,7 +217,7 @@ def _figure(picture: Picture) -> Markup:
 
 
 def _compare(runs: Sequence[SavedRun], folder: Path) -> Markup:
-    """The last stage of every run side by side, and the scores against the cache where they are of one kind.
+    """The last stage of every run side by side, and the scores against the cache where all are on one task.
 
     Latencies are left out: they are comparable within a run only.
     """
@@ -229,8 +229,10 @@ def _compare(runs: Sequence[SavedRun], folder: Path) -> Markup:
     caption = "The last stage of each run. Latencies can be compared only within a run, and are not shown here."
     parts = [tag("h2", "Comparison"), table(["run", "stage", *(name for name, _ in columns)], rows, caption)]
     if len({("acc" in run.records[0]["metrics"], run.records[0]["task"]) for run in runs}) == 1:
-        found = [scores(run.records, f"{at}: {run.name}") for at, run in enumerate(runs, 1)]
+        found = [scores([run.records[0], run.records[-1]], f"{at}: {run.name}") for at, run in enumerate(runs, 1)]
         points = [row for rows, _ in found for row in rows]
-        draw_front(folder / "runs", points, found[0][1], f"{runs[0].scored_on}.")
-        parts.append(_figure(Picture(folder / "runs", "All stages of all runs", "Scores of the runs against cache.")))
+        where = " / ".join(dict.fromkeys(run.measured_on for run in runs))
+        draw_front(folder / "runs", points, found[0][1], f"{runs[0].scored_on}; {where}.")
+        alt = "Scores of each run's dense model and last stage against the bytes of their cache."
+        parts.append(_figure(Picture(folder / "runs", "From dense to the last stage", alt)))
     return tag("section", *parts)

@@ -160,7 +160,7 @@ def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x
         x: the column of the cost, also the label of its axis.
         caption: what stands under the picture: n, what the bars are, device, dtype.
     """
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels) + 1.6, 4.4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (series, members) in enumerate(series_of(rows, "series").items()):
             errorbars(axes, members, x, name, series, number)
@@ -168,7 +168,7 @@ def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x
         axes.set_xlabel(plain(x))
         axes.set_ylabel(plain(label))
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     write_caption(figure, caption)
     return save(figure, path, rows)
 
