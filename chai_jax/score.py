@@ -247,7 +247,7 @@ def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, layou
         start[row], lengths[row] = group.start, len(group.tokens)
         last[row, : len(group.last)] = group.last
     short = all(group.start == len(group.tokens) for group in groups)
-    return Questions(*layout.rows((tokens, start, lengths, last)), short)
+    return partial(Questions, short=short)(*layout.rows((tokens, start, lengths, last)))
 
 
 def _batches(groups: list[_Group], batch_size: int, longest: int, ways: int) -> list[tuple[list[_Group], int, int]]:

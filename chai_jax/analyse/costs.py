@@ -60,8 +60,8 @@ class LayerCosts:
         def sizes(part: dict[str, dict[str, float]]) -> dict[str, Sizes]:
             return {name: {int(size): cost for size, cost in entries.items()} for name, entries in part.items()}
 
-        by_size = (sizes(value[name]) for name in ("clusters", "ranks", "latent"))
-        return cls(*by_size, value["cache"], value["weights"])
+        clusters, ranks, latents = (sizes(value[name]) for name in ("clusters", "ranks", "latent"))
+        return cls(clusters, ranks, latents, value["cache"], value["weights"])
 
 
 def interpolate(sizes: Sizes, size: int) -> float:
@@ -102,13 +102,16 @@ class Measure:
     def _ranks(self) -> dict[str, Sizes]:
         """Ranks of single heads, by low rank (`fit` cannot do worse, and would have to be fitted to each)."""
         heads, size = self.model.config.num_heads, self.model.config.head_dim
-        merges = {"key": self.plan.score_merge, "value": self.plan.value_merge}
-        singles = LayerPlan(tuple(ClusterPlan((head,), head) for head in range(heads)), share="qkv")
+        singles, most = tuple(ClusterPlan((head,), head) for head in range(heads)), size - 1
+        # At a head's own rank a merge leaves the head as it is; one less has its columns in order.
+        cut = {
+            "key": (self.plan.score_merge, LayerPlan(singles, share="qkv", key_rank=most)),
+            "value": (self.plan.value_merge, LayerPlan(singles, share="qkv", value_rank=most)),
+        }
         found: dict[str, Sizes] = {}
-        for name, merge in merges.items():
-            if merge != "representative" and size > 1:
-                # At a head's own rank a merge leaves the head as it is; one less has its columns in order.
-                found |= self._cut(dataclasses.replace(singles, **{f"{name}_rank": size - 1}), (name,), size)
+        for name, (merge, layer) in cut.items():
+            if merge != "representative" and most:
+                found |= self._cut(layer, (name,), size)
         return found
 
     def _latents(self) -> dict[str, Sizes]:

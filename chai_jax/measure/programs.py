@@ -309,7 +309,8 @@ def _lower_decode(job: Job, shapes: Shapes) -> Any:
 def _lower_score(job: Job, shapes: Shapes) -> Any:
     @jax.jit
     def score(params: Params, *questions: Any) -> Any:
-        return target_logprobs(shapes.config, shapes.spec, COMPUTE, params, Questions(*questions, short=True))
+        asked = partial(Questions, short=True)(*questions)
+        return target_logprobs(shapes.config, shapes.spec, COMPUTE, params, asked)
 
     length = padded_length(job.seq, shapes.config.max_positions)
     sizes: list[tuple[int, ...]] = [(job.batch, length), (job.batch,), (job.batch,), (job.batch, 2)]
