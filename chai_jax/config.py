@@ -252,6 +252,8 @@ class PlanConfig:
     """Weight bytes wanted, as a fraction of the dense bfloat16 ones; needs --kv-budget."""
     storages: str = "bfloat16,int8"
     """Cache formats the planner may choose from."""
+    ranks: bool = True
+    """Whether the planner may also cut the dimensions of clustered keys and values (where merges are of low rank)."""
     pin: str = ""
     """Layers the planner leaves as they are, with commas: 0,11."""
     sensitivity: Literal["kl", "perturbation", "attention"] = "kl"

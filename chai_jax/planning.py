@@ -90,6 +90,7 @@ def budget_of(wanted: PlanConfig) -> Budget:
         (wanted.share,) if wanted.share else ("qkv", "kv"),
         parse_list("--storages", wanted.storages, STORAGES),
         parse_numbers("--pin", wanted.pin),
+        wanted.ranks,
     )
 
 

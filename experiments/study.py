@@ -81,6 +81,8 @@ class Study:
     """Examples of an update: half of them text windows, half task rows."""
     lr: float = 5e-4
     """Peak learning rate of the distillation."""
+    alpha: float = 0.5
+    """Weight of the teacher's distribution against the text itself."""
     window: int = 256
     """Tokens of a training or calibration window."""
     windows: int | None = None
@@ -137,10 +139,10 @@ class Bench:
         """Of changes to the dense model, on held-out text."""
         return Damage(self.model, *spread(self.gate, self.gate.mask.size))
 
-    def within(self, budget: float, *, shares: tuple[str, ...], storages: tuple[str, ...], value_merge: str) -> Plan:
+    def within(self, budget: float, *, value_merge: str, **choices: Any) -> Plan:
         """The planner's plan; what a set of choices needs is measured once, in a file of its own."""
-        file = self.study.out / f"costs-{'-'.join((*shares, *storages, value_merge))}.json"
-        wanted = Budget(budget, shares=shares, storages=storages)
+        wanted = Budget(budget, **choices)
+        file = self.study.out / f"costs-{'-'.join((*wanted.shares, *wanted.storages, value_merge))}.json"
         return plan_within(self.model, self.probe, wanted, value_merge=value_merge, seed=self.study.seed, file=file)
 
     def compressed(self, plan: Plan | None) -> Model:
@@ -151,7 +153,7 @@ class Bench:
     def distilled(self, model: Model) -> Model:
         wanted = self.study
         train = TrainConfig(wanted.lr, wanted.batch, 1, 1, max_steps=wanted.distil, seed=wanted.seed)
-        return distil(model, self.dense, self.training, DistilConfig(train))
+        return distil(model, self.dense, self.training, DistilConfig(train, alpha=wanted.alpha))
 
     def measure(self, model: Model) -> tuple[TextResult, Result]:
         return evaluate_windows(model, self.test), evaluate_rows(model, self.task, self.validation)

@@ -45,6 +45,7 @@ class Budget:
         shares: some of `qk`, `qkv`, `kv`.
         storages: cache formats, some of `bfloat16`, `int8`, `int4`.
         pinned: layers that stay as they are, with a bfloat16 cache.
+        ranks: whether the keys and values of `qkv` clusters may have fewer dimensions than a head.
         tokens: about how many calibration tokens to measure on.
 
     Raises:
@@ -56,6 +57,7 @@ class Budget:
     shares: tuple[str, ...] = ("qkv", "kv")
     storages: tuple[str, ...] = ("bfloat16", "int8")
     pinned: tuple[int, ...] = ()
+    ranks: bool = True
     tokens: int = 1024
 
     def __post_init__(self) -> None:
@@ -157,7 +159,7 @@ def _choices(config: OPTConfig, costs: LayerCosts, budget: Budget, index: int, f
     for share, sizes in costs.clusters.items():
         for count in range(min(sizes), heads + 1):
             clusters, cost = find(index, count), interpolate(sizes, count)
-            for key, value, more in _ranks(costs.ranks if share == "qkv" else {}, config.head_dim):
+            for key, value, more in _ranks(costs.ranks if budget.ranks and share == "qkv" else {}, config.head_dim):
                 if count < heads or key or value:
                     shapes.append((LayerPlan(clusters, share=share, key_rank=key, value_rank=value), cost + more))
     for key, value, cost in _ranks(costs.latent, config.hidden_size):

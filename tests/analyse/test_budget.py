@@ -147,7 +147,9 @@ def test_clusters_keep_fewer_ranks_where_that_costs_less(model: Model, seen: Pro
     assert any(layer.key_rank or layer.value_rank for layer in made.layers)
     small = quantize(cluster(model, made, seen), made)
     assert small.kv_bytes_per_token == round(cache_fraction(made, model.config) * DENSE) <= 0.4 * DENSE
-    # Representatives have no rank to choose.
+    # Unless they must not, or are representatives, which have no rank to choose.
+    made = plan_within(model, seen, Budget(0.4, shares=("qkv",), ranks=False), value_merge="fit")
+    assert not any(layer.key_rank or layer.value_rank for layer in made.layers)
     made = plan_within(
         model, seen, Budget(0.4, shares=("qkv",)), score_merge="representative", value_merge="representative"
     )
