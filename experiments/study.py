@@ -79,9 +79,9 @@ class Study:
     """Updates of distillation for a second line of every row; 0 for none."""
     batch: int = 16
     """Examples of an update: half of them text windows, half task rows."""
-    lr: float = 5e-4
+    lr: float = 2e-4
     """Peak learning rate of the distillation."""
-    alpha: float = 0.5
+    alpha: float = 1.0
     """Weight of the teacher's distribution against the text itself."""
     window: int = 256
     """Tokens of a training or calibration window."""
@@ -126,9 +126,13 @@ class Bench:
 
     @cached_property
     def training(self) -> list[Encoded]:
-        """As many text windows as task rows, and no more than the updates take."""
+        """As many text windows as task rows, and no more than the updates take.
+
+        Every token of a task row is a target: the answers alone, one token each, would make every second update noise.
+        """
         count = min(self.study.distil * self.study.batch // 2, len(self.texts), len(self.rest))
-        return [*self.texts[:count], *map(self.encoded, self.rest[:count])]
+        rows = (dataclasses.replace(self.encoded(row), start=1) for row in self.rest[:count])
+        return [*self.texts[:count], *rows]
 
     @cached_property
     def probe(self) -> Probe:
