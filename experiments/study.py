@@ -54,7 +54,7 @@ from lab.texts import documents
 from lab.variants import CHOICES, Variant, variants
 
 GATE_WINDOWS = 16  # of held-out text, on which predicted and measured costs of a plan are compared
-PLANNED = np.geomspace(0.7, 0.04, 16)  # budgets of those plans
+PLANNED = np.geomspace(0.6, 0.05, 10)  # budgets of those plans
 
 
 @dataclass(frozen=True)
