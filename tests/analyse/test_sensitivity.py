@@ -67,6 +67,16 @@ def test_a_layer_that_does_nothing_is_not_sensitive(make: Make, windows: list[li
     assert abs(scores[2]) > 1e-3
 
 
+def test_an_output_error_is_relative_to_what_the_layer_adds(make: Make, windows: list[list[int]]) -> None:
+    model = make()
+    found = probe(model, windows)
+    damage, layer, params = Damage(model, found.tokens, found.mask), model.spec.layers[1], model.params["layers"]["1"]
+    assert damage.of_output(1, layer, params) == pytest.approx(0, abs=1e-6)
+    silent = {name: {part: jnp.zeros_like(leaf) for part, leaf in params[name].items()} for name in ("output", "down")}
+    # A layer that adds nothing has lost all that it added.
+    assert damage.of_output(1, layer, {**params, **silent}) == pytest.approx(1, rel=1e-5)
+
+
 def test_attention_is_the_mean_absolute_score_of_the_probe(make: Make, windows: list[list[int]]) -> None:
     model = make()
     found = probe(model, windows)

@@ -17,6 +17,7 @@ from chai_jax.compress.merge import (
     latent_values,
     low_rank_scores,
     low_rank_values,
+    spectra,
     svd,
 )
 
@@ -139,6 +140,19 @@ def test_latent_values_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, r
     assert found == pytest.approx(best_by_search(side, x - x.mean(axis=0), np.eye(M * D), rank), rel=1e-4)
     np.testing.assert_allclose(merged.constant, means.sum(axis=(0, 1)), atol=1e-12)
     assert found > 1e-3
+
+
+def test_the_spectra_say_what_each_rank_loses(heads: Heads, x: np.ndarray) -> None:
+    """Sums over heads and tokens (pairs of tokens) of the squared error are the tails of the spectra."""
+    moments = moments_of(x)
+    keys, values = spectra(heads, moments)
+    wanted = head_values(heads, x) - head_values(heads, x).mean(axis=1, keepdims=True)
+    for rank in range(1, D + 1):
+        scores = merged_scores(latent_scores(heads, moments, rank), x)
+        assert M * square(head_scores(heads, x) - scores) == pytest.approx(np.sum(keys[rank:] ** 2), abs=1e-9)
+        merged = latent_values(heads, moments, rank)
+        out = np.einsum("tr,ord->otd", x @ merged.value + merged.value_bias, merged.output)
+        assert M * D * square(wanted - out) == pytest.approx(np.sum(values[rank:] ** 2), abs=1e-9)
 
 
 def test_full_rank_is_exact(heads: Heads, x: np.ndarray) -> None:
