@@ -218,6 +218,8 @@ def do(bench: Bench, rows: Rows, variant: Variant, updates: int) -> None:
             text, task = rows.results("dense")
             results = results[0].against(text), results[1].against(task)
         record = {"row": name, "family": variant.family, "updates": updates if trained else 0}
+        if trained:
+            record |= {setting: getattr(bench.study, setting) for setting in ("lr", "alpha", "batch")}
         record |= describe(bench, model, plan, trained) | {"text": results[0].metrics(), "task": results[1].metrics()}
         rows.keep(name, record | {"seconds": round(time.monotonic() - began, 1)}, plan, results)
 
