@@ -19,6 +19,7 @@ from tyro.conf import OmitArgPrefixes, subcommand
 from chai_jax.commands.machines import AotCommand, EnvCommand
 from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCommand, VerifyCommand
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
+from chai_jax.commands.reports import ReportCommand
 from chai_jax.config import RunConfig
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.progress import console
@@ -47,6 +48,7 @@ Command = (
     | Annotated[GenerateCommand, subcommand("generate")]
     | Annotated[VerifyCommand, subcommand("verify")]
     | Annotated[ExportCommand, subcommand("export")]
+    | Annotated[ReportCommand, subcommand("report")]
     | Annotated[AotCommand, subcommand("aot")]
     | Annotated[EnvCommand, subcommand("env")]
 )

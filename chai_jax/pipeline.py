@@ -27,6 +27,7 @@ from chai_jax.planning import check_options, plan_for
 from chai_jax.plans import Plan
 from chai_jax.processes import agreed, first_process, once
 from chai_jax.progress import console
+from chai_jax.report.page import write_page
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
 from chai_jax.sinks import harmless, tensorboard, together, wandb
@@ -218,7 +219,7 @@ class Job:
         once(lambda: write_json(self.folder.path / "plan.json", plan.to_json()))
 
     def report(self) -> Record:
-        """Time all stages side by side, write results.json, model/ and report/, and print the table."""
+        """Time all stages side by side, write results.json, model/ and report/ with its page, and print the table."""
         path = self.folder.path
         results = path / "results.json"
         if not agreed(results.exists()):
@@ -227,6 +228,9 @@ class Job:
             records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
             chosen = choose(self.config.select, records, lambda stage: self._held_out_cost(models[stage]))
             once(lambda: self._write_results(records, chosen))
+        page = path / "report" / "report.html"
+        if not agreed(page.exists()):
+            once(lambda: write_page([path], page, page.parent))
         records = json.loads(results.read_text(encoding="utf-8"))
         print_table(terminal(records, f"{self.config.model} on {self.work.name}"))
         return {"out": str(path), "stages": [summary(record) for record in records]}

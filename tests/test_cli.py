@@ -243,7 +243,8 @@ def test_read_only_output_folder(model: Path, data: Path, capsys: pytest.Capture
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["run"], ["plan"], ["explain"], ["evaluate"], ["generate"], ["verify"], ["export"], ["env"]]
+    "command",
+    [[], *([name] for name in ("run", "plan", "explain", "evaluate", "generate", "verify", "export", "report", "env"))],
 )
 def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:

@@ -55,6 +55,12 @@ def weights(out: Path) -> bytes:
     return (out / "model" / "model.safetensors").read_bytes()
 
 
+@pytest.fixture(autouse=True)
+def no_page(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page of one run is enough: its pictures take seconds."""
+    monkeypatch.setattr(pipeline, "write_page", lambda folders, out, keep: None)
+
+
 @pytest.fixture(scope="session")
 def undisturbed(small_model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
@@ -87,6 +93,11 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert records[3]["kv_bytes_per_token"] < records[1]["kv_bytes_per_token"]
     assert records[3]["model_bytes"] < records[1]["model_bytes"] < records[0]["model_bytes"]
     assert "flips" in records[1]["metrics"]
+    pictures = ("heads", "losses", "pareto", "pipeline", "radar", "sensitivity", "stages", "tradeoff")
+    files = {"report.html", "results.md", "results.csv"}
+    files |= {f"{name}.{kind}" for name in pictures for kind in ("png", "svg", "csv")}
+    assert {path.name for path in (undisturbed / "report").iterdir()} == files
+    assert (undisturbed / "report" / "report.html").read_text().count("<img ") == len(pictures)
     steps = [json.loads(line) for line in (undisturbed / "metrics.jsonl").read_text().splitlines()]
     assert [(step["run_stage"], step["step"]) for step in steps] == [
         ("distil", 1),

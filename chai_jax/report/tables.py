@@ -15,7 +15,8 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _score(record: Record) -> str:
+def score(record: Record) -> str:
+    """Accuracy or perplexity with its standard error."""
     metrics = record["metrics"]
     if "acc" in metrics:
         return f"{100 * metrics['acc']:.1f} ± {100 * metrics['acc_stderr']:.1f} %"
@@ -45,7 +46,7 @@ def _latency(record: Record) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     ("stage", lambda record: record["stage"]),
-    ("score ± s.e.", _score),
+    ("score ± s.e.", score),
     ("paired difference [95 %]", _difference),
     ("flips", _flips),
     ("KV B/token", lambda record: f"{record['kv_bytes_per_token']:,}"),
@@ -55,13 +56,13 @@ COLUMNS: tuple[Column, ...] = (
 )
 
 
-def terminal(records: Sequence[Record], title: str) -> Table:
-    """The table for a terminal."""
+def terminal(records: Sequence[Record], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
+    """The table for a terminal; the first column names the row."""
     table = Table(title=title, title_justify="left")
-    for name, _ in COLUMNS:
-        table.add_column(name, justify="left" if name == "stage" else "right")
+    for number, (name, _) in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left")
     for record in records:
-        table.add_row(*(cell(record) for _, cell in COLUMNS))
+        table.add_row(*(cell(record) for _, cell in columns))
     return table
 
 

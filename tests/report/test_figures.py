@@ -1,4 +1,4 @@
-"""Pictures hold what they were given, in three formats."""
+"""Pictures hold what they were given, in three formats, and nothing in them hides anything else."""
 
 import csv
 from pathlib import Path
@@ -6,13 +6,35 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from chai_jax.model.params import OPTConfig
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.report.figures import head_maps, pareto
+from chai_jax.report.figures import (
+    Measure,
+    cost_against,
+    head_maps,
+    heatmap,
+    losses,
+    pareto,
+    pipeline_diagram,
+    radar,
+    scatter3d,
+    sensitivity,
+    unbeaten,
+)
+from chai_jax.report.figures.cells import worsening
+from chai_jax.report.figures.curves import running_mean
+from chai_jax.report.figures.labels import label_points
 
 CONFIG = OPTConfig(64, 32, 2, 4, 64, 24, 32)
 PNG = b"\x89PNG\r\n\x1a\n"
+STAGES = [
+    {"label": "dense $x_{", "accuracy": 80.0, "latency": 2.0, "reduction": 0.0},
+    {"label": "small", "accuracy": 60.0, "latency": 1.0, "reduction": 50.0},
+    {"label": "smaller", "accuracy": 40.0, "latency": 1.5, "reduction": 75.0},
+]
 
 
 def texts(svg: Path) -> int:
@@ -25,13 +47,22 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+def drawn(files: list[Path]) -> list[dict[str, str]]:
+    """The numbers beside a picture, which was drawn."""
+    png, svg, table = files
+    assert png.read_bytes().startswith(PNG)
+    assert texts(svg) > 20
+    return rows_of(table)
+
+
+def column(rows: list[dict[str, str]], name: str) -> list[float]:
+    return [float(row[name]) for row in rows]
+
+
 def test_head_maps_are_ordered_by_cluster(tmp_path: Path) -> None:
     correlation = np.random.default_rng(0).random((2, 4, 4))
     clusters = (ClusterPlan((1, 3), 1), ClusterPlan((0,), 0), ClusterPlan((2,), 2))
-    png, svg, table = head_maps(tmp_path / "heads", Plan((LayerPlan(clusters),) * 2), correlation, CONFIG, "n = 7")
-    assert png.read_bytes().startswith(PNG)
-    assert texts(svg) > 20
-    rows = rows_of(table)
+    rows = drawn(head_maps(tmp_path / "heads", Plan((LayerPlan(clusters),) * 2), correlation, CONFIG, "n = 7"))
     assert [int(row["head"]) for row in rows[:16:4]] == [1, 3, 0, 2]
     for row in rows:
         at = tuple(int(row[name]) for name in ("layer", "head", "other"))
@@ -51,7 +82,128 @@ def test_pareto_shows_every_row(tmp_path: Path) -> None:
         for s in ("clusters", "latent")
         for i in range(3)
     ]
-    png, svg, table = pareto(tmp_path / "pareto", rows, [("acc", "accuracy")], "cache %", "n = 3")
+    found = drawn(pareto(tmp_path / "pareto", rows, [("acc", "accuracy")], "cache %", "n = 3"))
+    assert [row["label"] for row in found] == [row["label"] for row in rows]
+
+
+def test_the_front_is_what_nothing_beats() -> None:
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        costs, losses = draw.integers(0, 6, (2, 12)).astype(float)
+
+        def beaten(at: int, costs: np.ndarray = costs, losses: np.ndarray = losses) -> bool:
+            as_good = (costs <= costs[at]) & (losses <= losses[at])
+            return bool((as_good & ((costs < costs[at]) | (losses < losses[at]))).any())
+
+        expected = {(costs[at], losses[at]) for at in range(12) if not beaten(at)}
+        front = unbeaten(costs, losses)
+        assert [(costs[at], losses[at]) for at in front] == sorted(expected)
+
+
+def test_radar_is_relative_to_the_best(tmp_path: Path) -> None:
+    rows = drawn(radar(tmp_path / "radar", [*STAGES, {"label": "unmeasured"}], "n = 3"))
+    assert column(rows, "accuracy_of_best") == [1, 0.75, 0.5, 0]
+    assert column(rows, "latency_of_best") == pytest.approx([0.5, 1, 2 / 3, 0], abs=1e-6)
+    assert column(rows, "reduction_of_best") == pytest.approx([0, 2 / 3, 1, 0], abs=1e-6)
+
+
+def test_radar_where_nothing_was_gained(tmp_path: Path) -> None:
+    rows = drawn(radar(tmp_path / "radar", [{**row, "reduction": 0.0} for row in STAGES], "n = 3"))
+    assert column(rows, "reduction_of_best") == [0, 0, 0]
+
+
+def test_heatmap_compares_with_the_first_row(tmp_path: Path) -> None:
+    rows = drawn(heatmap(tmp_path / "heat", [*STAGES, {"label": "no score", "latency": 3.0}], "n = 3"))
+    assert column(rows, "accuracy_worse")[:3] == [0, 0.5, 1]
+    assert column(rows, "latency_worse") == [0, -1, -0.5, 1]
+    assert column(rows, "reduction_worse")[:3] == pytest.approx([0, -2 / 3, -1], abs=1e-6)
+    assert rows[3]["accuracy"] == ""
+
+
+def test_a_column_that_does_not_change_has_no_colour() -> None:
+    assert (worsening(np.full((3, 2), 5.0), [True, False]) == 0).all()
+
+
+def test_the_cloud_leaves_out_what_it_cannot_place(tmp_path: Path) -> None:
+    rows = drawn(scatter3d(tmp_path / "cloud", [*STAGES, {"label": "no score", "latency": 3.0}], "n = 3"))
+    assert [row["label"] for row in rows] == [row["label"] for row in STAGES]
+    assert column(rows, "latency") == [2, 1, 1.5]
+
+
+def test_losses_with_their_running_mean(tmp_path: Path) -> None:
+    curve = [{"stage": s, "step": i, "loss": i + at} for at, s in enumerate(("distil", "target")) for i in range(1, 41)]
+    rows = drawn(losses(tmp_path / "losses", curve, "seed 0"))
+    assert column(rows, "loss") == [row["loss"] for row in curve]
+    assert column(rows, "running_mean")[:3] == [1, 1.5, 2.5]
+    assert column(rows, "running_mean")[40:43] == [2, 2.5, 3.5]
+
+
+def test_running_mean_is_the_convolution() -> None:
+    values = np.random.default_rng(0).random(30)
+    found = running_mean(values, 7)
+    np.testing.assert_allclose(found[6:], np.convolve(values, np.ones(7) / 7, "valid"))
+    np.testing.assert_allclose(found[:6], [values[: at + 1].mean() for at in range(6)])
+
+
+def test_sensitivity_has_a_panel_for_each_series(tmp_path: Path) -> None:
+    bars = [
+        {"series": task, "layer": at, "sensitivity": at / 4, "tier": tier}
+        for task in ("sst2", "rte")
+        for at, tier in enumerate(("low", "medium", "high"))
+    ]
+    rows = drawn(sensitivity(tmp_path / "layers", bars, "n = 5", "KL (nats/token)"))
+    assert column(rows, "sensitivity") == [0, 0.25, 0.5] * 2
+
+
+def test_cost_against_length(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": prompt, "batch": batch, "model": model, "ms": prompt * batch, "ms_low": 1.0, "ms_high": 9e4}
+        for prompt in (32, 512)
+        for batch in (1, 8)
+        for model in ("dense", "small")
+    ]
+    assert column(drawn(cost_against(tmp_path / "cost", rows, "n = 9")), "ms") == [row["ms"] for row in rows]
+
+
+def test_the_diagram_has_every_stage(tmp_path: Path) -> None:
+    boxes = [{"stage": row["label"], "does": "$something_", "score": "1 ± 2 %"} for row in STAGES]
+    assert [row["stage"] for row in drawn(pipeline_diagram(tmp_path / "steps", boxes, "n = 3"))] == [
+        row["label"] for row in STAGES
+    ]
+
+
+def test_the_same_picture_has_the_same_bytes(tmp_path: Path) -> None:
+    first, second = (heatmap(tmp_path / name, STAGES, "n = 3") for name in ("one", "two"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+@pytest.mark.parametrize("text", ["$\\frac$", "a\x00b\n", "\ud800", "三 🙂"])
+def test_any_text_can_be_drawn(tmp_path: Path, text: str) -> None:
+    """No mathematics, no broken SVG, no complaint about letters that the font has not."""
+    png, svg, _ = heatmap(tmp_path / "heat", STAGES, text, title=text)
     assert png.read_bytes().startswith(PNG)
     assert texts(svg) > 20
-    assert [row["label"] for row in rows_of(table)] == [row["label"] for row in rows]
+
+
+@pytest.mark.parametrize(("spread", "expected"), [(1.0, 6), (0.1, 6), (0.0, 1)])
+def test_labels_do_not_hide_each_other(spread: float, expected: int) -> None:
+    """By the extents that matplotlib measures, of which the placing knows only an estimate."""
+    points = spread * np.random.default_rng(1).random((6, 2))
+    figure = Figure(figsize=(6, 5))
+    axes = figure.subplots()
+    axes.scatter(*points.T)
+    axes.margins(0.3)
+    figure.draw_without_rendering()
+    label_points(axes, points, [f"stage {at}" for at in range(6)], 8.0, 4.0)
+    figure.draw_without_rendering()
+    patches = [note.get_bbox_patch() for note in axes.texts]
+    boxes = [patch.get_window_extent() for patch in patches if patch is not None]
+    assert len(boxes) == expected
+    for at, one in enumerate(boxes):
+        assert not any(Bbox.intersection(one, other) for other in boxes[:at])
+
+
+def test_a_measure_of_rows_without_it() -> None:
+    found = Measure("x", "x").of([{"x": 1}, {}, {"x": None}])
+    assert found[0] == 1
+    assert np.isnan(found[1:]).all()

@@ -6,11 +6,12 @@ Every function takes the path without suffix, rows (dictionaries) and a caption,
 from chai_jax.report.figures.cells import heatmap
 from chai_jax.report.figures.curves import cost_against, losses
 from chai_jax.report.figures.diagram import pipeline_diagram
-from chai_jax.report.figures.draw import TRADEOFF, Measure
+from chai_jax.report.figures.draw import DPI, TRADEOFF, Measure
 from chai_jax.report.figures.layers import head_maps, sensitivity
-from chai_jax.report.figures.tradeoff import pareto, radar, scatter3d
+from chai_jax.report.figures.tradeoff import pareto, radar, scatter3d, unbeaten
 
 __all__ = [
+    "DPI",
     "TRADEOFF",
     "Measure",
     "cost_against",
@@ -22,4 +23,5 @@ __all__ = [
     "radar",
     "scatter3d",
     "sensitivity",
+    "unbeaten",
 ]

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from chai_jax.report.figures.draw import COLOURS, Row, errorbars, plain, save, series_of, write_caption
+from chai_jax.report.figures.draw import COLOURS, Row, errorbars, plain, save, series_of, ticks_at, write_caption
 
 
 def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
@@ -75,10 +75,9 @@ def cost_against(
     for axes, (value, members) in zip(every, panels.items(), strict=True):
         for name, line in series_of(members, series).items():
             errorbars(axes, line, x, y, name, colours[name])
-        ticks = sorted({row[x] for row in members})
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize=8)
+        ticks_at(axes, [row[x] for row in members])
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:,g}")
         axes.set_title(plain(f"{panel} {value}"), fontsize=10)
         axes.set_xlabel(plain(x_label))
         axes.grid(alpha=0.3, which="both")

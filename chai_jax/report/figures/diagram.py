@@ -23,7 +23,7 @@ def pipeline_diagram(path: Path, rows: Sequence[Row], caption: str) -> list[Path
     """
     columns = [name for name in rows[0] if name not in ("stage", "does")]
     width, height = NAME + COLUMN * len(columns) + 0.1, len(rows) * (HIGH + GAP)
-    figure = Figure(figsize=(width + 0.2, height + 0.4), layout="constrained")
+    figure = Figure(figsize=(width + 0.2, height + 0.15), layout="constrained")
     axes = figure.subplots()
     axes.set(xlim=(0, width), ylim=(-height, 0), aspect="equal")
     axes.set_axis_off()

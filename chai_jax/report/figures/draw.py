@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chai_jax.files.atomic import new_file, write_text
+from chai_jax.report.markup import printable
 
 DPI = 200
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
@@ -58,6 +59,8 @@ def save(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
     with mpl.rc_context({"svg.hashsalt": "chai_jax"}), warnings.catch_warnings():
         # A name in a script that the font has not: boxes are drawn, and the page beside has the text.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # it is laid out: once is enough for both files
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             with new_file(path.with_name(path.name + suffix)) as temporary, temporary.open("wb") as file:
                 figure.savefig(file, format=suffix[1:], dpi=DPI, metadata=metadata)
@@ -72,14 +75,27 @@ def save(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
 
 
 def plain(text: object) -> str:
-    """Text as it stands: no mathematics between dollars, nothing that cannot be printed."""
-    return "".join(c if c.isprintable() else " " for c in str(text)).replace("$", r"\$")
+    """Text as it stands, in one line: no mathematics between dollars, nothing that cannot be printed."""
+    return printable(text).replace("\n", " ").replace("$", r"\$")
 
 
 def write_caption(figure: Figure, text: str) -> None:
     """A small note under the picture, in as many lines as it needs."""
     width = int(CHARACTERS_PER_INCH * figure.get_figwidth())
     figure.supxlabel("\n".join(textwrap.wrap(plain(text), width)), fontsize=7)
+
+
+def ticks_at(axes: Axes, values: Sequence[int | float]) -> None:
+    """Label a logarithmic x axis, base 2, at the values themselves where they are few and far enough apart."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:,.4g}")
+    apart: list[int | float] = []
+    for value in sorted(values):
+        if not apart or value > 1.15 * apart[-1]:
+            apart.append(value)
+    if len(apart) <= 8 and apart[0] > 0:
+        axes.set_xticks(apart)
+        axes.minorticks_off()
 
 
 def series_of(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:

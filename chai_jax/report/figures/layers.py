@@ -28,7 +28,7 @@ def head_maps(
     """
     layers, columns = len(plan.layers), min(6, len(plan.layers))
     lines = -(-layers // columns)
-    figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.8), layout="constrained")
+    figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.3), layout="constrained")
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     rows: list[Row] = []
     for index, (layer, about) in enumerate(zip(plan.layers, explain(plan, config), strict=False)):
@@ -53,7 +53,7 @@ def head_maps(
         ]
     for empty in axes[layers:]:
         empty.set_axis_off()
-    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of centred attention rows", shrink=0.8)
+    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of attention", shrink=0.8)
     write_caption(figure, f"Heads, ordered by cluster (boxes). {caption}")
     return save(figure, path, rows)
 
@@ -77,7 +77,7 @@ def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sen
     for axes, (name, members) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
         for tier, (colour, hatch) in TIERS.items():
             chosen = [row for row in members if row["tier"] == tier]
-            axes.bar(
+            bars = axes.bar(
                 [row["layer"] for row in chosen],
                 [row["sensitivity"] for row in chosen],
                 color=colour,
@@ -85,12 +85,14 @@ def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sen
                 edgecolor="white",
                 label=f"{tier} ({len(chosen)})",
             )
+            axes.bar_label(bars, fmt="%.2g", fontsize=6, padding=2, rotation=90 if longest > 12 else 0)
         axes.set_xticks([row["layer"] for row in members])
         axes.tick_params(axis="x", labelsize=8)
         axes.set_ylabel(plain(label))
         axes.set_title(plain(name), fontsize=10)
         axes.grid(axis="y", alpha=0.3)
         axes.set_axisbelow(True)
+        axes.margins(y=0.18)
     figure.axes[-1].set_xlabel("layer")
     figure.axes[0].legend(title="tier", fontsize=8, title_fontsize=8)
     write_caption(figure, caption)

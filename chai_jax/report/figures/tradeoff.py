@@ -6,13 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from mpl_toolkits.mplot3d import proj3d
 
-from chai_jax.report.figures.draw import TRADEOFF, Measure, Row, errorbars, plain, save, series_of, style, write_caption
+from chai_jax.report.figures.draw import (
+    TRADEOFF,
+    Measure,
+    Row,
+    errorbars,
+    plain,
+    save,
+    series_of,
+    style,
+    ticks_at,
+    write_caption,
+)
 from chai_jax.report.figures.labels import label_points
 
 
@@ -26,17 +38,21 @@ def radar(path: Path, rows: Sequence[Row], caption: str, measures: Sequence[Meas
         measures: the axes, in their fixed order, the first at the top.
     """
     shares = np.stack([_share_of_best(one.of(rows), one.lower) for one in measures], axis=1)
-    angles = np.pi / 2 - 2 * np.pi * np.arange(len(measures) + 1) / len(measures)
-    figure = Figure(figsize=(7, 5.2), layout="constrained")
-    axes: Any = figure.add_subplot(projection="polar")
+    angles = 2 * np.pi * np.arange(len(measures) + 1) / len(measures)
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    axes: Any = figure.add_subplot(projection="polar", theta_offset=np.pi / 2, theta_direction=-1)
     for number, (row, share) in enumerate(zip(rows, shares, strict=True)):
         look = style(number)
         axes.plot(angles, [*share, share[0]], label=plain(row["label"]), linewidth=1.6, markersize=5, **look)
         axes.fill(angles, [*share, share[0]], color=look["color"], alpha=0.06)
-    axes.set_xticks(angles[:-1], [_axis(one, rows) for one in measures], fontsize=8)
-    axes.set_ylim(0, 1.05)
-    axes.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1 = best here"], fontsize=7)
-    axes.set_rlabel_position(30)
+    axes.set_xticks(angles[:-1], [])
+    for measure, angle in zip(measures, angles, strict=False):
+        side = ("right", "center", "left")[int(np.sign(np.round(np.sin(angle), 6))) + 1]
+        axes.text(angle, 1.1, _axis(measure, rows), ha=side, va="center", fontsize=8)
+    axes.spines["polar"].set_visible(False)
+    axes.set_ylim(0, 1.02)
+    axes.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1 = best"], fontsize=7)
+    axes.set_rlabel_position(180 / len(measures))
     figure.legend(loc="outside right upper", fontsize=8)
     write_caption(figure, f"Each axis relative to the best of these rows; outside is better. {caption}")
     named = {one.name: shares[:, at] for at, one in enumerate(measures)}
@@ -58,10 +74,11 @@ def _share_of_best(values: np.ndarray, lower: bool) -> np.ndarray:
 
 def _axis(measure: Measure, rows: Sequence[Row]) -> str:
     values = measure.of(rows)
+    label = plain(measure.label)
     if np.isnan(values).all():
-        return plain(measure.label)
+        return label
     best = np.nanmin(values) if measure.lower else np.nanmax(values)
-    return plain(f"{measure.label}\nbest: {best:{measure.format}}")
+    return f"{label}\nbest: {best:{measure.format}}"
 
 
 def scatter3d(
@@ -82,7 +99,7 @@ def scatter3d(
     rows = [row for row in rows if all(np.isfinite(one.of([row])[0]) for one in measures)]
     points = np.stack([one.of(rows) for one in measures], axis=1)
     names = [str(row["label"]) for row in rows]
-    figure = Figure(figsize=(12.5, 8), layout="constrained")
+    figure = Figure(figsize=(12.5, 7.6), layout="constrained")
     grid = figure.add_gridspec(3, 2, width_ratios=(2.1, 1))
     space: Any = figure.add_subplot(grid[:, 0], projection="3d")
     flat = [figure.add_subplot(grid[at, 1]) for at in range(3)]
@@ -98,9 +115,9 @@ def scatter3d(
     write_caption(figure, caption)
     figure.draw_without_rendering()
     seen = np.stack(proj3d.proj_transform(*points.T, space.get_proj())[:2], axis=1)
-    label_points(space, seen, names, size=9)
+    label_points(space, seen, names, size=9.0, radius=9.0)
     for axes, (x, y) in zip(flat, combinations(range(3), 2), strict=True):
-        label_points(axes, points[:, [x, y]], names)
+        label_points(axes, points[:, [x, y]], names, size=7.0, radius=5.0)
     return save(
         figure, path, [{"label": row["label"], **{one.name: row[one.name] for one in measures}} for row in rows]
     )
@@ -121,34 +138,43 @@ def _space(axes: Any, points: np.ndarray, measures: Sequence[Measure], colours: 
         getattr(axes, f"set_{name}lim")(*_range(values))
         getattr(axes, f"set_{name}label")(plain(measure.label), fontweight="bold", labelpad=8)
     axes.view_init(elev=22, azim=-55)
-    axes.set_box_aspect(None, zoom=0.9)
+    axes.set_box_aspect(None, zoom=1.05)
 
 
 def _bold(axes: Axes, x: Measure, y: Measure) -> None:
     axes.set_xlabel(plain(x.label), fontweight="bold", fontsize=8)
     axes.set_ylabel(plain(y.label), fontweight="bold", fontsize=8)
     axes.tick_params(labelsize=7)
-    axes.margins(0.15)
+    axes.margins(0.2, 0.28)
     axes.grid(alpha=0.3)
 
 
 def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x: str, caption: str) -> list[Path]:
-    """Points with error bars, one panel per measure, against what they cost.
+    """Points with error bars, one panel per measure, against what they cost; those of one series are joined.
 
     Args:
-        rows: each with `series`, `label`, the cost `x`, and for each panel its value and `<name>_low`, `<name>_high`.
+        path: of the files, without suffix.
+        rows: each with `series`, `label`, the cost `x`, and for each panel its value and, where there are error bars,
+            `<name>_low`, `<name>_high`.
         panels: (name of the measure, label of its axis).
         x: the column of the cost, also the label of its axis.
-        caption: what stands under the picture.
+        caption: what stands under the picture: n, what the bars are, device, dtype.
     """
-    figure = Figure(figsize=(5.2 * len(panels), 4.4), layout="constrained")
+    figure = Figure(figsize=(5.2 * len(panels) + 1.6, 4.4), layout="constrained")
     for axes, (name, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for number, (series, members) in enumerate(series_of(rows, "series").items()):
             errorbars(axes, members, x, name, series, number)
-        axes.set_xscale("log", base=2)
+        ticks_at(axes, [row[x] for row in rows])
         axes.set_xlabel(plain(x))
         axes.set_ylabel(plain(label))
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     write_caption(figure, caption)
     return save(figure, path, rows)
+
+
+def unbeaten(costs: Float[np.ndarray, " N"], losses: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
+    """Which points no other equals or beats in both, by rising cost (the Pareto front; of equal points the first)."""
+    order = np.lexsort((losses, costs))
+    best = np.concatenate([[np.inf], np.minimum.accumulate(losses[order])[:-1]])
+    return order[losses[order] < best]

@@ -1,0 +1,197 @@
+"""Run folders written by hand, and a real browser, spoken to over its DevTools pipe: no driver, no further packages."""
+
+import base64
+import dataclasses
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chai_jax.config import RunConfig
+from chai_jax.files.hf_config import config_fields
+from chai_jax.model.params import OPTConfig
+from chai_jax.pipeline import resolved
+from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+PATIENCE = 60  # seconds for any one answer
+
+
+class Browser:
+    """A headless Chromium with one tab.
+
+    Attributes:
+        requests: every address it asked for.
+        complaints: console messages and uncaught errors.
+    """
+
+    def __init__(self, program: str, profile: Path):
+        to_browser, from_browser = os.pipe(), os.pipe()
+        command = f'exec "$@" 3<&{to_browser[0]} 4>&{from_browser[1]}'
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
+        options += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+        self.process = subprocess.Popen(
+            ["bash", "-c", command, "bash", program, *options],
+            pass_fds=(to_browser[0], from_browser[1]),
+            stderr=subprocess.DEVNULL,
+        )
+        for end in (to_browser[0], from_browser[1]):
+            os.close(end)
+        self.out, self.into, self.left = to_browser[1], from_browser[0], b""
+        self.number, self.session = 0, None
+        self.requests: list[str] = []
+        self.complaints: list[Any] = []
+        self.loaded = False
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Network", "Runtime", "Log"):
+            self.ask(f"{domain}.enable")
+
+    def ask(self, method: str, **parameters: Any) -> dict[str, Any]:
+        """Call a DevTools method and wait for its answer; events that come in between are noted."""
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": parameters}
+        if self.session:
+            message["sessionId"] = self.session
+        os.write(self.out, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self.read()
+            if answer.get("id") == self.number:
+                assert "error" not in answer, answer
+                return dict(answer["result"])
+            self.note(answer)
+
+    def read(self) -> dict[str, Any]:
+        end = time.monotonic() + PATIENCE
+        while b"\0" not in self.left:
+            ready, _, _ = select.select([self.into], [], [], max(0, end - time.monotonic()))
+            piece = os.read(self.into, 1 << 20) if ready else b""
+            assert piece, "the browser is gone, or silent"
+            self.left += piece
+        message, self.left = self.left.split(b"\0", 1)
+        return dict(json.loads(message))
+
+    def note(self, event: dict[str, Any]) -> None:
+        method, about = event.get("method"), event.get("params", {})
+        if method == "Network.requestWillBeSent":
+            self.requests.append(about["request"]["url"])
+        elif method in ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded"):
+            self.complaints.append(about)
+        elif method == "Page.loadEventFired":
+            self.loaded = True
+
+    def open(self, page: Path, width: int, height: int = 900) -> None:
+        """Show a file in a window of so many CSS pixels, and wait until all of it is there."""
+        phone = width < 600
+        self.ask("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
+        self.loaded = False
+        self.ask("Page.navigate", url=page.resolve().as_uri())
+        while not self.loaded:
+            self.note(self.read())
+
+    def value(self, expression: str) -> Any:
+        """What a JavaScript expression is in the page."""
+        answer = self.ask("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
+
+    def screenshot(self, path: Path) -> None:
+        """The whole page, from top to bottom."""
+        data = self.ask("Page.captureScreenshot", captureBeyondViewport=True)["data"]
+        path.write_bytes(base64.b64decode(data))
+
+    def pdf(self) -> bytes:
+        """The page as it is printed on A4."""
+        return base64.b64decode(self.ask("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)["data"])
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=PATIENCE)
+        os.close(self.out)
+        os.close(self.into)
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A Chromium, where there is one."""
+    found = [path for path in map(shutil.which, NAMES) if path]
+    if not found:
+        pytest.skip("no Chromium on the PATH: install chromium to open the page in a real browser")
+    opened = Browser(found[0], tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+HOSTILE = "<script>alert('$x_{')</script> & \"so on\""
+MEASURES = ("score_ms_per_example", "prefill_ms", "decode_ms_per_token")
+
+
+def stage_record(at: int, stage: str, task: str, labelled: bool) -> dict[str, Any]:
+    """A record as a run writes it, of invented numbers that differ from stage to stage."""
+    share = (0.0, 0.5, 0.5, 0.65)[at]
+    score = (0.9, 0.55, 0.8, 0.8)[at]
+    metrics: dict[str, Any] = {"n": 1234, "loss": 1 - score, "loss_stderr": 0.01}
+    if labelled:
+        metrics |= {"acc": score, "acc_stderr": 0.01, "acc_interval": [score - 0.02, score + 0.02], "majority": 0.51}
+        metrics |= {"ece": 0.04 + at / 100, "ece_interval": [0.03, 0.09], "at_chance": stage == "cluster"}
+    else:
+        metrics |= {"perplexity": 30 - 10 * score, "perplexity_stderr": 0.3}
+    if at:
+        metrics |= {"difference": score - 0.9, "difference_interval": [score - 0.92, score - 0.88]}
+    times = {name: {"median": 4.0 - at, "p10": 3.5 - at, "p90": 6.25} for name in MEASURES}
+    return {
+        "stage": stage,
+        "task": task,
+        "metrics": metrics,
+        "kv_bytes_per_token": round(256 * (1 - share)),
+        "kv_bytes_per_token_formula": round(256 * (1 - share)),
+        "kv_reduction": share,
+        "model_bytes": 54_321 - at,
+        "seconds": 1.5,
+        "seed": 3,
+        "device": "1 x abacus (wood)",
+        "compute_dtype": "float32",
+        "versions": {"python": "3.99", "jax": "9.8.7"},
+        "latency": {**times, "ratio_to_first": times, "compile_seconds": 2.0, "bytes": {"decode_peak": 999}}
+        | {"n": 9, "batch": 8, "prompt": 32, "new_tokens": 16, "device": "abacus", "dtype": "float32"},
+    }
+
+
+def write_run(path: Path, config: RunConfig, task: str) -> Path:
+    """A finished run's folder (but for its models and head maps) of a model of two layers and four heads."""
+    path.mkdir(parents=True)
+    clusters = (ClusterPlan((1, 3), 1), ClusterPlan((0, 2), 0, critical=False, storage="int8"))
+    singles = tuple(ClusterPlan((head,), head) for head in range(4))
+    plan = Plan((LayerPlan(singles), LayerPlan(clusters, "medium", "bfloat16")), sensitivity=(0.75, 0.125))
+    records = [
+        stage_record(at, stage, task, config.text is None)
+        for at, stage in enumerate(("dense", "cluster", "distil", "quantize"))
+    ]
+    updates = [{"run_stage": "distil", "step": step, "loss": 2.0 / step} for step in range(1, 31)]
+    shape = config_fields(OPTConfig(64, 32, 2, 4, 64, 24, 32))
+    config = dataclasses.replace(config, planning=config.planning.filled(config.model == "toy"))
+    files = {"config.json": resolved(config), "plan.json": plan.to_json(), "results.json": records}
+    for name, value in {**files, "model/config.json": shape}.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text(json.dumps(value))
+    (path / "metrics.jsonl").write_text("".join(json.dumps(one) + "\n" for one in updates) + '{"run_stage": "cut')
+    return path
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose model and task have names that are HTML, mathematics and quotes."""
+    return write_run(tmp_path_factory.mktemp("runs") / "labelled", RunConfig(HOSTILE, task="sst2"), HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "text"
+    return write_run(path, RunConfig("some/opt", text=Path("a $ b.txt"), limit=7), "a $ b.txt")
