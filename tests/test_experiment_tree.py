@@ -177,6 +177,7 @@ def test_other_tables_read_the_same_tree(small_model: Path, data: Path, out: Pat
     assert four[2]["kv_bytes_per_token"] == four[3]["kv_bytes_per_token"] == four[1]["kv_bytes_per_token"]
 
 
+@pytest.mark.slow
 def test_orders(small_model: Path, data: Path, out: Path, steps: Counting) -> None:
     wanted = options(small_model, data, out)
     script("orders").orders(wanted)
@@ -391,6 +392,6 @@ def test_the_driver_asks_for_options_that_exist(data: Path) -> None:
         parsed = tyro.cli(OmitArgPrefixes[getattr(script(module), kind)], args=argv)
         assert (program, parsed.data_dir) == ("python", data)
         seen.append(name)
-    scripts = {path.stem for path in EXPERIMENTS.glob("*.py") if "lab." in path.read_text()} - {"study"}
+    scripts = {path.stem for path in EXPERIMENTS.glob("*.py") if "lab.options" in path.read_text()} - {"study"}
     assert set(seen) == scripts
     assert len(seen) == len(scripts) == 10

@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -37,6 +39,13 @@ from chai_jax.spec import Spec
 ROOT = Path(__file__).parents[2]
 # The harness and what it brings warn of their own affairs.
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    """The harness logs to the stderr of its first call, which pytest closes with that test."""
+    yield
+    logging.getLogger("lm_eval").handlers.clear()
 
 
 @pytest.fixture(scope="module")
