@@ -51,6 +51,15 @@ def test_ranks_are_the_smallest_that_hold_the_energy() -> None:
     assert ranks_for(rows, 0.95) == {"keys": [3, 1], "values": [1]}
 
 
+def test_a_full_sequence_counts_all_it_keeps() -> None:
+    from lab.study_tables import full
+
+    dense = {"kv_bytes_per_token": 100, "kv_bytes_per_sequence": 0}
+    int4 = {"kv_bytes_per_token": 10, "kv_bytes_per_sequence": 640}
+    assert full(int4, dense, 64)["kv_fraction_full"] == 0.2
+    assert full(dense, dense, 64)["kv_fraction_full"] == 1.0
+
+
 def test_predictions_are_ranked_over_distinct_plans() -> None:
     from lab.study_tables import predictions
 

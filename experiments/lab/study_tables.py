@@ -48,6 +48,7 @@ def _flips(record: Record) -> str:
 COLUMNS: tuple[Column, ...] = (
     ("row", lambda record: record["row"]),
     ("cache %", lambda record: f"{100 * record['kv_fraction']:.1f}"),
+    ("full, %", lambda record: f"{100 * record['kv_fraction_full']:.1f}"),
     ("KV B/token", lambda record: f"{record['kv_bytes_per_token']:,}"),
     ("+ B/sequence", lambda record: f"{record['kv_bytes_per_sequence']:,}"),
     ("weights MB", lambda record: f"{record['model_bytes'] / 1e6:.2f}"),
@@ -59,6 +60,12 @@ COLUMNS: tuple[Column, ...] = (
     ("difference [95 %]", _interval),
     ("lost / won", _flips),
 )
+
+
+def full(record: Record, dense: Record, columns: int) -> Record:
+    """With `kv_fraction_full`: all bytes of a sequence of so many tokens, block in progress and all, over the dense."""
+    size = record["kv_bytes_per_token"] * columns + record["kv_bytes_per_sequence"]
+    return {**record, "kv_fraction_full": size / (dense["kv_bytes_per_token"] * columns)}
 
 
 def predictions(plans: Sequence[Record]) -> Record:
@@ -130,6 +137,8 @@ def publish_study(
     out: Path, records: Sequence[Record], plans: Sequence[Record], model: Model, probe: Probe, options: Record
 ) -> Record:
     """Write study.json, .csv, .md and the pictures; returns what the last line of stdout says."""
+    columns = model.config.max_positions
+    records = [full(one, records[0], columns) for one in records]
     where, text = where_computed(), records[0]["text"]
     about = {"date": datetime.date.today().isoformat(), "options": options, **where, "versions": versions()}
     energies, planner = layer_spectra(model, probe), predictions(plans)
@@ -147,6 +156,8 @@ def publish_study(
     lines = [
         f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {options['seed']}, {about['date']}",
         markdown(records, COLUMNS).rstrip(),
+        f"cache %: of the dense bfloat16 cache, by the token; full: of a sequence of {columns} tokens, with all that "
+        "it keeps besides (of int4, the block in progress).",
         f"{len(records)} rows in {seconds / 60:.0f} minutes. Planner, predicted against measured KL: {planner}.",
         f"Ranks that hold {ENERGY:.0%} of the energy, layer by layer, of {model.config.hidden_size}: keys "
         f"{ranks['keys']}, values {ranks['values']}.",
