@@ -22,10 +22,12 @@ from chai_jax.report.figures import (
     radar,
     scatter3d,
     sensitivity,
+    spectrum,
     unbeaten,
 )
 from chai_jax.report.figures.cells import worsening
 from chai_jax.report.figures.curves import running_mean
+from chai_jax.report.figures.draw import style
 from chai_jax.report.figures.labels import label_points
 
 CONFIG = OPTConfig(64, 32, 2, 4, 64, 24, 32)
@@ -207,3 +209,20 @@ def test_a_measure_of_rows_without_it() -> None:
     found = Measure("x", "x").of([{"x": 1}, {}, {"x": None}])
     assert found[0] == 1
     assert np.isnan(found[1:]).all()
+
+
+def test_series_differ_by_colour_and_marker_alone() -> None:
+    """A series of one point has no line to tell it by."""
+    assert len({(look["color"], look["marker"]) for look in map(style, range(49))}) == 49
+
+
+def test_a_spectrum_has_a_panel_for_keys_and_one_for_values(tmp_path: Path) -> None:
+    rows = [
+        {"what": what, "layer": layer, "rank": rank, "energy": 1 - 0.5**rank}
+        for what in ("keys", "values")
+        for layer in range(2)
+        for rank in range(1, 5)
+    ]
+    table = spectrum(tmp_path / "spectrum", rows, "a caption")[2]
+    with table.open() as file:
+        assert [float(row["energy"]) for row in csv.DictReader(file)] == [row["energy"] for row in rows]

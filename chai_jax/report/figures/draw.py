@@ -107,11 +107,12 @@ def series_of(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
 
 
 def style(number: int) -> dict[str, Any]:
-    """Colour, marker and line of a series; the first 21 differ."""
+    """Colour, marker and line of a series; the first 49 differ by colour and marker alone, as lone points must."""
+    turn = number // len(COLOURS)
     return {
         "color": COLOURS[number % len(COLOURS)],
-        "marker": MARKERS[number % len(MARKERS)],
-        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+        "marker": MARKERS[(number + turn) % len(MARKERS)],
+        "linestyle": LINES[turn % len(LINES)],
     }
 
 

@@ -120,6 +120,7 @@ def spectrum(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
         axes.axhline(0.01, color="black", linewidth=0.7, linestyle=":")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.set_ylim(bottom=1e-5)
         axes.set_xlabel("rank of the latent")
         axes.set_ylabel("energy not held (dotted: 1 %)")
         axes.set_title(plain(what), fontsize=10)
