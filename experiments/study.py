@@ -259,6 +259,13 @@ def planned(bench: Bench) -> list[Record]:
     return found
 
 
+def public(value: Any) -> Any:
+    """An option as it is published: of paths the last name, since where they lie is nobody else's."""
+    if isinstance(value, tuple):
+        return [public(one) for one in value]
+    return Path(value).name if isinstance(value, str | Path) else value
+
+
 def run(study: Study) -> Record:
     """Do what is not done yet, and write the tables."""
     bench, rows = Bench(study), Rows(study.out / "rows")
@@ -269,7 +276,7 @@ def run(study: Study) -> Record:
             do(bench, rows, variant, study.distil)
     names = [f"{variant.name}{trained}" for variant in every for trained in ("", "+distil")]
     records = [rows.record(name) for name in names if rows.has(name)]
-    about = {name: str(value) for name, value in dataclasses.asdict(study).items() if name not in ("rows", "out")}
+    about = {name: public(value) for name, value in dataclasses.asdict(study).items() if name not in ("rows", "out")}
     plans = planned(bench) if study.plans else []
     return publish_study(study.out, records, plans, bench.model, bench.probe, about)
 
