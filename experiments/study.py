@@ -246,8 +246,9 @@ def planned(bench: Bench) -> list[Record]:
     """What the planner predicts, on calibration text, for plans of many budgets, and what it is on held-out text."""
     file = bench.study.out / "planner.json"
     found: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    done = {(one["choices"], one["budget"]) for one in found}
     wanted = [(name, round(float(budget), 4)) for name in CHOICES for budget in PLANNED]
-    for name, budget in track(wanted[len(found) :], "Predicting and measuring plans"):
+    for name, budget in track([one for one in wanted if one not in done], "Predicting and measuring plans"):
         plan = bench.within(budget, **CHOICES[name])
         model = bench.compressed(plan)
         kl = bench.damage.of_model(model)[0]

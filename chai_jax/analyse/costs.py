@@ -100,7 +100,7 @@ class Measure:
         return self.damage.of(index, merge.spec, merge.params())[0]
 
     def _ranks(self) -> dict[str, Sizes]:
-        """Ranks of single heads, by low rank (`fit` cannot do worse, and would have to be fitted to each)."""
+        """Ranks of single heads, by low rank: values to be fitted would have to be fitted to every rank anew."""
         heads, size = self.model.config.num_heads, self.model.config.head_dim
         singles, most = tuple(ClusterPlan((head,), head) for head in range(heads)), size - 1
         # At a head's own rank a merge leaves the head as it is; one less has its columns in order.

@@ -112,7 +112,7 @@ class Stream:
     def advance(self) -> None:
         self.x = through(self.model, self.index, self.x, self.mask)
         self.index += 1
-        self.__dict__.pop("input_moments", None)
+        self.__dict__.pop("input_moments", None)  # those of the layer before, where they were asked for
 
     @cached_property
     def input_moments(self) -> InputMoments:

@@ -21,7 +21,7 @@ from pathlib import Path
 from chai_jax.compress.quantize import with_storage
 from chai_jax.config import Checkpoints, PlanConfig
 from chai_jax.errors import InputError
-from chai_jax.files.atomic import check_writable, new_folder, write_json, write_text
+from chai_jax.files.atomic import check_writable, new_folder, read_jsonl, write_json, write_jsonl
 from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
 from chai_jax.measure.result import Result
@@ -159,7 +159,7 @@ class Branch:
         made = self.tree.stages.record(label, model, {}, seconds) | {"model": self.tree.name, "updates": len(log)}
         with new_folder(path) as folder:
             model.save(folder / "model")
-            write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
+            write_jsonl(folder / "log.jsonl", log)
             write_json(folder / "made.json", made)
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -173,8 +173,7 @@ class Branch:
     def log(self, *stages: str) -> list[Record]:
         """The records of a node's training, one an update."""
         self.made(*stages)
-        lines = (self.path(*stages) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        return read_jsonl(self.path(*stages) / "log.jsonl")
 
     def measured(self, *stages: str) -> Result:
         """Answers to the validation questions: for what is reported."""
@@ -190,9 +189,8 @@ class Branch:
         """A node's answers, kept in its folder by an earlier call or measured now."""
         path = self.path(*stages) / f"{name}.jsonl"
         if not path.exists():
-            samples = measure()(self.model(*stages)).samples()
-            write_text(path, "".join(json.dumps(sample) + "\n" for sample in samples))
-        return Result.from_samples([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+            write_jsonl(path, measure()(self.model(*stages)).samples())
+        return Result.from_samples(read_jsonl(path))
 
     def latency(self, name: str, nodes: Sequence[tuple[str, ...]]) -> dict[str, Record]:
         """Nodes timed side by side in one run, the first the one that the rest are ratios to; kept under `name`."""
