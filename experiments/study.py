@@ -113,7 +113,7 @@ class Bench:
 
         def encoded(row: Any) -> Encoded:
             example = task.request(row).example
-            return encode(tokenizer, example.context, example.completion, self.model.config.max_positions - 1)
+            return encode(tokenizer, example.context, example.completion, study.window - 1)  # its end, if it is longer
 
         self.calibration = [one.tokens for one in (*cut[: study.calibration], *map(encoded, kept))]
         text_windows = cut[study.calibration :]
