@@ -48,7 +48,7 @@ from chai_jax.model.model import Model
 from chai_jax.plans import Plan
 from chai_jax.progress import console, track
 from chai_jax.spec import Spec
-from lab.options import Record, start
+from lab.options import Record, parse_seeds, start
 from lab.study_tables import publish_study
 from lab.texts import documents
 from lab.variants import CHOICES, Variant, variants
@@ -93,23 +93,23 @@ class Study:
     """Measure accuracy on the first N validation rows."""
     calibration: int = 96
     """Windows of text, and as many task rows, for calibration."""
-    seed: int = 0
-    """Of clusterings, splits and shuffles."""
+    seeds: str = "0"
+    """Of clusterings, splits and shuffles, with commas; rows of those after the first lie under --out/seed-N."""
 
 
 class Bench:
-    """The model, its data in disjoint parts, and what is measured on them."""
+    """The model, its data in disjoint parts, and what is measured on them, by one seed."""
 
-    def __init__(self, study: Study):
-        self.study, self.model = study, load(study.model)
+    def __init__(self, study: Study, seed: int, out: Path):
+        self.study, self.seed, self.out, self.model = study, seed, out, load(study.model)
         self.dense = with_storage(self.model, "bfloat16")
         tokenizer, task = self.model.tokenizer, get_task(study.task)
         text = "\n".join(document for path in study.train_text for document in documents(path))
         cut = windows(tokenizer, text, study.window)[:-1]
-        cut = [cut[at] for at in np.random.default_rng(study.seed).permutation(len(cut))]
+        cut = [cut[at] for at in np.random.default_rng(seed).permutation(len(cut))]
         if len(cut) <= study.calibration + GATE_WINDOWS:
             raise InputError(f"the text makes {len(cut)} windows; expected more than {study.calibration}: give more")
-        kept, rest = held_out(load_rows(task, "train", study.data_dir), study.calibration, study.seed)
+        kept, rest = held_out(load_rows(task, "train", study.data_dir), study.calibration, seed)
 
         def encoded(row: Any) -> Encoded:
             example = task.request(row).example
@@ -146,8 +146,8 @@ class Bench:
     def within(self, budget: float, *, value_merge: str, **choices: Any) -> Plan:
         """The planner's plan; what a set of choices needs is measured once, in a file of its own."""
         wanted = Budget(budget, **choices)
-        file = self.study.out / f"costs-{'-'.join((*wanted.shares, *wanted.storages, value_merge))}.json"
-        return plan_within(self.model, self.probe, wanted, value_merge=value_merge, seed=self.study.seed, file=file)
+        file = self.out / f"costs-{'-'.join((*wanted.shares, *wanted.storages, value_merge))}.json"
+        return plan_within(self.model, self.probe, wanted, value_merge=value_merge, seed=self.seed, file=file)
 
     def compressed(self, plan: Plan | None) -> Model:
         if plan is None:
@@ -156,7 +156,7 @@ class Bench:
 
     def distilled(self, model: Model) -> Model:
         wanted = self.study
-        train = TrainConfig(wanted.lr, wanted.batch, 1, 1, max_steps=wanted.distil, seed=wanted.seed)
+        train = TrainConfig(wanted.lr, wanted.batch, 1, 1, max_steps=wanted.distil, seed=self.seed)
         return distil(model, self.dense, self.training, DistilConfig(train, alpha=wanted.alpha))
 
     def measure(self, model: Model) -> tuple[TextResult, Result]:
@@ -238,13 +238,13 @@ def describe(bench: Bench, model: Model, plan: Plan | None, trained: bool) -> Re
         "output_error": None if trained else output_error(bench, model),
         "kl_predicted": plan.predicted if plan else None,
         "kl": None if trained else bench.damage.of_model(model)[0],
-        "seed": bench.study.seed,
+        "seed": bench.seed,
     }
 
 
 def planned(bench: Bench) -> list[Record]:
     """What the planner predicts, on calibration text, for plans of many budgets, and what it is on held-out text."""
-    file = bench.study.out / "planner.json"
+    file = bench.out / "planner.json"
     found: list[Record] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     done = {(one["choices"], one["budget"]) for one in found}
     wanted = [(name, round(float(budget), 4)) for name in CHOICES for budget in PLANNED]
@@ -267,19 +267,29 @@ def public(value: Any) -> Any:
     return Path(value).name if isinstance(value, str | Path) else value
 
 
-def run(study: Study) -> Record:
-    """Do what is not done yet, and write the tables."""
-    bench, rows = Bench(study), Rows(study.out / "rows")
-    wanted = tuple(name.strip() for name in study.rows.split(",") if name.strip())
-    every = list(variants(bench.model, lambda: bench.probe, bench.within, study.seed))
+def of_seed(bench: Bench) -> list[Record]:
+    """Do what is not done yet by one seed; all rows that it has."""
+    rows, wanted = Rows(bench.out / "rows"), tuple(name.strip() for name in bench.study.rows.split(",") if name.strip())
+    every = list(variants(bench.model, lambda: bench.probe, bench.within, bench.seed))
     for variant in every:
         if not wanted or variant.name == "dense" or variant.name.startswith(wanted):
-            do(bench, rows, variant, study.distil)
+            do(bench, rows, variant, bench.study.distil)
     names = [f"{variant.name}{trained}" for variant in every for trained in ("", "+distil")]
-    records = [rows.record(name) for name in names if rows.has(name)]
-    about = {name: public(value) for name, value in dataclasses.asdict(study).items() if name not in ("rows", "out")}
+    return [rows.record(name) for name in names if rows.has(name)]
+
+
+def run(study: Study) -> Record:
+    """Do what is not done yet, and write the tables."""
+    first, *others = parse_seeds(study.seeds)
+    bench = Bench(study, first, study.out)
+    records = of_seed(bench)
     plans = planned(bench) if study.plans else []
-    return publish_study(study.out, records, plans, bench.model, bench.probe, about)
+    for seed in others:
+        of_seed(Bench(study, seed, study.out / f"seed-{seed}"))
+    found = sorted(study.out.glob("seed-*/rows/*/record.json"))
+    repeated = [json.loads(path.read_text(encoding="utf-8")) for path in found]
+    about = {name: public(value) for name, value in dataclasses.asdict(study).items() if name not in ("rows", "out")}
+    return publish_study(study.out, records, repeated, plans, bench.model, bench.probe, about)
 
 
 if __name__ == "__main__":

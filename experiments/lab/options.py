@@ -51,15 +51,8 @@ class Options:
 
     @property
     def seed_numbers(self) -> tuple[int, ...]:
-        """The seeds, each once.
-
-        Raises:
-            InputError: none, or something that is no whole number from 0.
-        """
-        names = [name.strip() for name in self.seeds.split(",") if name.strip()]
-        if not names or not all(name.isdecimal() for name in names):
-            raise InputError(f"--seeds is {self.seeds!r}; expected whole numbers with commas: 0,1,2")
-        return tuple(dict.fromkeys(map(int, names)))
+        """The seeds, each once."""
+        return parse_seeds(self.seeds)
 
     def run_config(self, model: str, task: str, seed: int) -> RunConfig:
         """The run of `chai-jax run` that these options would start."""
@@ -74,6 +67,18 @@ class Options:
         public[str(self.data_dir)] = "$DATA"
         words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
         return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """The seeds that `--seeds` names, each once.
+
+    Raises:
+        InputError: none, or something that is no whole number from 0.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names or not all(name.isdecimal() for name in names):
+        raise InputError(f"--seeds is {text!r}; expected whole numbers with commas: 0,1,2")
+    return tuple(dict.fromkeys(map(int, names)))
 
 
 def start(experiment: Callable[[Any], Record], kind: type[Options], about: str | None) -> None:

@@ -1,7 +1,7 @@
 """What the study leaves: its table, how well the planner predicts, and two pictures."""
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,35 @@ def ranks_for(rows: Sequence[Record], energy: float = ENERGY) -> Record:
     return {what: [of[layer] for layer in sorted(of)] for what, of in ranks.items()}
 
 
+def over_seeds(records: Sequence[Record]) -> list[Record]:
+    """Rows that were made with more than one seed: mean and standard deviation (ddof 1) of what they cost."""
+    found = []
+    for name in dict.fromkeys(one["row"] for one in records):
+        same = [one for one in records if one["row"] == name and "difference" in one["text"]]
+        if len(same) > 1:
+            values = {
+                "kv_fraction": [one["kv_fraction"] for one in same],
+                "perplexity_change": [perplexity_change(one) for one in same],
+                "difference": [one["task"]["difference"] for one in same],
+            }
+            made = {what: {"mean": float(np.mean(of)), "sd": float(np.std(of, ddof=1))} for what, of in values.items()}  # type: ignore[arg-type]
+            found.append({"row": name, "seeds": [one["seed"] for one in same], **made})
+    return found
+
+
+def _over_seeds(what: str, digits: int) -> Callable[[Record], str]:
+    return lambda record: f"{100 * record[what]['mean']:+.{digits}f} ± {100 * record[what]['sd']:.{digits}f}"
+
+
+SEED_COLUMNS: tuple[Column, ...] = (
+    ("row", lambda record: record["row"]),
+    ("seeds", lambda record: ", ".join(map(str, record["seeds"]))),
+    ("cache %", lambda record: _over_seeds("kv_fraction", 1)(record).lstrip("+")),
+    ("perplexity, change %", _over_seeds("perplexity_change", 2)),
+    ("accuracy, difference", _over_seeds("difference", 1)),
+)
+
+
 def draw_pareto(path: Path, records: Sequence[Record], caption: str) -> None:
     """Accuracy and perplexity, as differences from the dense model, against the cache."""
     rows = []
@@ -134,10 +163,20 @@ def draw_pareto(path: Path, records: Sequence[Record], caption: str) -> None:
 
 
 def publish_study(
-    out: Path, records: Sequence[Record], plans: Sequence[Record], model: Model, probe: Probe, options: Record
+    out: Path,
+    records: Sequence[Record],
+    repeated: Sequence[Record],
+    plans: Sequence[Record],
+    model: Model,
+    probe: Probe,
+    options: Record,
 ) -> Record:
-    """Write study.json, .csv, .md and the pictures; returns what the last line of stdout says."""
-    columns = model.config.max_positions
+    """Write study.json, .csv, .md and the pictures; returns what the last line of stdout says.
+
+    Args:
+        repeated: rows made with other seeds.
+    """
+    columns, seeds = model.config.max_positions, over_seeds([*records, *repeated])
     records = [full(one, records[0], columns) for one in records]
     where, text = where_computed(), records[0]["text"]
     about = {"date": datetime.date.today().isoformat(), "options": options, **where, "versions": versions()}
@@ -146,18 +185,26 @@ def publish_study(
     seconds = sum(one["seconds"] for one in records)
     write_json(
         out / "study.json",
-        {**about, "planner": planner, "plans": list(plans), "ranks_99": ranks, "rows": list(records)},
+        {
+            **about,
+            "planner": planner,
+            "plans": list(plans),
+            "ranks_99": ranks,
+            "rows": list(records),
+            "over_seeds": seeds,
+        },
     )
     write_text(out / "study.csv", as_csv(records))
     n = f"{records[0]['task']['n']} examples of {options['task']}, {text['n']:,} tokens of text"
-    caption = f"{n}; seed {options['seed']}; {where['device']}, {where['compute_dtype']}. Bars: 95 %, paired."
+    caption = f"{n}; seed {records[0]['seed']}; {where['device']}, {where['compute_dtype']}. Bars: 95 %, paired."
     draw_pareto(out / "study-pareto", records, caption)
     spectrum(out / "study-spectrum", energies, f"{len(probe.tokens)} calibration windows; {where['device']}.")
     lines = [
-        f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {options['seed']}, {about['date']}",
+        f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {records[0]['seed']}, {about['date']}",
         markdown(records, COLUMNS).rstrip(),
         f"cache %: of the dense bfloat16 cache, by the token; full: of a sequence of {columns} tokens, with all that "
         "it keeps besides (of int4, the block in progress).",
+        *([markdown(seeds, SEED_COLUMNS).rstrip(), "Mean ± standard deviation over seeds."] if seeds else []),
         f"{len(records)} rows in {seconds / 60:.0f} minutes. Planner, predicted against measured KL: {planner}.",
         f"Ranks that hold {ENERGY:.0%} of the energy, layer by layer, of {model.config.hidden_size}: keys "
         f"{ranks['keys']}, values {ranks['values']}.",

@@ -17,10 +17,16 @@ BUDGETS = (0.5, 0.45, 0.35, 0.25, 0.15, 0.12, 0.1, 0.06, 0.04, 0.03)
 LOW_RANK = {"score_merge": "low_rank", "value_merge": "low_rank"}
 FIT = {"score_merge": "low_rank", "value_merge": "fit"}
 
-# What the planner may choose from: the paper's own layer, the same with fewer dimensions, and all there is.
+# What the planner may choose from: the paper's own layer, with int4 as one more tier, with fewer dimensions; and all.
 CLUSTERS = {"shares": ("qkv",), "storages": ("bfloat16", "int8"), "ranks": False, "value_merge": "fit"}
-EVERYTHING = {"shares": ("qkv", "kv"), "storages": ("bfloat16", "int8", "int4"), "value_merge": "low_rank"}
-CHOICES = {"clusters": CLUSTERS, "ranks": CLUSTERS | {"ranks": True}, "everything": EVERYTHING}
+FORMATS = ("bfloat16", "int8", "int4")
+EVERYTHING = {"shares": ("qkv", "kv"), "storages": FORMATS, "value_merge": "low_rank"}
+CHOICES = {
+    "clusters": CLUSTERS,
+    "clusters4": CLUSTERS | {"storages": FORMATS},
+    "ranks": CLUSTERS | {"ranks": True},
+    "everything": EVERYTHING,
+}
 
 
 @dataclasses.dataclass(frozen=True)
