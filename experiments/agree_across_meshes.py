@@ -22,10 +22,12 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import numpy as np
+import tyro
+from tyro.conf import Positional
 
 TOLERANCE = 1e-5
 UPDATES = 20
@@ -171,8 +173,12 @@ def spreads(found: Arrays, expected: Arrays) -> Record:
     }
 
 
-def main(measures: list[str]) -> int:
-    """Run the three processes, two of them together, and compare."""
+def main(measures: Positional[tuple[Literal["sgd", "gradient", "adamw", "looking"], ...]] = tuple(MEASURES)) -> int:
+    """Run the three processes, two of them together, and compare.
+
+    Args:
+        measures: of sgd, gradient, adamw and looking, those to compare; all, if not given.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
@@ -206,4 +212,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
         work(Path(sys.argv[2]), int(sys.argv[3]) if sys.argv[3] else None, sys.argv[4], sys.argv[5:])
     else:
-        sys.exit(main(sys.argv[1:] or list(MEASURES)))
+        sys.exit(tyro.cli(main, description=__doc__))

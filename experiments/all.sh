@@ -21,8 +21,8 @@ set -euo pipefail
 here=$(dirname "$0")
 out=${OUT:-runs/experiments}
 tasks=${TASKS:-sst2,rte,piqa}
-read -ra plan <<<"${PLAN:---layers 1 --clusters 0.5 --score-merge low_rank --value-merge low_rank}"
-read -ra size <<<"${SIZE:---max-steps 24 --batch 32 --accumulation 1 --lr 3e-4 --limit 872}"
+read -ra plan <<<"${PLAN:---layers 1 --clusters 0.5 --score-merge low_rank --value-merge fit}"
+read -ra size <<<"${SIZE:---max-steps 24 --batch 32 --accumulation 1 --lr 1e-4 --limit 872}"
 data=()
 if [ -n "${DATA:-}" ]; then data=(--data-dir "$DATA"); fi
 

@@ -1,7 +1,7 @@
 """Does a larger teacher repair a compressed student better than the student's own dense self?
 
     python experiments/bigger_teacher.py $STUDENT --teacher $TEACHER --task sst2 --data-dir $DATA --seeds 0,1,2 \
-        --max-steps 24 --batch 32 --accumulation 1 --lr 3e-4 --out runs/experiments
+        --max-steps 24 --batch 32 --accumulation 1 --lr 1e-4 --out runs/experiments
 
 Teacher and student share one vocabulary (two models of train_test_model.py with one tokenizer, or two sizes of
 facebook/opt-*). Both are tuned on the task first by the same rule. Rows: both dense models; the student distilled from

@@ -1,13 +1,14 @@
 """Table 7 and the paper's figures: the eight configurations of distillation, quantization and targeted tuning.
 
     python experiments/configurations.py $MODEL --task sst2,rte,piqa --data-dir $DATA --seeds 0,1,2 --max-steps 24 \
-        --batch 32 --accumulation 1 --lr 3e-4 --out runs/experiments
+        --batch 32 --accumulation 1 --lr 1e-4 --out runs/experiments
 
 Every configuration begins with clustering (000 is clustering alone) and applies its stages in the default order. Rows
 are named by their stages; beside them are the paper's bits (Quant, Target, KD). Mean ± s.d. over the seeds, paired
 difference to the dense teacher, cache, weights, latency of all nine timed in turn in one process, calibration error.
 The best by accuracy is chosen on held-out training rows, those by latency and size by what was measured; each is then
-compared with the dense teacher. Goal on SST-2: within 1 point at a KV reduction of at least 55 %.
+compared with the dense teacher. Goal on SST-2: of those with a KV reduction of at least 55 % the best by held-out
+accuracy is within 1 point of the teacher.
 
 Writes configurations.json, .csv, .md and per model and task a radar, a heatmap, a 3D scatter with its projections, and
 the training losses of the last configuration.
@@ -63,16 +64,19 @@ def verdict(criterion: str, chosen: Record) -> str:
     )
 
 
-def goal(chosen: Record) -> str:
-    """Whether the project's goal is met, by the estimate and by its interval."""
-    low, saved = 100 * chosen["difference_interval"][0], chosen["kv_reduction"]["mean"]
-    enough = saved >= GOAL["kv_reduction"]
-    near, surely = (points >= -GOAL["points"] for points in (100 * chosen["difference"], low))
-    met = "not met" if not (near and enough) else "met" if surely else "met by the estimate, not by its whole interval"
-    return (
-        f"{chosen['model']} {chosen['task']}: within {GOAL['points']:g} point of the teacher at a KV reduction of "
-        f"{GOAL['kv_reduction']:.0%} or more, best by accuracy: {met}."
+def goal(rows: list[Record]) -> str:
+    """Whether the project's goal is met by the best of those that save enough, by the estimate and by its interval."""
+    about = f"{rows[0]['model']} {rows[0]['task']}"
+    wanted = f"within {GOAL['points']:g} point of the teacher at a KV reduction of {GOAL['kv_reduction']:.0%} or more"
+    enough = [one for one in rows if one["kv_reduction"]["mean"] >= GOAL["kv_reduction"]]
+    if not enough:
+        return f"{about}: {wanted}: not met, none saves so much."
+    chosen = best([rows[0], *enough], "accuracy")
+    near, surely = (
+        points >= -GOAL["points"] / 100 for points in (chosen["difference"], chosen["difference_interval"][0])
     )
+    met = "not met" if not near else "met" if surely else "met by the estimate, not by its whole interval"
+    return f"{about}: {wanted}: {met}. {verdict('accuracy of those', chosen)}"
 
 
 def draw(options: Options, rows: list[Record], first: Branch, last: tuple[str, ...]) -> None:
@@ -99,7 +103,7 @@ def compare_all(options: Options) -> Record:
         ]
         draw(options, mine, branches[0], wanted["111"])
         chosen = {criterion: best(mine, criterion) for criterion in ("accuracy", "latency", "size")}
-        findings += [verdict(criterion, one) for criterion, one in chosen.items()] + [goal(chosen["accuracy"])]
+        findings += [verdict(criterion, one) for criterion, one in chosen.items()] + [goal(mine)]
         rows += mine
     shown = [("bits", lambda found: found["bits"])]
     shown += columns(

@@ -1,7 +1,7 @@
 """Table 6: clustering alone, and with each of the three methods by itself.
 
     python experiments/methods.py $MODEL --task sst2,rte,piqa --data-dir $DATA --seeds 0,1,2 --max-steps 24 --batch 32 \
-        --accumulation 1 --lr 3e-4 --out runs/experiments
+        --accumulation 1 --lr 1e-4 --out runs/experiments
 
 Accuracy with its paired difference to clustering alone; latency before (the dense model) and after, timed in turn in
 one process; bytes of cache and weights. Expected: only quantization changes bytes beyond those of clustering.

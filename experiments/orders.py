@@ -1,7 +1,7 @@
 """In which order should distillation, quantization and targeted tuning follow clustering, and does it matter?
 
     python experiments/orders.py $MODEL --task sst2 --data-dir $DATA --seeds 0,1,2 --max-steps 24 --batch 32 \
-        --accumulation 1 --lr 3e-4 --out runs/experiments
+        --accumulation 1 --lr 1e-4 --out runs/experiments
 
 All six orders and all their prefixes, 16 nodes a seed, of which configurations.py makes eight. The best order is chosen
 on held-out training rows; on the validation questions it is then compared with each of the five others by paired

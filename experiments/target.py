@@ -1,7 +1,7 @@
 """Table 4: CHAI-Target's accuracy and latency, by each of the two policies that the paper gives.
 
     python experiments/target.py $MODEL --task sst2,rte,piqa --data-dir $DATA --seeds 0,1,2 --max-steps 24 --batch 32 \
-        --accumulation 1 --lr 3e-4 --out runs/experiments
+        --accumulation 1 --lr 1e-4 --out runs/experiments
 
 The dense model, clustering alone, and clustering followed by tuning the most sensitive 30 % of the layers
 (`sensitive`, Algorithm 1) or those of the medium and low tiers (`medium-low`, section 3.3). Accuracy with its paired
