@@ -79,12 +79,18 @@ def goal(rows: list[Record]) -> str:
     return f"{about}: {wanted}: {met}. {verdict('accuracy of those', chosen)}"
 
 
+def initials(label: str) -> str:
+    """`cluster + distil` as `C+D`: where nine labels stand in one picture."""
+    return label if label == "dense" else "+".join(stage[0].upper() for stage in label.split(" + "))
+
+
 def draw(options: Options, rows: list[Record], first: Branch, last: tuple[str, ...]) -> None:
     name = f"{rows[0]['model']}-{rows[0]['task']}"
     points, caption = tradeoff(rows)
     radar(options.out / f"radar-{name}", points, caption)
     heatmap(options.out / f"heatmap-{name}", points, caption, title="Configurations (table 7)")
-    scatter3d(options.out / f"scatter3d-{name}", points, caption)
+    short = [{**one, "label": initials(one["label"])} for one in points]
+    scatter3d(options.out / f"scatter3d-{name}", short, f"C cluster, D distil, Q quantize, T target. {caption}")
     logs = [line for at in range(2, len(last) + 1) for line in first.log(*last[:at])]
     caption = f"{name}, seed {first.tree.seed}, {'+'.join(last)}; {rows[0]['latency']['device']}."
     losses(options.out / f"losses-{name}", logs, caption)

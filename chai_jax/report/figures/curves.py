@@ -11,7 +11,7 @@ from chai_jax.report.figures.draw import COLOURS, Row, errorbars, plain, save, s
 
 
 def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
-    """Loss against update, one panel per training stage: every update thin, their running mean thick.
+    """Loss against update, one panel per training stage: every update thin, their running mean (of a twentieth) thick.
 
     Args:
         path: of the files, without suffix.
@@ -26,8 +26,9 @@ def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
         loss = np.array([row["loss"] for row in members], float)
         width = max(1, len(members) // 20)
         mean = running_mean(loss, width)
-        axes.plot(step, loss, color=COLOURS[5], linewidth=0.7, label="each update")
-        axes.plot(step, mean, color=COLOURS[0], linewidth=1.8, label=f"mean of {width}")
+        axes.plot(step, loss, color=COLOURS[5], linewidth=0.7 if width > 1 else 1.8, label="each update")
+        if width > 1:
+            axes.plot(step, mean, color=COLOURS[0], linewidth=1.8, label=f"mean of {width}")
         axes.set_title(plain(stage), fontsize=10)
         axes.set_xlabel("update")
         axes.set_ylabel("loss (nats/target)")

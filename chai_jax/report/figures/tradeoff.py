@@ -39,16 +39,15 @@ def radar(path: Path, rows: Sequence[Row], caption: str, measures: Sequence[Meas
     """
     shares = np.stack([_share_of_best(one.of(rows), one.lower) for one in measures], axis=1)
     angles = 2 * np.pi * np.arange(len(measures) + 1) / len(measures)
-    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    figure = Figure(figsize=(9.6, 5.2), layout="constrained")
     axes: Any = figure.add_subplot(projection="polar", theta_offset=np.pi / 2, theta_direction=-1)
     for number, (row, share) in enumerate(zip(rows, shares, strict=True)):
         look = style(number)
         axes.plot(angles, [*share, share[0]], label=plain(row["label"]), linewidth=1.6, markersize=5, **look)
         axes.fill(angles, [*share, share[0]], color=look["color"], alpha=0.06)
-    axes.set_xticks(angles[:-1], [])
-    for measure, angle in zip(measures, angles, strict=False):
-        side = ("right", "center", "left")[int(np.sign(np.round(np.sin(angle), 6))) + 1]
-        axes.text(angle, 1.1, _axis(measure, rows), ha=side, va="center", fontsize=8)
+    axes.set_xticks(angles[:-1], [_axis(measure, rows) for measure in measures], fontsize=8)
+    for label, angle in zip(axes.get_xticklabels(), angles, strict=False):
+        label.set_ha(("right", "center", "left")[int(np.sign(np.round(np.sin(angle), 6))) + 1])
     axes.spines["polar"].set_visible(False)
     axes.set_ylim(0, 1.02)
     axes.set_yticks([0.25, 0.5, 0.75, 1], ["0.25", "0.5", "0.75", "1 = best"], fontsize=7)
