@@ -88,16 +88,16 @@ def distil(
         )
 
 
-def check_vocabulary(model: Model, teacher: Model) -> None:
-    """Raise InputError unless token ids mean the same to both models."""
-    advice = "expected one vocabulary: choose a teacher of the same family"
-    student_size, teacher_size = model.config.vocab_size, teacher.config.vocab_size
-    if student_size != teacher_size:
-        raise InputError(f"the student has {student_size} tokens, the teacher {teacher_size}; {advice}")
-    if model.tokenizer is None or teacher.tokenizer is None or model.tokenizer is teacher.tokenizer:
+def check_vocabulary(one: Model, other: Model, names: tuple[str, str] = ("student", "teacher")) -> None:
+    """Raise InputError unless token ids mean the same to both models, which it calls by these names."""
+    advice = f"expected one vocabulary: choose a {names[1]} of the same family"
+    sizes = one.config.vocab_size, other.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise InputError(f"the {names[0]} has {sizes[0]} tokens, the {names[1]} {sizes[1]}; {advice}")
+    if one.tokenizer is None or other.tokenizer is None or one.tokenizer is other.tokenizer:
         return
-    if model.tokenizer.get_vocab() != teacher.tokenizer.get_vocab():
-        raise InputError(f"student and teacher number their tokens differently; {advice}")
+    if one.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise InputError(f"{names[0]} and {names[1]} number their tokens differently; {advice}")
 
 
 def distillation_loss(

@@ -1,5 +1,6 @@
 """`chai-jax evaluate`, `generate`, `verify` and `export`: what one does with a model."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -78,22 +79,34 @@ class GenerateCommand:
     """Sample from the smallest set of tokens with this probability (nucleus)."""
     seed: int = 0
     """Seed of the sampling."""
+    draft: str | None = None
+    """A smaller or compressed model with the same tokens that proposes what MODEL then checks, several at a time:
+    greedy, the text stays the same; sampled, its distribution does."""
+    draft_tokens: int = 4
+    """How many tokens the draft proposes at a time."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
         from chai_jax.serve.generate import stream
+        from chai_jax.serve.speculate import stream_with_draft
 
         model = load_any(self.model)
+        asked = (self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
+        told: dict[str, Any] = {}
         pieces: list[str] = []
-        for piece in stream(
-            model, self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed
-        ):
+
+        def drafted(draft: str) -> Iterator[str]:
+            for piece, made in stream_with_draft(model, load_any(draft), *asked, self.draft_tokens):
+                told.update(rounds=made.rounds, proposed=made.proposed, acceptance=made.acceptance)
+                yield piece
+
+        for piece in stream(model, *asked) if self.draft is None else drafted(self.draft):
             # The prompt comes with the first piece: bad input is found out before anything is printed.
             print(piece if pieces else self.prompt + piece, end="", flush=True)
             pieces.append(piece)
         print()
-        return {"prompt": self.prompt, "completion": "".join(pieces)}
+        return {"prompt": self.prompt, "completion": "".join(pieces), **told}
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.progress import track
 from chai_jax.score import Questions, target_logprobs
-from chai_jax.serve.generate import NEVER, bucket, cast, decode, prefill
+from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling
 
 Record = dict[str, Any]

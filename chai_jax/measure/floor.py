@@ -29,7 +29,7 @@ from chai_jax.adapt.flops import cost
 from chai_jax.measure.bench import Shape
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.serve.generate import cast
+from chai_jax.serve.decode import cast
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, partition_spec, spread
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.score import Questions, padded_length, target_logprobs
-from chai_jax.serve.generate import bucket, cast, decode, prefill
+from chai_jax.serve.decode import bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
 

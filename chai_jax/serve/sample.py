@@ -47,7 +47,7 @@ class Sampling:
         return cls(temperature, top_k, top_p)
 
 
-def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Bool[Array, "B V"]:
+def nucleus(logits: Float[Array, "*batch V"], top_p: float | Float[Array, ""]) -> Bool[Array, "*batch V"]:
     """The smallest set of likeliest tokens that holds at least `top_p` of the probability.
 
     `logits` must fall along each row. Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
@@ -56,20 +56,30 @@ def nucleus(logits: Float[Array, "B V"], top_p: float | Float[Array, ""]) -> Boo
     return jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
 
 
+def chances(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array, "*batch V"]:
+    """The distribution that `sample` draws from, as log-probabilities (-inf: never drawn); greedy: all on one token.
+
+    Temperature first, then top-k, then top-p, as in transformers.
+    """
+    vocabulary = logits.shape[-1]
+    if sampling.temperature is None:
+        best = jnp.argmax(logits, axis=-1, keepdims=True)
+        return jnp.where(jnp.arange(vocabulary) == best, 0.0, -jnp.inf)
+    # Relative to the peak, a tiny temperature gives -inf and never inf - inf.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
+    if sampling.top_k is not None or sampling.top_p is not None:
+        kept, ids = jax.lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))
+        if sampling.top_p is not None:
+            kept = jnp.where(nucleus(kept, sampling.top_p), kept, -jnp.inf)
+        scaled = jnp.put_along_axis(jnp.full_like(scaled, -jnp.inf), ids, kept, axis=-1, inplace=False)
+    return jax.nn.log_softmax(scaled, axis=-1)
+
+
 def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int32[Array, "B"]:
-    """One token per row; temperature first, then top-k, then top-p, as in transformers.
+    """One token per row, by `chances`.
 
     Each row has its own key, so that what is drawn for it depends on no other row.
     """
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # Relative to the peak, a tiny temperature gives -inf and never inf - inf.
-    scaled = (logits - logits.max(axis=-1, keepdims=True)) / sampling.temperature
-    draw = jax.vmap(jax.random.categorical)
-    if sampling.top_k is None and sampling.top_p is None:
-        return draw(keys, scaled).astype(jnp.int32)
-    vocabulary = logits.shape[-1]
-    scaled, ids = jax.lax.top_k(scaled, min(sampling.top_k or vocabulary, vocabulary))
-    if sampling.top_p is not None:
-        scaled = jnp.where(nucleus(scaled, sampling.top_p), scaled, -jnp.inf)
-    return jnp.take_along_axis(ids, draw(keys, scaled)[:, None], axis=1)[:, 0]
+    return jax.vmap(jax.random.categorical)(keys, chances(logits, sampling)).astype(jnp.int32)

@@ -22,8 +22,10 @@ from chai_jax.model.params import OPTConfig, init
 from chai_jax.model.quantized import quantize
 from chai_jax.model.sharding import Layout, make_mesh, use
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.serve import generate as serve
-from chai_jax.serve.generate import bucket, generate, generate_tokens, stream
+from chai_jax.serve import decode as serve
+from chai_jax.serve import generate as texts
+from chai_jax.serve.decode import bucket
+from chai_jax.serve.generate import generate, generate_tokens, stream
 from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
 
@@ -260,7 +262,7 @@ def test_a_character_is_streamed_whole(model: Model, monkeypatch: pytest.MonkeyP
     def one_by_one(*args: Any, **kwargs: Any) -> Iterator[list[list[int]]]:
         yield from ([made[:count]] for count in range(1, len(made) + 1))
 
-    monkeypatch.setattr(serve, "_continue", one_by_one)
+    monkeypatch.setattr(texts, "_continue", one_by_one)
     assert list(stream(model, "x")) == ["n", "é", "€", "😀"]
 
 
