@@ -23,7 +23,7 @@ from chai_jax.serve.speculate import judge, speculate
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=80, embed_dim=32)
-PROMPTS = ([2, 7, 8, 9], [2], [2, *range(10, 34)])
+PROMPTS = ([2, 7, 8, 9], [2], [2, *range(10, 24)])
 
 
 def random_model(seed: int, layers: int = 2) -> Model:
@@ -46,8 +46,7 @@ def drafts(model: Model) -> dict[str, Model]:
     }
 
 
-@pytest.mark.parametrize("count", [1, 4])
-@pytest.mark.parametrize("name", ["itself", "clustered", "another"])
+@pytest.mark.parametrize(("name", "count"), [("itself", 4), ("clustered", 1), ("clustered", 4), ("another", 4)])
 def test_greedy_tokens_are_the_models_own(model: Model, drafts: dict[str, Model], name: str, count: int) -> None:
     for prompt in PROMPTS:
         (expected,) = generate_tokens(model, [prompt], 21, stop=False)
@@ -70,13 +69,10 @@ def test_an_int8_model_is_decoded_as_by_itself(model: Model, drafts: dict[str, M
 
 def test_a_text_ends_where_the_models_own_does(model: Model, drafts: dict[str, Model]) -> None:
     (free,) = generate_tokens(model, PROMPTS[:1], 21, stop=False)
-    for at in (0, 1, 7):
-        if free[at] in free[:at]:
-            continue
-        ends = model.replace(config=dataclasses.replace(model.config, eos_token_id=free[at]))
-        for draft in drafts.values():
-            *_, found = speculate(ends, draft, PROMPTS[0], 21)
-            assert found.tokens == free[: at + 1]
+    at = next(at for at in range(6, 0, -1) if free[at] not in free[:at])
+    ends = model.replace(config=dataclasses.replace(model.config, eos_token_id=free[at]))
+    *_, found = speculate(ends, drafts["clustered"], PROMPTS[0], 21)
+    assert found.tokens == free[: at + 1]
 
 
 def test_pieces_grow_to_the_whole(model: Model, drafts: dict[str, Model]) -> None:
