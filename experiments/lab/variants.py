@@ -13,7 +13,7 @@ from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 
 RATIOS = (0.75, 0.5, 0.25)  # of the heads
 RANKS = (0.375, 0.25, 0.125, 0.0625)  # of the width, which is also the fraction of the cache
-BUDGETS = (0.5, 0.45, 0.35, 0.25, 0.15, 0.12, 0.1, 0.06, 0.04, 0.03)
+BUDGETS = (0.5, 0.45, 0.35, 0.25, 0.2, 0.15, 0.12, 0.1, 0.06, 0.04, 0.03)
 LOW_RANK = {"score_merge": "low_rank", "value_merge": "low_rank"}
 FIT = {"score_merge": "low_rank", "value_merge": "fit"}
 
