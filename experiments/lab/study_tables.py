@@ -45,8 +45,13 @@ def _flips(record: Record) -> str:
     return "-" if flips is None else f"{flips['right_to_wrong']} / {flips['wrong_to_right']}"
 
 
+def _trained(record: Record) -> str:
+    return f"{record['updates']} x {record['batch']}, {record['lr']:g}" if record["updates"] else "-"
+
+
 COLUMNS: tuple[Column, ...] = (
     ("row", lambda record: record["row"]),
+    ("trained", _trained),
     ("cache %", lambda record: f"{100 * record['kv_fraction']:.1f}"),
     ("full, %", lambda record: f"{100 * record['kv_fraction_full']:.1f}"),
     ("KV B/token", lambda record: f"{record['kv_bytes_per_token']:,}"),
@@ -203,7 +208,7 @@ def publish_study(
         f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {records[0]['seed']}, {about['date']}",
         markdown(records, COLUMNS).rstrip(),
         f"cache %: of the dense bfloat16 cache, by the token; full: of a sequence of {columns} tokens, with all that "
-        "it keeps besides (of int4, the block in progress).",
+        "it keeps besides (of int4, the block in progress). trained: updates x examples, peak learning rate.",
         *([markdown(seeds, SEED_COLUMNS).rstrip(), "Mean ± standard deviation over seeds."] if seeds else []),
         f"{len(records)} rows in {seconds / 60:.0f} minutes. Planner, predicted against measured KL: {planner}.",
         f"Ranks that hold {ENERGY:.0%} of the energy, layer by layer, of {model.config.hidden_size}: keys "
