@@ -112,5 +112,9 @@ def test_a_small_study(small_model: Path, tmp_path: Path) -> None:
     assert rows["latent-0.25+distil"]["text"]["loss"] != rows["latent-0.25"]["text"]["loss"]
     assert {path.name for path in (tmp_path / "out").glob("study*")} == {
         *(f"study.{suffix}" for suffix in ("json", "csv", "md")),
-        *(f"study-{name}.{suffix}" for name in ("pareto", "spectrum") for suffix in ("png", "svg", "csv")),
+        *(
+            f"study-{name}.{suffix}"
+            for name in ("pareto", "pareto-distilled", "spectrum")
+            for suffix in ("png", "svg", "csv")
+        ),
     }

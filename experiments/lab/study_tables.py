@@ -151,7 +151,7 @@ def draw_pareto(path: Path, records: Sequence[Record], caption: str) -> None:
         low, high = one["task"]["difference_interval"]
         rows.append(
             {
-                "series": one["family"] + (", distilled" if one["updates"] else ""),
+                "series": one["family"],
                 "label": one["row"],
                 "cache (% of dense bfloat16)": 100 * one["kv_fraction"],
                 "accuracy": 100 * one["task"]["difference"],
@@ -202,7 +202,8 @@ def publish_study(
     write_text(out / "study.csv", as_csv(records))
     n = f"{records[0]['task']['n']} examples of {options['task']}, {text['n']:,} tokens of text"
     caption = f"{n}; seed {records[0]['seed']}; {where['device']}, {where['compute_dtype']}. Bars: 95 %, paired."
-    draw_pareto(out / "study-pareto", records, caption)
+    for name, trained in (("study-pareto", False), ("study-pareto-distilled", True)):
+        draw_pareto(out / name, [one for one in records if bool(one["updates"]) is trained], caption)
     spectrum(out / "study-spectrum", energies, f"{len(probe.tokens)} calibration windows; {where['device']}.")
     lines = [
         f"# The study: {n}, {where['device']}, {where['compute_dtype']}, seed {records[0]['seed']}, {about['date']}",
