@@ -12,7 +12,8 @@ Plans are made, and models trained, on $TEXT and the task's training rows; valid
 once a row. Expected: `kv_bytes_per_token` equals its formula in every row.
 
 What is done is kept under --out/rows: a study that was stopped goes on, and tables hold every row that is there.
-Writes study.json, .csv, .md, and the pictures study-pareto, study-pareto-distilled and study-spectrum. The last line on stdout is JSON.
+Writes study.json, .csv, .md, and the pictures study-pareto, study-pareto-distilled and study-spectrum. The last line on
+stdout is JSON.
 """
 
 import dataclasses
