@@ -27,7 +27,7 @@ def commands(program: str) -> list[list[str]]:
     found = []
     for line in lines:
         line = re.split(r"\||; do|#", line.split("until ")[-1])[0].replace("[", "").replace("]", "")
-        line = re.sub(r"^([A-Z]+=\S+ )+", "", line).replace("...", "").replace("MODEL-FOLDERS", "MODEL")
+        line = re.sub(r"^([A-Z]+=\S+ )+", "", line).replace("...", "")
         if line.startswith(program) and len(line.split()) > 2 - program.startswith("python"):  # more than a mention
             found.append(shlex.split(line))
     return found

@@ -26,7 +26,7 @@ from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.sharding import current_layout, whole
 from chai_jax.serve.decode import NEVER, bucket, cast, pad_left, prefill
-from chai_jax.serve.generate import STREAM_TOKENS, Request, as_text, check_prompts, encode_prompt, keys_of
+from chai_jax.serve.generate import STREAM_TOKENS, as_text, check_prompts, encode_prompt, keys_of
 from chai_jax.serve.sample import Sampling, chances
 from chai_jax.spec import Spec
 
@@ -206,7 +206,7 @@ def speculate(
         if any(group.storage == "int4" for layer in each.spec.layers for group in layer.groups):
             raise InputError("an int4 cache cannot take tokens back; expected a model and a draft without one")
     eos = model.config.eos_token_id if stop else NEVER
-    request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, eos)
+    sampling = Sampling.checked(temperature, top_k, top_p)
     layout, dtype = current_layout(), compute_dtype()
     params = tuple(cast(layout.params(each.config, each.spec, each.params), dtype) for each in (model, draft))
     tokens, mask = pad_left([prompt], model.config.pad_token_id)
@@ -214,12 +214,12 @@ def speculate(
     capacity = bucket(start + max_new_tokens + count)
     keys = keys_of(jnp.uint32(seed), jnp.zeros(1, jnp.uint32))
     read, drafted = (
-        prefill(each.config, each.spec, weights, tokens, mask, keys, request.sampling, jnp.int32(eos),
+        prefill(each.config, each.spec, weights, tokens, mask, keys, sampling, jnp.int32(eos),
                 capacity=capacity, dtype=dtype)
         for each, weights in zip((model, draft), params, strict=True)
     )  # fmt: skip
-    nothing = jnp.int32(0)
-    state = State(read.cache, drafted.cache, read.tokens, read.done[0], read.keys[0], nothing, jnp.int32(0))
+    counts = jnp.int32(0), jnp.int32(0)  # two arrays: both are donated
+    state = State(read.cache, drafted.cache, read.tokens, read.done[0], read.keys[0], *counts)
     shapes = Shape(model.config, model.spec), Shape(draft.config, draft.spec)
     made = 1
     while True:
@@ -234,9 +234,7 @@ def speculate(
             return
         made = min(len(new) + (piece or max_new_tokens), max_new_tokens)
         until = jnp.int32(start + made - 1)
-        state = speculate_until(
-            *shapes, params, state, until, request.sampling, jnp.int32(eos), count=count, dtype=dtype
-        )
+        state = speculate_until(*shapes, params, state, until, sampling, jnp.int32(eos), count=count, dtype=dtype)
 
 
 def stream_with_draft(
