@@ -24,9 +24,10 @@ def scores_of(
         old, recent = (scores_of(query, part, allowed, scale) for part in (keys.old, keys.recent))
         return jnp.where(keys.fresh, recent, old)
     stored = keys.values if isinstance(keys, QuantizedArray) else dequantize(keys, query.dtype)
-    scores = jnp.einsum(
-        "bcqtk,bcsk->bcqts", query * scale, stored.astype(query.dtype), preferred_element_type=jnp.float32
-    )
+    # All rows of a cluster in one axis: with two of them XLA copies the keys to another layout on CPUs.
+    rows = (query * scale).reshape(*query.shape[:2], -1, query.shape[-1])
+    scores = jnp.einsum("bcmk,bcsk->bcms", rows, stored.astype(query.dtype), preferred_element_type=jnp.float32)
+    scores = scores.reshape(*query.shape[:-1], -1)
     if isinstance(keys, QuantizedArray):
         scores = scores * keys.scale.astype(jnp.float32)[:, :, None, None, :]
     return jnp.where(allowed[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -34,8 +35,8 @@ def scores_of(
 
 def mix_values(
     probabilities: Float[Array, "B C q T S"], values: Leaf | Windowed, value_heads: int, dtype: DTypeLike
-) -> Float[Array, "B C q v T R"]:
-    """Weighted sums of the values [B, C * v, S, R] under each cluster's attention.
+) -> Float[Array, "B heads T R"]:
+    """Weighted sums of the values [B, C * v, S, R] under each cluster's attention: C * q * v heads (q or v is 1).
 
     With one query row (decoding) the probabilities are spread over the cluster's value heads and an int8 value's scale
     multiplies them; with many rows they never are: the values are read back instead, and a cluster's value heads all go
@@ -46,22 +47,18 @@ def mix_values(
         old = mix_values(probabilities - recent, values.old, value_heads, dtype)
         return old + mix_values(recent, values.recent, value_heads, dtype)
     batch, clusters, queries, rows, columns = probabilities.shape
-    split = (batch, clusters, value_heads, columns)
+    probabilities = probabilities.reshape(batch, clusters, queries * rows, columns)
     if rows > 1:
-        read = dequantize(values, dtype)
-        equation = "bcqts,bcvsr->bcqvtr"
+        read = dequantize(values, dtype).reshape(batch, clusters, value_heads, columns, -1)
+        mixed = jnp.einsum("bcms,bcvsr->bcvmr", probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
     else:
-        shape = (batch, clusters, queries, value_heads, rows, columns)
-        probabilities = jnp.broadcast_to(probabilities[:, :, :, None], shape)
+        spread = jnp.broadcast_to(probabilities[:, :, None], (batch, clusters, value_heads, queries, columns))
+        probabilities = spread.reshape(batch, clusters * value_heads, queries, columns)
         if isinstance(values, QuantizedArray):
-            probabilities = probabilities * values.scale.astype(jnp.float32).reshape(split)[:, :, None, :, None]
-            read = values.values.astype(dtype)
-        else:
-            read = dequantize(values, dtype)
-        equation = "bcqvts,bcvsr->bcqvtr"
-    read = read.reshape(*split, -1)
-    mixed = jnp.einsum(equation, probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
-    return mixed.astype(dtype)
+            probabilities = probabilities * values.scale.astype(jnp.float32)[:, :, None]
+        read = values.values.astype(dtype) if isinstance(values, QuantizedArray) else dequantize(values, dtype)
+        mixed = jnp.einsum("bhms,bhsr->bhmr", probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
+    return mixed.astype(dtype).reshape(batch, clusters * queries * value_heads, rows, -1)
 
 
 def attend(
@@ -84,6 +81,4 @@ def attend(
     """
     scores = scores_of(query, keys, allowed, scale)
     probabilities = jax.nn.softmax(scores, axis=-1)
-    mixed = mix_values(probabilities, values, value_heads, query.dtype)
-    batch, clusters, queries, heads, rows, rank = mixed.shape
-    return mixed.reshape(batch, clusters * queries * heads, rows, rank), scores, probabilities
+    return mix_values(probabilities, values, value_heads, query.dtype), scores, probabilities

@@ -5,6 +5,7 @@ training the same damage (with a straight-through gradient) that decoding reads 
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -96,10 +97,22 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> Group
 
     def write(old: Array, entry: Array) -> Array:
         # Axis 2 holds the tokens in keys, values and scales alike.
-        return tokens_minor(jax.lax.dynamic_update_slice_in_dim(tokens_minor(old), entry, start, axis=2))
+        put = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+        return tokens_minor(
+            jax.lax.platform_dependent(tokens_minor(old), entry, start, cpu=partial(_in_loop, put), default=put)
+        )
 
     keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     return GroupCache(keys, values, cache.membership)
+
+
+def _in_loop(put: Callable[[Array, Array, Array], Array], old: Array, entry: Array, start: Array) -> Array:
+    """`put(old, entry, start)` as a loop of one turn, which XLA for CPUs leaves alone.
+
+    Otherwise it gives a cache of one sequence another layout for the dots that follow, or one of bfloat16 the type
+    float32, and copies all of it there and back at every token.
+    """
+    return jax.lax.while_loop(lambda s: s[0] <= start, lambda s: (s[0] + 1, put(s[1], entry, s[0])), (start, old))[1]
 
 
 def remember(

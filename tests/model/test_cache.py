@@ -60,7 +60,9 @@ def decode(config: OPTConfig, spec: Spec, params: Params, tokens: np.ndarray, ma
 
 
 def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndarray) -> None:
-    """At real tokens: float32 within 1e-5; else 99.9 % of what is stored is equal, and the rest one step apart.
+    """At real tokens: float32 within 1e-5; else 99.5 % of what is stored is equal, and the rest one step apart.
+
+    An entry that rounds the other way moves those of later layers: of twelve random models the worst has 0.31 % unequal.
 
     The step of int8 values is 1, that of bfloat16 its spacing at the largest entry of the token's vector: at its much
     smaller entries, float32's own rounding is more than a step.
@@ -76,7 +78,7 @@ def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndar
         step = 1.0 if a.dtype == jnp.int8 else 2.0 ** (np.floor(np.log2(peak)) - 7)
         assert (distance <= step).all()
         same.append((x == y).ravel())
-    assert not same or np.concatenate(same).mean() >= 0.999
+    assert not same or np.concatenate(same).mean() >= 0.995
 
 
 CASES = [("pre_norm", storage) for storage in STORAGES] + [("post_norm", "float32"), ("post_norm", "mixed")]
