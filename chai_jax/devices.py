@@ -9,6 +9,7 @@ import jax
 
 from chai_jax.config import DeviceConfig
 from chai_jax.errors import InputError
+from chai_jax.files.atomic import check_writable
 from chai_jax.model.sharding import Layout, make_mesh, set_layout
 from chai_jax.processes import first_process
 from chai_jax.progress import console
@@ -20,9 +21,13 @@ def start(config: DeviceConfig) -> None:
     Of several processes only the first keeps talking. To be called once, before anything is computed.
 
     Raises:
-        InputError: the processes cannot be joined, the backend is not the one required, or the mesh does not fit.
+        InputError: the processes cannot be joined, the backend is not the one required, the mesh does not fit, or
+            compiled programs cannot be kept where they should be.
     """
     join_processes(config)
+    if config.compile_cache is not None:
+        check_writable(config.compile_cache, "--compile-cache")
+        jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.absolute()))
     require_backend(config.require_backend)
     set_layout(Layout(make_mesh(*parse_mesh(config.mesh)), config.fsdp))
     if not first_process():

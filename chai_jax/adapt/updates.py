@@ -37,7 +37,7 @@ class Batch:
 def encode_examples(
     tokenizer: Any, examples: Sequence[Example | Encoded], config: TrainConfig, longest: int
 ) -> list[Encoded]:
-    """The examples a stage will use, as tokens; a text of more than `longest` inputs keeps its end.
+    """The examples a stage will use, as tokens; a text, or an answer, of more than `longest` inputs keeps its end.
 
     Raises:
         InputError: no examples, text for a model without a tokenizer, or too many tokens in an encoded example.
@@ -57,7 +57,7 @@ def encode_examples(
     texts = [example for example in wanted if isinstance(example, Example)]
     if texts and tokenizer is None:
         raise InputError("the model has no tokenizer; expected one to train on text: load it with its tokenizer")
-    encoded = iter(encode_all(tokenizer, texts, longest))
+    encoded = iter(encode_all(tokenizer, texts, longest, cut_completion=True))
     return [example if isinstance(example, Encoded) else next(encoded) for example in wanted]
 
 

@@ -44,7 +44,9 @@ class Windows:
         return cls(tokens, mask)
 
 
-def encode(tokenizer: Any, context: str, completion: str, max_length: int | None = None) -> Encoded:
+def encode(
+    tokenizer: Any, context: str, completion: str, max_length: int | None = None, cut_completion: bool = False
+) -> Encoded:
     """Tokenize as the lm-evaluation-harness does (`TemplateLM.loglikelihood`, `HFLM._loglikelihood_tokens`; 0.4.13).
 
     Trailing spaces of the context move to the completion, whose tokens are those that the whole has beyond the
@@ -53,6 +55,8 @@ def encode(tokenizer: Any, context: str, completion: str, max_length: int | None
     Args:
         max_length: inputs the model takes. The last token is predicted, never fed, so the last `max_length + 1` are
             kept: what is cut off is context, or the beginning of a text without context.
+        cut_completion: keep the end of a completion, too, that does not fit behind a context: good enough to learn
+            from, not to be scored.
 
     Raises:
         InputError: the completion has no token of its own, or does not fit behind a context.
@@ -65,7 +69,7 @@ def encode(tokenizer: Any, context: str, completion: str, max_length: int | None
     if start >= len(whole):
         raise InputError(f"the completion {completion!r} has no tokens of its own: give a longer one")
     cut = 0 if max_length is None else max(len(whole) - max_length - 1, 0)
-    if context and start - cut < 1:
+    if context and start - cut < 1 and not cut_completion:
         raise InputError(
             f"a completion has {len(whole) - start} tokens; expected at most the model's {max_length} positions: "
             f"shorten {completion[:40]!r}..."
@@ -74,7 +78,11 @@ def encode(tokenizer: Any, context: str, completion: str, max_length: int | None
 
 
 def encode_all(
-    tokenizer: Any, examples: Sequence[Example], max_length: int | None = None, description: str = "Tokenizing"
+    tokenizer: Any,
+    examples: Sequence[Example],
+    max_length: int | None = None,
+    description: str = "Tokenizing",
+    cut_completion: bool = False,
 ) -> list[Encoded]:
     """`encode` of many; of several processes each tokenizes its share and gets the others' tokens from them.
 
@@ -85,7 +93,7 @@ def encode_all(
     """
 
     def start_and_tokens(example: Example) -> tuple[int, ...]:
-        found = encode(tokenizer, example.context, example.completion, max_length)
+        found = encode(tokenizer, example.context, example.completion, max_length, cut_completion)
         return (found.start, *found.tokens)
 
     return [Encoded(numbers[1:], numbers[0]) for numbers in divided(start_and_tokens, examples, description)]

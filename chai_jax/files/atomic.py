@@ -73,8 +73,8 @@ def claim_folder(path: Path) -> Path:
     return path
 
 
-def check_writable(path: Path) -> None:
-    """Raise InputError unless a file can be made in `path`, or in its nearest parent that exists."""
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Raise InputError, which names `option`, unless a file can be made in `path` or its nearest parent that exists."""
     folder = path
     while not folder.exists():
         folder = folder.parent
@@ -84,5 +84,5 @@ def check_writable(path: Path) -> None:
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
-            f"cannot write to {folder} ({reason}); expected a writable folder: choose another --out"
+            f"cannot write to {folder} ({reason}); expected a writable folder: choose another {option}"
         ) from None

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from chai_jax.errors import InputError
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import Params
+from chai_jax.model.params import Params, fold
 from chai_jax.progress import track
 from chai_jax.score import Questions, target_logprobs
 from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
@@ -193,7 +193,7 @@ class Timed:
     def __init__(self, model: Model, shape: Shape, seed: int) -> None:
         self.shape, self.compile_seconds = shape, 0.0
         dtype, what = compute_dtype(), (model.config, model.spec)
-        self.params = jax.block_until_ready(cast(model.params, dtype))
+        self.params = jax.block_until_ready(fold(cast(model.params, dtype)))  # as `serving_params` on one device
         prompts, questions = map(jnp.asarray, shape.inputs(model.config.vocab_size, seed))
         lengths = jnp.full(shape.batch, shape.question, jnp.int32)
         self.questions = questions, lengths, jnp.tile(jnp.array(ANSWERS, jnp.int32), (shape.batch, 1))

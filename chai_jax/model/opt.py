@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import Cache, GroupCache, remember
-from chai_jax.model.params import POSITION_OFFSET, OPTConfig, Params
+from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
 from chai_jax.model.prompt import attend_per_prompt
 from chai_jax.model.quantized import Leaf, dequantize, einsum
 from chai_jax.spec import Group, LayerSpec, Spec
@@ -114,14 +115,24 @@ class Attention(nnx.Module):
     def __init__(self, config: OPTConfig, layer: LayerSpec, params: Params):
         self.spec = layer
         self.scale = config.head_dim**-0.5
-        self.query = Heads(params["query"])
-        self.key = Heads(params["key"])
-        self.value = Heads(params["value"])
+        # One matrix or three: see chai_jax.model.params.fold.
+        self.qkv = Projection("btd,df->btf", params["qkv"]) if "qkv" in params else None
+        self.apart = None if "qkv" in params else nnx.List([Heads(params[name]) for name in PROJECTIONS])
         self.output = Projection("bhtr,hrd->btd", params["output"])
+
+    def _project(self, x: Float[Array, "B T D"]) -> list[Array]:
+        """Queries, keys and values, each [B, heads, T, R]."""
+        if self.qkv is None:
+            return [heads(x) for heads in self.apart]
+        queries, keys, values, _ = self.spec.projected
+        shapes = (queries, self.spec.key_rank), (keys, self.spec.key_rank), (values, self.spec.value_rank)
+        ends = np.cumsum([heads * rank for heads, rank in shapes])[:-1].tolist()
+        parts = zip(jnp.split(self.qkv(x), ends, axis=-1), shapes, strict=True)
+        return [jnp.swapaxes(part.reshape(*x.shape[:2], *shape), 1, 2) for part, shape in parts]
 
     def _groups(self, x: Array) -> list[tuple[Group, Array, Array, Array]]:
         """Split the projected heads by group: (group, query [B,C,q,T,R], key [B,C,T,R], value [B,C*v,T,R])."""
-        query, key, value = self.query(x), self.key(x), self.value(x)
+        query, key, value = self._project(x)
         parts = []
         at_query = at_key = at_value = 0
         for group in self.spec.groups:
@@ -138,9 +149,8 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], allowed: Bool[Array, "B T S"], past: tuple[GroupCache, ...] | None, start: Array
     ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
         if self.spec.membership == "prompt":
-            projected = self.query(x), self.key(x), self.value(x)
             before = None if past is None else past[0]
-            found = attend_per_prompt(self.spec, *projected, allowed, before, start, self.scale)
+            found = attend_per_prompt(self.spec, *self._project(x), allowed, before, start, self.scale)
             joined, score, probability, new = found
             return self.output(joined), (new,), Seen(x, score, probability, allowed, joined)
         heads, scores, probabilities, caches = [], [], [], []

@@ -1,5 +1,6 @@
 """The parameters of an OPT: the shape of the model, and the tree that shape and spec demand."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray
 from chai_jax.spec import LayerSpec, Spec
 
 POSITION_OFFSET = 2  # the position table's first two rows are padding's
@@ -118,3 +120,37 @@ def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params
         return std * jax.random.normal(key, what.shape)
 
     return jax.tree.unflatten(treedef, [leaf(what, key) for what, key in zip(declared, keys, strict=True)])
+
+
+PROJECTIONS = ("query", "key", "value")
+
+
+def fold(params: Params) -> Params:
+    """The same model with one matrix `qkv` [D, F] a layer in place of query, key and value: one matmul, not three.
+
+    F counts entries of all queries, then keys, then values. A layer whose three kernels are not of one kind, plain or
+    int8, stays as it is, and so does one with int4 kernels. For one device: split arrays do not stay split.
+    """
+
+    def side_by_side(kernels: Sequence[Leaf]) -> Leaf | None:
+        if all(isinstance(kernel, QuantizedArray) for kernel in kernels):
+            values, scale = (
+                side_by_side([k.values for k in kernels]),
+                jnp.concatenate([k.scale.ravel() for k in kernels]),
+            )
+            return QuantizedArray(values, scale, (-2,))
+        if any(isinstance(kernel, Quantized) for kernel in kernels):
+            return None
+        return jnp.concatenate([kernel.reshape(len(kernel), -1) for kernel in kernels], axis=1)
+
+    def layer(old: Params) -> Params:
+        three = [old[name] for name in PROJECTIONS]
+        kernel = side_by_side([each["kernel"] for each in three])
+        if kernel is None:
+            return old
+        bias = {"bias": jnp.concatenate([each["bias"].ravel() for each in three])} if "bias" in three[0] else {}
+        return {name: leaf for name, leaf in old.items() if name not in PROJECTIONS} | {
+            "qkv": {"kernel": kernel, **bias}
+        }
+
+    return params | {"layers": {index: layer(old) for index, old in params["layers"].items()}}

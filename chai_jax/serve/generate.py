@@ -14,7 +14,7 @@ from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
-from chai_jax.serve.decode import NEVER, bucket, cast, decode, pad_left, prefill
+from chai_jax.serve.decode import NEVER, bucket, decode, pad_left, prefill, serving_params
 from chai_jax.serve.sample import Sampling
 
 STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
@@ -42,7 +42,7 @@ def _continue(
     """What one batch has been continued by so far: after its first token, then each time `piece` more are there.
 
     Args:
-        params: the model's, placed and `cast`.
+        params: the model's `serving_params`.
         numbers: of the prompts among all that were asked for; they and the seed decide what is drawn.
     """
     dtype, eos = compute_dtype(), jnp.int32(request.eos)
@@ -113,7 +113,7 @@ def generate_tokens(
     eos = model.config.eos_token_id if stop else NEVER
     request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, eos)
     layout = current_layout()
-    params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
+    params = serving_params(model, layout)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     completions: list[list[int]] = [[] for _ in prompts]
@@ -195,7 +195,7 @@ def stream(
     check_prompts(model, encoded, max_new_tokens)
     request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, model.config.eos_token_id)
     layout = current_layout()
-    params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
+    params = serving_params(model, layout)
     made = _continue(model, params, layout, encoded, [0], request, piece=STREAM_TOKENS)
     yield from as_text(model, (tokens for (tokens,) in made))
 

@@ -25,7 +25,7 @@ from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.sharding import current_layout, whole
-from chai_jax.serve.decode import NEVER, bucket, cast, pad_left, prefill
+from chai_jax.serve.decode import NEVER, bucket, pad_left, prefill, serving_params
 from chai_jax.serve.generate import STREAM_TOKENS, as_text, check_prompts, encode_prompt, keys_of
 from chai_jax.serve.sample import Sampling, chances
 from chai_jax.spec import Spec
@@ -208,7 +208,7 @@ def speculate(
     eos = model.config.eos_token_id if stop else NEVER
     sampling = Sampling.checked(temperature, top_k, top_p)
     layout, dtype = current_layout(), compute_dtype()
-    params = tuple(cast(layout.params(each.config, each.spec, each.params), dtype) for each in (model, draft))
+    params = tuple(serving_params(each, layout) for each in (model, draft))
     tokens, mask = pad_left([prompt], model.config.pad_token_id)
     start = tokens.shape[1]
     capacity = bucket(start + max_new_tokens + count)

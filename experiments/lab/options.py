@@ -21,21 +21,40 @@ Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Options:
-    """What an experiment is done with; planning and training options are those of `chai-jax run`."""
+class Common:
+    """What every experiment is done with."""
 
     model: Positional[tuple[str, ...]]
     """Hub ids or folders of dense OPTs; each gets its rows."""
-    task: str = "sst2"
-    """sst2, rte, piqa, with commas."""
     data_dir: Path | None = None
     """Folder holding TASK/{train,validation}.jsonl[.gz]; without it, the data comes from the Hugging Face hub."""
     seeds: str = "0,1,2"
     """Seeds of splits, clusterings and shuffles, with commas."""
-    limit: int | None = None
-    """Evaluate on the first N validation examples only."""
     out: Path = Path("runs/experiments")
     """Folder of the tables; what they are made from is kept under tree/ and shared by all experiments."""
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        """The seeds, each once."""
+        return parse_seeds(self.seeds)
+
+    @property
+    def command(self) -> str:
+        """The command line as anyone can repeat it: models and data by variable, other paths by name."""
+        public = {path: "$MODEL" if len(self.model) == 1 else f"$MODEL{at}" for at, path in enumerate(self.model, 1)}
+        public[str(self.data_dir)] = "$DATA"
+        words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
+        return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
+
+
+@dataclass(frozen=True)
+class Options(Common):
+    """What an experiment over tasks is done with; planning and training options are those of `chai-jax run`."""
+
+    task: str = "sst2"
+    """sst2, rte, piqa, with commas."""
+    limit: int | None = None
+    """Evaluate on the first N validation examples only."""
     finetune: Literal["auto", "always", "never"] = "auto"
     """Tune the dense model on the task first: `auto` does if it is at chance."""
     storage: Literal["bfloat16", "float32"] = "bfloat16"
@@ -49,24 +68,11 @@ class Options:
     def tasks(self) -> tuple[str, ...]:
         return parse_list("--task", self.task, tuple(TASKS))
 
-    @property
-    def seed_numbers(self) -> tuple[int, ...]:
-        """The seeds, each once."""
-        return parse_seeds(self.seeds)
-
     def run_config(self, model: str, task: str, seed: int) -> RunConfig:
         """The run of `chai-jax run` that these options would start."""
         names = ("data_dir", "limit", "finetune", "storage", "train")
         shared = {name: getattr(self, name) for name in names}
         return RunConfig(model, task, seed=seed, planning=self.planning.filled(toy=model == "toy"), **shared)
-
-    @property
-    def command(self) -> str:
-        """The command line as anyone can repeat it: models and data by variable, other paths by name."""
-        public = {path: "$MODEL" if len(self.model) == 1 else f"$MODEL{at}" for at, path in enumerate(self.model, 1)}
-        public[str(self.data_dir)] = "$DATA"
-        words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
-        return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -81,7 +87,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, names)))
 
 
-def start(experiment: Callable[[Any], Record], kind: type[Options], about: str | None) -> None:
+def start(experiment: Callable[[Any], Record], kind: type[Common], about: str | None) -> None:
     """Parse the command line, run the experiment, and end the program: its result is the last line of stdout."""
     options: Any = tyro.cli(OmitArgPrefixes[kind], description=about)  # type: ignore[valid-type]
     try:

@@ -7,12 +7,12 @@ from typing import Any
 from chai_jax.environment import versions, where_computed
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.report.tables import Column, as_csv, markdown
-from lab.options import Options, Record
+from lab.options import Common, Record
 from lab.paper import Claim
 
 
 def publish(
-    options: Options,
+    options: Common,
     name: str,
     title: str,
     rows: Sequence[Record],

@@ -104,6 +104,13 @@ def test_a_completion_that_does_not_fit_is_refused(bpe: Any) -> None:
         encode(bpe, "a", " positive or negative", answer - 1)
 
 
+def test_a_completion_to_learn_from_keeps_its_end(bpe: Any) -> None:
+    whole = encode(bpe, "a", " positive or negative")
+    cut = encode(bpe, "a", " positive or negative", 2, cut_completion=True)
+    assert cut == Encoded(whole.tokens[-3:], 1)
+    assert encode(bpe, "a", " positive or negative", 99, cut_completion=True) == whole
+
+
 def test_a_long_text_is_no_news(bpe: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bpe, "deprecation_warnings", {})  # it warns but once
     logging.getLogger("transformers").addHandler(caplog.handler)

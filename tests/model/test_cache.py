@@ -62,7 +62,7 @@ def decode(config: OPTConfig, spec: Spec, params: Params, tokens: np.ndarray, ma
 def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndarray) -> None:
     """At real tokens: float32 within 1e-5; else 99.5 % of what is stored is equal, and the rest one step apart.
 
-    An entry that rounds the other way moves those of later layers: of twelve random models the worst has 0.31 % unequal.
+    One that rounds the other way moves those of later layers: the worst of twelve random models has 0.31 % unequal.
 
     The step of int8 values is 1, that of bfloat16 its spacing at the largest entry of the token's vector: at its much
     smaller entries, float32's own rounding is more than a step.

@@ -1,0 +1,126 @@
+"""Does serving stay as it began: are programs compiled after the first requests, does memory grow?
+
+    python experiments/steady.py $MODEL --requests 1000 --seeds 0 --out runs/steady
+
+Requests of 1, 2 or 4 prompts of 1 to --longest random tokens, 1 to --new-tokens new ones each, greedy or sampled, one
+after the other in one process; the seed decides which. Of every hundred requests: programs compiled (by JAX's own
+events), bytes of all live arrays and of the process (resident) after them, median milliseconds a new token. Expected:
+programs are compiled while shapes are new, none are for shapes that were seen, and memory is flat once they all were.
+`--passes 2` serves the same requests again.
+
+Writes steady.json, .csv and .md.
+"""
+
+import gc
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from chai_jax.files.store import load
+from chai_jax.model.model import Model
+from chai_jax.progress import track
+from chai_jax.report.tables import Column
+from chai_jax.serve.generate import generate_tokens
+from lab.memory import gib, resident
+from lab.options import Common, Record, start
+from lab.publish import publish
+
+GROUP = 100  # requests in a row of the table
+COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring, one a program
+COLUMNS: tuple[Column, ...] = (
+    ("model", lambda row: row["model"]),
+    ("pass", lambda row: str(row["pass"])),
+    ("requests", lambda row: f"{row['first']} to {row['last']}"),
+    ("programs compiled", lambda row: str(row["compiled"])),
+    ("live arrays, bytes", lambda row: f"{row['live_bytes']:,}"),
+    ("resident, GiB", lambda row: gib(row["resident_bytes"])),
+    ("ms a new token, median", lambda row: f"{row['ms_per_token']:.2f}"),
+)
+
+
+@dataclass(frozen=True)
+class SteadyOptions(Common):
+    requests: int = 1000
+    """How many are served in a pass."""
+    passes: int = 1
+    """How often the same requests are served."""
+    longest: int = 200
+    """Tokens of the longest prompt."""
+    new_tokens: int = 16
+    """The most new tokens of a request."""
+
+
+def request(model: Model, random: np.random.Generator, options: SteadyOptions) -> dict[str, Any]:
+    """Arguments of `generate_tokens`."""
+    rows = int(random.choice([1, 2, 4]))
+    lengths = random.integers(1, options.longest + 1, rows)
+    prompts = [random.integers(4, model.config.vocab_size, length).tolist() for length in lengths]
+    temperature = float(random.choice([0.0, 0.7]))
+    return {
+        "prompts": prompts,
+        "max_new_tokens": int(random.integers(1, options.new_tokens + 1)),
+        "temperature": temperature,
+        "seed": int(random.integers(2**31)),
+        "stop": False,
+    }
+
+
+def serve(model: Model, options: SteadyOptions, seed: int, compiled: list[str]) -> Iterator[Record]:
+    """A row for every `GROUP` requests of one pass; `compiled` grows by one with every program."""
+    random = np.random.default_rng(seed)
+    for first in track(range(0, options.requests, GROUP), f"Serving {options.requests} requests"):
+        before, times = len(compiled), []
+        last = min(first + GROUP, options.requests)
+        for _ in range(first, last):
+            asked = request(model, random, options)
+            began = time.perf_counter()
+            generate_tokens(model, **asked)
+            times.append(1e3 * (time.perf_counter() - began) / asked["max_new_tokens"])
+        gc.collect()
+        yield {
+            "first": first + 1,
+            "last": last,
+            "compiled": len(compiled) - before,
+            "live_bytes": sum(array.nbytes for array in jax.live_arrays()),
+            "resident_bytes": resident(),
+            "ms_per_token": float(np.median(times)),
+        }
+
+
+def steady(options: SteadyOptions) -> Record:
+    """All models, one after the other."""
+    compiled: list[str] = []
+
+    def heard(event: str, duration: float, **_: Any) -> None:
+        if event == COMPILED:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    rows: list[Record] = []
+    findings = []
+    for source in options.model:
+        model = load(source)
+        (seed,) = options.seed_numbers[:1]
+        mine = [
+            {"model": Path(source).name, "pass": number} | row
+            for number in range(1, options.passes + 1)
+            for row in serve(model, options, seed, compiled)
+        ]
+        rows += mine
+        settled = mine[len(mine) // 2 :]
+        grown = settled[-1]["live_bytes"] - settled[0]["live_bytes"]
+        findings.append(
+            f"{Path(source).name}: {sum(row['compiled'] for row in mine)} programs compiled in all, "
+            f"{sum(row['compiled'] for row in settled)} in the second half of the requests; live arrays grew by "
+            f"{grown:,} bytes there."
+        )
+    return publish(options, "steady", "Serving many requests", rows, COLUMNS, findings=findings)
+
+
+if __name__ == "__main__":
+    start(steady, SteadyOptions, __doc__)
