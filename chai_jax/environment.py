@@ -9,6 +9,7 @@ import numpy as np
 
 from chai_jax.model.model import compute_dtype
 from chai_jax.model.sharding import current_layout
+from chai_jax.serve.decode import expands_weights
 
 PACKAGES = ("chai_jax", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "scikit-learn", "kneed")
 
@@ -25,13 +26,14 @@ def versions() -> dict[str, str]:
 
 
 def where_computed() -> dict[str, Any]:
-    """Devices, processes, mesh and dtype of the computation."""
+    """Devices, processes, mesh and dtype of the computation, and what becomes of quantized weights in it."""
     devices, layout = jax.devices(), current_layout()
     return {
         "device": f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})",
         "processes": jax.process_count(),
         "mesh": {**layout.mesh.shape, "fsdp": layout.fsdp},
         "compute_dtype": str(np.dtype(compute_dtype())),
+        "quantized_weights": "expanded before the first token" if expands_weights() else "read as stored",
     }
 
 

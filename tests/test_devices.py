@@ -35,6 +35,30 @@ def test_the_mesh_is_the_one_asked_for() -> None:
     assert current_layout() == Layout(make_mesh(8, 1))
 
 
+def test_compiled_programs_are_kept_and_read_back(tmp_path: Path) -> None:
+    """In a process each, since a process that has compiled a program does not read it."""
+    tell = (
+        "import jax; from pathlib import Path; from chai_jax import devices; from chai_jax.config import DeviceConfig\n"
+        "heard = []; jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)\n"
+        "devices.start(DeviceConfig(compile_cache=Path('programs')))\n"
+        "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))); print(heard.count('/jax/compilation_cache/cache_hits'))"
+    )
+    hits = [
+        int(subprocess.run([sys.executable, "-c", tell], cwd=tmp_path, check=True, capture_output=True).stdout)
+        for _ in range(2)
+    ]
+    assert hits[0] == 0
+    assert hits[1] > 0
+    assert any((tmp_path / "programs").iterdir())
+
+
+def test_programs_that_cannot_be_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["env", "--compile-cache", str(tmp_path / "file")]) == 2
+    assert "choose another --compile-cache" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("mesh", ["8", "4y2", "x2", "-4x2", "2x2x2", "", "axb"])
 def test_a_mesh_is_two_numbers(mesh: str) -> None:
     with pytest.raises(InputError, match="expected DATAxMODEL"):

@@ -52,13 +52,19 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
+def expands_weights() -> bool:
+    """Whether quantized weights are expanded once, before the first token: on CPUs, where int8 products are slower than
+    float32 ones. Accelerators read them as they are stored, a quarter or a half of the bytes."""
+    return jax.default_backend() == "cpu"
+
+
 def cast(params: Params, dtype: Any, expand: bool | None = None) -> Params:
     """Matrices and embeddings in the dtype they are multiplied in, once instead of at every token.
 
-    Vectors (norms, biases) are cast where they are used. What is quantized is expanded on CPUs alone (if `expand` does
-    not say otherwise): accelerators read it faster.
+    Vectors (norms, biases) are cast where they are used. What is quantized is expanded where `expands_weights()`, if
+    `expand` does not say otherwise.
     """
-    expand = jax.default_backend() == "cpu" if expand is None else expand
+    expand = expands_weights() if expand is None else expand
 
     def leaf(x: Leaf) -> Leaf:
         if isinstance(x, Quantized):

@@ -1,6 +1,8 @@
 """Generation is the uncached model asked again and again; batches, padding, pieces and buckets change nothing."""
 
 import dataclasses
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -229,6 +231,19 @@ def test_the_cache_is_updated_in_place(model: Model) -> None:
     after = program(model.params, state, jnp.int32(40), greedy, eos)
     assert all(leaf.is_deleted() for leaf in before)
     assert int(after.cache.length) == 40
+
+
+def test_a_second_request_finds_the_parameters_ready(model: Model) -> None:
+    fresh = model.replace()
+    one, other = Layout(make_mesh(1, 1)), Layout(make_mesh(2, 1))
+    ready = serve.serving_params(fresh, one)
+    assert serve.serving_params(fresh, one) is ready
+    assert "qkv" in ready["layers"]["0"]
+    assert "query" in serve.serving_params(fresh, other)["layers"]["0"]  # split kernels are not folded
+    kept = weakref.ref(fresh)
+    del fresh, ready
+    gc.collect()
+    assert kept() is None
 
 
 def test_the_model_stays_usable(model: Model) -> None:

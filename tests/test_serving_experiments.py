@@ -1,0 +1,70 @@
+"""The experiments on serving: what they count is there to be counted."""
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from chai_jax.model.model import Model
+from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.sharding import Layout, make_mesh, use
+from chai_jax.spec import Spec
+
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+CONFIG = OPTConfig(vocab_size=61, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=64, embed_dim=16)
+
+
+@pytest.fixture(autouse=True)
+def _scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(EXPERIMENTS)
+
+
+def script(name: str) -> ModuleType:
+    return importlib.import_module(name)
+
+
+def tiny(seed: int) -> Model:
+    random = np.random.default_rng(seed)
+    spec = Spec.dense(1, 2, 8)
+    shapes = jax.eval_shape(lambda key: script("chai_jax.model.params").init(CONFIG, spec, key), jax.random.key(0))
+    params: Params = jax.tree.map(lambda x: jax.numpy.asarray(0.5 * random.standard_normal(x.shape), x.dtype), shapes)
+    return Model(CONFIG, spec, params)
+
+
+def test_programs_are_compiled_for_new_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    steady = script("steady")
+    monkeypatch.setattr(steady, "GROUP", 6)
+    options = steady.SteadyOptions(("tiny",), requests=12, longest=12, new_tokens=3)
+    compiled: list[str] = []
+
+    def heard(event: str, duration: float, **_: Any) -> None:
+        if event == steady.COMPILED:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    with use(Layout(make_mesh(1, 1))):
+        model = tiny(0)
+        first, second = (list(steady.serve(model, options, 0, compiled)) for _ in range(2))
+    assert [(row["first"], row["last"]) for row in first] == [(1, 6), (7, 12)]
+    assert first[0]["compiled"] > 0
+    assert [row["compiled"] for row in second] == [0, 0]
+    assert len({row["live_bytes"] for row in second}) == 1
+
+
+def test_a_model_keeps_all_that_itself_has_proposed() -> None:
+    speculation = script("speculation")
+    options = speculation.SpeculationOptions(("tiny",), counts="3", new_tokens=13)
+    prompts = [[2, 5, 7], [2, 30, 31]]
+    with use(Layout(make_mesh(1, 1))):
+        model = tiny(0)
+        itself, other = speculation.compare(model, {"itself": model, "other": tiny(1)}, prompts, options)
+    assert (itself["n"], itself["same"], other["same"]) == (2, 2, 2)
+    assert itself["acceptance"] == 1
+    assert itself["tokens_per_round"] == 4  # three proposals and the model's own
+    assert other["acceptance"] < 1
+    assert other["tokens_per_round"] < 4
+    assert 0 < itself["speed_up"][1] <= itself["speed_up"][0] <= itself["speed_up"][2]
