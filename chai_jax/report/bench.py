@@ -76,7 +76,8 @@ def note(record: Record) -> str:
         f"median [p10, p90] of n = {row['n']} interleaved rounds, new tokens {row['new_tokens']}, questions of "
         f"{row['question']} tokens, seed {row['seed']}, {record['device']}, {record['threads']['xla']} CPUs, "
         f"{row['dtype']}, quantized weights {record['quantized_weights']}; "
-        f"floor at {probe['bytes_per_second'] / 1e9:.1f} GB/s and {probe['flops_per_second'] / 1e9:.1f} GFLOP/s, probed in the same run"
+        f"floor at {probe['bytes_per_second'] / 1e9:.1f} GB/s and {probe['flops_per_second'] / 1e9:.1f} GFLOP/s, "
+        "probed in the same run"
     )
 
 
