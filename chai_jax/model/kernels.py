@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 from chai_jax.errors import InputError
 from chai_jax.model.quantized import Leaf, QuantizedArray
@@ -160,7 +160,7 @@ def _tpu(
     )(query, mask, *stored, *scales)
 
 
-def _as_pinned(x: Float[Array, "B heads S R"]) -> tuple[Array, bool]:
+def _as_pinned(x: Shaped[Array, "B heads S R"]) -> tuple[Array, bool]:
     """The array as it lies in a TPU's memory, and whether its tokens come last (see `cache.tokens_minor`)."""
     minor = x.shape[-1] % LANES != 0
     return (jnp.swapaxes(x, 2, 3) if minor else x), minor
@@ -281,7 +281,7 @@ def _gpu_body(
     def product(x: Array, y: Array) -> Array:
         """x [rows, m] times y [m, n], float32; of one row, which Triton's matrix product cannot take, by hand."""
         if x.shape[0] > 1:
-            return pl.dot(x, y)
+            return plgpu.dot(x, y)
         return jnp.sum(x[0][:, None].astype(jnp.float32) * y.astype(jnp.float32), axis=0)[None]
 
     def load(ref: Any, head: int, at: Any, inside: Array, rank: int) -> Array:
@@ -302,7 +302,10 @@ def _gpu_body(
         for head, before in enumerate(sums):
             own = weights
             if value_scale is not None:
-                own = own * plgpu.load(value_scale.at[jnp.int32(head), at], mask=inside, other=0).astype(jnp.float32)[None]
+                own = (
+                    own
+                    * plgpu.load(value_scale.at[jnp.int32(head), at], mask=inside, other=0).astype(jnp.float32)[None]
+                )
             read = load(values, head, at, inside, ranks[1])
             mixed.append(before * kept + product(own.astype(row.dtype), read))
         return highest, total, tuple(mixed)
