@@ -52,7 +52,7 @@ def topology(name: str) -> tuple[Any, ...]:
 
 
 def mesh_of(devices: tuple[Any, ...], shape: str | None = None) -> Mesh:
-    """The devices as a mesh of data x model, such as `4x2` (all along data, if not said otherwise); `1x1` is one of them.
+    """The devices as a mesh of data x model, such as `4x2` (default: all along data); `1x1` is one of them.
 
     Raises:
         InputError: the shape is not that of all devices.

@@ -74,20 +74,16 @@ def decode_attention(
         platform: whose kernel, "tpu" or "cuda".
         interpret: run it on the CPU, for tests.
     """
-    batch, clusters, queries, _, rank = query.shape
+    batch, clusters, queries = query.shape[:3]
     scaled = (query * scale)[:, :, :, 0]
     kernel = {"tpu": _tpu, "cuda": _gpu}[platform]
     mixed = kernel(scaled, keys, values, allowed[:, 0], value_heads, interpret)
     return mixed.reshape(batch, clusters * queries * value_heads, 1, -1).astype(query.dtype)
 
 
-def _parts(leaf: Leaf) -> tuple[Array, Array | None]:
+def _parts(leaf: Any) -> tuple[Array, Array | None]:
     """A stored array and, of int8, its scales [B, heads, S]."""
     return (leaf.values, leaf.scale) if isinstance(leaf, QuantizedArray) else (leaf, None)
-
-
-def _present(*optional: Any) -> list[Any]:
-    return [each for each in optional if each is not None]
 
 
 def _fold(highest: Array, total: Array, scores: Array) -> tuple[Array, Array, Array, Array]:
@@ -117,8 +113,8 @@ def _tpu(
 ) -> Float[Array, "B values q Rv"]:
     """One sequence after the other, all clusters at once, block after block of columns.
 
-    All clusters at once, because a step of the grid costs as much as it takes to read some 300 KB, which is more than
-    a cluster's block; and because blocks of scales [B, C, S] then have the shape that they have in memory.
+    All clusters at once, because a step of the grid has a cost of its own, and a cluster's block is small; and because
+    a block of scales [B, C, S] must have all of C or multiples of 8 of it.
     """
     (stored_keys, key_scale), (stored_values, value_scale) = map(_parts, (keys, values))
     batch, clusters, queries, _ = query.shape
@@ -126,7 +122,6 @@ def _tpu(
     stored, minor = zip(*(_as_pinned(x) for x in (stored_keys, stored_values)), strict=True)
     largest = max(x.nbytes // (batch * columns) for x in stored)
     block = min(columns, max(1, TPU_BLOCK_BYTES // largest // LANES) * LANES)
-    steps = pl.cdiv(columns, block)
 
     def along(x: Array, axis: int) -> pl.BlockSpec:
         """Blocks of one sequence, cut along an axis."""
@@ -135,12 +130,11 @@ def _tpu(
 
     # Not bool, whose blocks cannot be cut; one row a sequence, since blocks have all rows or multiples of 8.
     mask = allowed.astype(jnp.int32)[:, None]
-    scales = _present(key_scale, value_scale)
-    body = partial(_tpu_body, value_heads=value_heads, columns=columns, block=block, minor=minor, int8=len(scales) == 2)
+    scales = [x for x in (key_scale, value_scale) if x is not None]
     shape = (heads, queries, rank)
     return pl.pallas_call(
-        body,
-        grid=(batch, steps),
+        partial(_tpu_body, value_heads=value_heads, columns=columns, minor=minor),
+        grid=(batch, pl.cdiv(columns, block)),
         in_specs=[
             pl.BlockSpec((None, *query.shape[1:]), lambda b, s: (b, 0, 0, 0)),
             along(mask, 2),
@@ -167,15 +161,14 @@ def _as_pinned(x: Shaped[Array, "B heads S R"]) -> tuple[Array, bool]:
 
 
 def _tpu_body(
-    query: Any, mask: Any, keys: Any, values: Any, *rest: Any, value_heads: int, columns: int, block: int, minor: Any,
-    int8: bool,
-) -> None:  # fmt: skip
+    query: Any, mask: Any, keys: Any, values: Any, *rest: Any, value_heads: int, columns: int, minor: Any
+) -> None:
     """References: query [C, q, R], mask [1, block], keys and values [heads, R, block] (or [heads, block, R] if not
     `minor`), int8's scales [heads, block]; output [C * v, q, Rv]; the softmax so far [C, q, 1] twice, sums [C * v, q,
     Rv]."""
-    key_scale, value_scale = rest[:2] if int8 else (None, None)
-    output, highest, total, sums = rest[-4:]
-    step = pl.program_id(1)
+    *scales, output, highest, total, sums = rest
+    key_scale, value_scale = scales or (None, None)
+    step, block = pl.program_id(1), mask.shape[-1]
 
     @pl.when(step == 0)
     def _start() -> None:
@@ -245,9 +238,9 @@ def _gpu(
         return pl.BlockSpec((None, None, None, *shape), lambda b, c, s: (b, c, s, *[0] * len(shape))), whole
 
     results = result(rows, 1), result(rows, 1), result(value_heads, rows, pl.next_power_of_2(value_rank))
-    scales = _present(key_scale, value_scale)
+    scales = [x for x in (key_scale, value_scale) if x is not None]
     highest, total, sums = pl.pallas_call(
-        partial(_gpu_body, columns=columns, ranks=(rank, value_rank), int8=len(scales) == 2),
+        partial(_gpu_body, columns=columns, ranks=(rank, value_rank)),
         grid=(batch, clusters, parts),
         in_specs=[
             pl.BlockSpec((None, None, *query.shape[2:]), lambda b, c, s: (b, c, 0, 0)),
@@ -267,14 +260,12 @@ def _gpu(
     return merged[:, :, :, :queries, :value_rank]
 
 
-def _gpu_body(
-    query: Any, mask: Any, keys: Any, values: Any, *rest: Any, columns: int, ranks: tuple[int, int], int8: bool
-) -> None:
+def _gpu_body(query: Any, mask: Any, keys: Any, values: Any, *rest: Any, columns: int, ranks: tuple[int, int]) -> None:
     """References of one part: query [rows, R], mask [span], keys [1, span, R], values [v, span, Rv], int8's scales
     [1, span] and [v, span]; outputs: highest score and sum of exponentials [rows, 1], sums [v, rows, Rv]. R and Rv
     are rounded up to powers of 2."""
-    key_scale, value_scale = rest[:2] if int8 else (None, None)
-    highest_out, total_out, sums_out = rest[-3:]
+    *scales, highest_out, total_out, sums_out = rest
+    key_scale, value_scale = scales or (None, None)
     first = pl.program_id(2) * mask.shape[0]
     row = query[...]
 
@@ -289,23 +280,24 @@ def _gpu_body(
         real = inside[:, None] & (jnp.arange(ref.shape[-1]) < rank)[None]
         return plgpu.load(ref.at[jnp.int32(head), at, :], mask=real, other=0).astype(row.dtype)
 
+    def row_of(scales: Any, head: int, at: Any, inside: Array) -> Array:
+        """A head's scales [1, GPU_BLOCK]."""
+        return plgpu.load(scales.at[jnp.int32(head), at], mask=inside, other=0).astype(jnp.float32)[None]
+
     def step(index: Array, so_far: Any) -> Any:
         highest, total, sums = so_far
         at = pl.ds(index * GPU_BLOCK, GPU_BLOCK)
         inside = first + index * GPU_BLOCK + jnp.arange(GPU_BLOCK) < columns
         scores = product(row, load(keys, 0, at, inside, ranks[0]).T)
         if key_scale is not None:
-            scores = scores * plgpu.load(key_scale.at[jnp.int32(0), at], mask=inside, other=0).astype(jnp.float32)[None]
+            scores = scores * row_of(key_scale, 0, at, inside)
         allowed = plgpu.load(mask.at[at], mask=inside, other=0) != 0
         highest, total, kept, weights = _fold(highest, total, _masked(scores, allowed[None], inside[None]))
         mixed = []
         for head, before in enumerate(sums):
             own = weights
             if value_scale is not None:
-                own = (
-                    own
-                    * plgpu.load(value_scale.at[jnp.int32(head), at], mask=inside, other=0).astype(jnp.float32)[None]
-                )
+                own = own * row_of(value_scale, head, at, inside)
             read = load(values, head, at, inside, ranks[1])
             mixed.append(before * kept + product(own.astype(row.dtype), read))
         return highest, total, tuple(mixed)

@@ -51,7 +51,6 @@ def inputs(dtype: str, storage: str, clusters: int, queries: int, value_heads: i
     ("dtype", "storage", "clusters", "queries", "value_heads"),
     [
         ("float32", "float32", 3, 2, 1),
-        ("float32", "int8", 1, 1, 1),
         ("float32", "int8", 3, 1, 3),
         ("bfloat16", "bfloat16", 3, 1, 3),
         ("bfloat16", "int8", 3, 2, 1),
