@@ -29,7 +29,6 @@ GPU_BLOCK = 64  # columns
 GPU_PROGRAMS = 512  # enough for a few on each of a GPU's hundred or so processors
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, as in `scores_of`: a row that may read nothing reads all alike
 NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
-
 _choice = jax.make_user_context("xla")  # part of the key of jit's cache: programs of either kind do not mix
 
 
@@ -51,7 +50,7 @@ def check(attention: str, devices: Any) -> None:
     if attention == "xla":
         return
     kind = devices[0].device_kind
-    expected = "expected xla, or one NVIDIA GPU, or one TPU from v4 on (int8 caches: from v5e on)"
+    expected = "expected xla, or one NVIDIA GPU, or one TPU from v4 on"
     if devices[0].platform not in ("tpu", "gpu", "cuda") or kind.startswith(NO_MOSAIC):
         raise InputError(f"--attention pallas has no kernel for {kind}; {expected}")
     if len(devices) > 1:
@@ -104,12 +103,7 @@ def _masked(scores: Array, allowed: Array, inside: Array) -> Array:
 
 
 def _tpu(
-    query: Float[Array, "B C q R"],
-    keys: Leaf,
-    values: Leaf,
-    allowed: Bool[Array, "B S"],
-    value_heads: int,
-    interpret: bool,
+    query: Float[Array, "B C q R"], keys: Leaf, values: Leaf, allowed: Bool[Array, "B S"], value_heads: int, test: bool
 ) -> Float[Array, "B values q Rv"]:
     """One sequence after the other, all clusters at once, block after block of columns.
 
@@ -131,7 +125,7 @@ def _tpu(
     # Not bool, whose blocks cannot be cut; one row a sequence, since blocks have all rows or multiples of 8.
     mask = allowed.astype(jnp.int32)[:, None]
     scales = [x for x in (key_scale, value_scale) if x is not None]
-    shape = (heads, queries, rank)
+    shape = heads, queries, rank
     return pl.pallas_call(
         partial(_tpu_body, value_heads=value_heads, columns=columns, minor=minor),
         grid=(batch, pl.cdiv(columns, block)),
@@ -149,7 +143,7 @@ def _tpu(
             pltpu.VMEM(shape, jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=interpret,
+        interpret=test,
         name="decode_attention",
     )(query, mask, *stored, *scales)
 
@@ -208,12 +202,7 @@ def _tpu_body(
 
 
 def _gpu(
-    query: Float[Array, "B C q R"],
-    keys: Leaf,
-    values: Leaf,
-    allowed: Bool[Array, "B S"],
-    value_heads: int,
-    interpret: bool,
+    query: Float[Array, "B C q R"], keys: Leaf, values: Leaf, allowed: Bool[Array, "B S"], value_heads: int, test: bool
 ) -> Float[Array, "B C v q Rv"]:
     """A program for each cluster of each sequence, and for each of the parts that its columns are split into.
 
@@ -252,7 +241,7 @@ def _gpu(
         out_specs=[spec for spec, _ in results],
         out_shape=[shape for _, shape in results],
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=2),
-        interpret=interpret,
+        interpret=test,
         name="decode_attention",
     )(query, allowed.astype(jnp.int8), stored_keys, stored_values, *scales)
     shrunk = jnp.exp(highest - highest.max(axis=2, keepdims=True))
@@ -302,10 +291,9 @@ def _gpu_body(query: Any, mask: Any, keys: Any, values: Any, *rest: Any, columns
             mixed.append(before * kept + product(own.astype(row.dtype), read))
         return highest, total, tuple(mixed)
 
-    def full(columns: int, value: float) -> Array:
-        return jnp.full((row.shape[0], columns), value, jnp.float32)
-
-    empty = full(1, MASKED), full(1, 0.0), tuple(full(values.shape[-1], 0.0) for _ in range(values.shape[0]))
+    rows = row.shape[0]
+    nothing = tuple(jnp.zeros((rows, values.shape[-1]), jnp.float32) for _ in range(values.shape[0]))
+    empty = jnp.full((rows, 1), MASKED, jnp.float32), jnp.zeros((rows, 1), jnp.float32), nothing
     highest_out[...], total_out[...], sums = jax.lax.fori_loop(0, mask.shape[0] // GPU_BLOCK, step, empty)
     for head, each in enumerate(sums):
         sums_out[head] = each
