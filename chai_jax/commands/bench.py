@@ -48,6 +48,8 @@ class BenchCommand:
     """With --clusters: what the heads of a cluster share."""
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """With --clusters: format of the variants' cache (default: as the MODEL's)."""
+    attention: Literal["xla", "pallas"] = "xla"
+    """How the models decode: XLA's own programs, or this package's kernel (one NVIDIA GPU, or one TPU from v4 on)."""
     peer: Annotated[UseAppendAction[tuple[Literal["hf", "ctranslate2"], ...]], arg(metavar="{hf,ctranslate2}")] = ()
     """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too; may be repeated."""
     threads: int | None = None
@@ -59,15 +61,19 @@ class BenchCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
+        import jax
+
         from chai_jax.environment import versions, where_computed
         from chai_jax.files.atomic import claim_folder
         from chai_jax.measure.peers import check_peer
         from chai_jax.measure.sweep import sweep
+        from chai_jax.model import kernels
         from chai_jax.pipeline import print_table
         from chai_jax.report.bench import COLUMNS, note, write
         from chai_jax.report.tables import terminal
 
         options = self._checked()
+        kernels.check(self.attention, jax.devices()[:1])
         for name in self.peer:
             check_peer(name)
         if self.out is not None:
@@ -78,13 +84,15 @@ class BenchCommand:
                 f"XLA computes on {threads['xla']} CPUs, the peers on {threads['peers']}: use taskset for equals"
             )
         entrants, over = self._entrants(options, threads["peers"])
+        with kernels.using(self.attention):
+            found = sweep(entrants, over, self.trials, self.seed, self.tokens)
         record = {
             "options": options,
             **where_computed(),
             "devices_used": 1,
             "threads": threads,
             "versions": versions() | {name: metadata.version(name) for name in peer_packages(self.peer)},
-            **sweep(entrants, over, self.trials, self.seed, self.tokens),
+            **found,
         }
         print_table(terminal(record["rows"], f"chai-jax bench, {record['device']}", COLUMNS))
         console.print(note(record), highlight=False, markup=False)

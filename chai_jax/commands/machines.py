@@ -30,7 +30,7 @@ class AotCommand:
     accumulation: int = 8
     """Microbatches of an update."""
     mesh: str | None = None
-    """DATAxMODEL, such as 4x2 (default: all devices along data)."""
+    """DATAxMODEL, such as 4x2 (default: all devices along data), or 1x1 for one of them."""
     fsdp: bool = False
     """Split weights and optimizer state over the data axis too."""
     plan: Path | None = None
@@ -49,6 +49,8 @@ class AotCommand:
     """Dtype of AdamW's first moment."""
     remat: bool = False
     """Compute each layer again in the backward pass."""
+    attention: Literal["xla", "pallas"] = "xla"
+    """How decode attends: the compiler's own programs, or this package's kernel (v4 and newer, with --mesh 1x1)."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 
@@ -65,7 +67,7 @@ class AotCommand:
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)
         shapes = Shapes(config, spec, Layout(mesh_of(topology(self.topology), self.mesh), self.fsdp))
         sizes = self.batch, self.seq, self.targets, self.accumulation
-        job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat)
+        job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat, self.attention)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}
         if not self.largest_batch:
             record = measure(job, shapes, plan)

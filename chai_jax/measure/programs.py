@@ -23,6 +23,7 @@ from chai_jax.config import DistilConfig, TargetConfig, TrainConfig
 from chai_jax.errors import InputError
 from chai_jax.files.folder import read_json
 from chai_jax.files.hf_config import parse_config
+from chai_jax.model import kernels
 from chai_jax.model.params import OPTConfig, Params, init
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, partition_spec, spread
@@ -81,6 +82,7 @@ class Job:
         cached: distillation reads the teacher's log-probabilities (float16) from the batch; no teacher is resident.
         moments: dtype of AdamW's first moment.
         remat: the backward pass computes each layer again.
+        attention: of decoding, "xla" or "pallas" (see `chai_jax.model.kernels`).
 
     Raises:
         InputError: a size below 1, or more targets than tokens.
@@ -95,6 +97,7 @@ class Job:
     cached: bool = False
     moments: str = "float32"
     remat: bool = False
+    attention: str = "xla"
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "targets", "accumulation"):
@@ -198,7 +201,8 @@ def lower(job: Job, shapes: Shapes, plan: Plan | None = None) -> Any:
     """The job's program, the very one that training, serving or scoring compiles, lowered for the mesh's devices.
 
     Raises:
-        InputError: the sequence is longer than the position table, or the batch does not divide over the mesh.
+        InputError: the sequence is longer than the position table, the batch does not divide over the mesh, or there
+            is no kernel for its devices.
     """
     if job.seq > shapes.config.max_positions:
         raise InputError(f"seq is {job.seq}; expected at most the model's {shapes.config.max_positions} positions")
@@ -208,7 +212,9 @@ def lower(job: Job, shapes: Shapes, plan: Plan | None = None) -> Any:
         )
     if job.kind in TRAINING:
         return _lower_update(job, shapes, plan)
-    return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, shapes)
+    kernels.check(job.attention, shapes.layout.mesh.devices.flatten())
+    with kernels.using(job.attention):
+        return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, shapes)
 
 
 def _lower_update(job: Job, shapes: Shapes, plan: Plan | None) -> Any:

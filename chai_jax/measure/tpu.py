@@ -52,12 +52,13 @@ def topology(name: str) -> tuple[Any, ...]:
 
 
 def mesh_of(devices: tuple[Any, ...], shape: str | None = None) -> Mesh:
-    """The devices as a mesh of data x model, such as `4x2` (all along data, if not said otherwise).
+    """The devices as a mesh of data x model, such as `4x2` (default: all along data); `1x1` is one of them.
 
     Raises:
         InputError: the shape is not that of all devices.
     """
     sizes = [int(size) for size in re.findall(r"\d+", shape or f"{len(devices)}x1")]
+    devices = devices[:1] if sizes == [1, 1] else devices
     if len(sizes) != 2 or sizes[0] * sizes[1] != len(devices):
         raise InputError(
             f"a mesh of {shape!r} is not one of {len(devices)} devices; expected DATAxMODEL, such as "

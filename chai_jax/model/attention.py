@@ -4,12 +4,15 @@ A group is C clusters. Each caches one key head that `q` query heads read and `v
 each cluster computes its attention matrix once and hands q * v heads to the output projection.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.blocks import Windowed
+from chai_jax.model.kernels import decode_attention
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 
 
@@ -82,3 +85,25 @@ def attend(
     scores = scores_of(query, keys, allowed, scale)
     probabilities = jax.nn.softmax(scores, axis=-1)
     return mix_values(probabilities, values, value_heads, query.dtype), scores, probabilities
+
+
+def attend_one(
+    query: Float[Array, "B C q 1 R"],
+    keys: Leaf,
+    values: Leaf,
+    allowed: Bool[Array, "B 1 S"],
+    scale: float,
+    value_heads: int,
+) -> Float[Array, "B heads 1 Rv"]:
+    """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
+
+    Keys and values are plain or int8 arrays. Where there is no kernel (CPUs) it is `attend`. The kernel is for programs
+    of one device, and for TPUs from v4 on: `chai_jax.model.kernels.check`, since neither can be seen from here.
+    """
+    kernel = partial(decode_attention, scale=scale, value_heads=value_heads)
+
+    def without(query: Array, keys: Leaf, values: Leaf, allowed: Array) -> Array:
+        return attend(query, keys, values, allowed, scale, value_heads)[0]
+
+    lowered = {platform: partial(kernel, platform=platform) for platform in ("cuda", "tpu")}
+    return jax.lax.platform_dependent(query, keys, values, allowed, default=without, **lowered)

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
-from chai_jax.model.attention import attend
+from chai_jax.model import kernels
+from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import Cache, GroupCache, remember
 from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
 from chai_jax.model.prompt import attend_per_prompt
@@ -35,7 +36,10 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True)
 class Seen:
-    """What a layer's attention did, for `observe`; nothing of it is computed unless it is used."""
+    """What a layer's attention did, for `observe`; nothing of it is computed unless it is used.
+
+    Scores and probabilities are None where the kernel decodes (`chai_jax.model.kernels`), which never has them whole.
+    """
 
     x: Any  # [B, T, D], the normed input
     scores: Any  # [B, query heads, T, S], scaled, before the softmax; of clusters found per prompt the kept heads'
@@ -153,18 +157,26 @@ class Attention(nnx.Module):
             found = attend_per_prompt(self.spec, *self._project(x), allowed, before, start, self.scale)
             joined, score, probability, new = found
             return self.output(joined), (new,), Seen(x, score, probability, allowed, joined)
+        decoding = past is not None and x.shape[1] == 1
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):
             before = None if past is None else past[index]
             new, keys, values = remember(before, key, value, group.storage, start, allowed)
+            caches.append(new)
+            # What is read of int4 is made for this step, not stored: the kernel would save nothing.
+            if decoding and kernels.chosen() and group.storage != "int4":
+                heads.append(attend_one(query, keys, values, allowed, self.scale, group.values))
+                continue
             out, score, probability = attend(query, keys, values, allowed, self.scale, group.values)
             heads.append(out)
             scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))
             probabilities.append(probability.reshape(scores[-1].shape))
-            caches.append(new)
         joined = jnp.concatenate(heads, axis=1)
-        seen = Seen(x, jnp.concatenate(scores, axis=1), jnp.concatenate(probabilities, axis=1), allowed, joined)
-        return self.output(joined), tuple(caches), seen
+        known = len(scores) == len(heads)
+        joined_scores, joined_probabilities = (
+            jnp.concatenate(parts, axis=1) if known else None for parts in (scores, probabilities)
+        )
+        return self.output(joined), tuple(caches), Seen(x, joined_scores, joined_probabilities, allowed, joined)
 
 
 class Block(nnx.Module):

@@ -13,9 +13,10 @@ from chai_jax.errors import InputError
 from chai_jax.files.hf_config import config_fields
 from chai_jax.measure import tpu
 from chai_jax.measure.aot import GIB, Record, _hbm, largest_batch, measure, report
+from chai_jax.measure.cost import cost
 from chai_jax.measure.programs import KNOWN, Job, Shapes, config_of, dense_spec, lower, spec_of, uniform_plan
 from chai_jax.measure.tpu import mesh_of, topology
-from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.cache import bytes_per_token, cache_bytes
 from chai_jax.model.params import OPTConfig, declare
 from chai_jax.model.sharding import Layout
 from chai_jax.spec import Spec
@@ -88,6 +89,31 @@ def test_a_token_of_decoding(slice_: str) -> None:
     assert compressed["hbm"]["at_most"] < dense["hbm"]["at_most"]
     # FLOPs of a token: two a weight and sequence; those of the attention are few.
     assert dense["flops"] == pytest.approx(2 * 32 * entries, rel=0.2)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> None:
+    """One kernel a layer, and a token moves the cache once (read), the weights, and little else: no copy is made.
+
+    The cache is larger than fast memory, where the compiler otherwise takes it whole.
+    """
+    job = Job("decode", 2048, 256, attention="pallas")
+    program = lower(job, shapes("v5e:2x4", dense_spec(SMALL, storage), "1x1")).compile().as_text()
+    assert program.count('custom_call_target="tpu_custom_call"') == SMALL.num_layers
+    cached = cache_bytes(dense_spec(SMALL, storage), 2048, 256)
+    entries, _ = count(SMALL)
+    moved = cost(program, per_iteration=True).hbm_bytes
+    assert cached + 2 * entries < moved < 1.1 * (cached + 2 * entries)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("slice_", "mesh", "reason"), [("v3:2x2", "1x1", "no kernel for TPU v3"), ("v5e:2x4", None, "not for 8")]
+)
+def test_devices_that_cannot_have_the_kernel(slice_: str, mesh: str | None, reason: str) -> None:
+    with pytest.raises(InputError, match=reason):
+        lower(Job("decode", 8, 64, attention="pallas"), shapes(slice_, mesh=mesh))
 
 
 LEAN = Job("distil", 8, 16, accumulation=1, cached=True, moments="bfloat16", remat=True)
