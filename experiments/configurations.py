@@ -21,7 +21,7 @@ from chai_jax.pipeline import choose
 from chai_jax.report.figures import heatmap, losses, radar, scatter3d
 from lab.options import Options, Record, start
 from lab.paper import TABLE_7
-from lab.pictures import tradeoff
+from lab.pictures import tradeoff, where
 from lab.publish import publish
 from lab.rows import columns, pm, row, signed
 from lab.tree import Branch, forest
@@ -92,7 +92,7 @@ def draw(options: Options, rows: list[Record], first: Branch, last: tuple[str, .
     short = [{**one, "label": initials(one["label"])} for one in points]
     scatter3d(options.out / f"scatter3d-{name}", short, f"C cluster, D distil, Q quantize, T target. {caption}")
     logs = [line for at in range(2, len(last) + 1) for line in first.log(*last[:at])]
-    caption = f"{name}, seed {first.tree.seed}, {'+'.join(last)}; {rows[0]['latency']['device']}."
+    caption = f"{name}, seed {first.tree.seed}, {'+'.join(last)}; {where()}."
     losses(options.out / f"losses-{name}", logs, caption)
 
 

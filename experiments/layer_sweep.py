@@ -16,6 +16,7 @@ from chai_jax.measure.statistics import Z95
 from chai_jax.report.figures import pareto
 from lab.options import Options, Record, start
 from lab.paper import TABLE_1, TABLE_2, TABLE_5
+from lab.pictures import where
 from lab.publish import publish
 from lab.rows import columns, row, spread
 from lab.tree import Branch, Tree, forest
@@ -62,7 +63,7 @@ def draw(options: Options, rows: list[Record]) -> None:
         sizes = ", ".join(dict.fromkeys(f"{one['task']} n = {one['n']}" for one in rows if one["model"] == model))
         caption = f"{model}, clustering alone, 10 to 100 % of the layers; {sizes}; seeds {options.seeds}; bars: 95 %."
         panels = [("acc", "accuracy (%)")]
-        pareto(options.out / f"layer_sweep-{model}", mine, panels, "KV bytes per token", caption)
+        pareto(options.out / f"layer_sweep-{model}", mine, panels, "KV bytes per token", f"{caption} {where()}.")
 
 
 def sweep(options: Options) -> Record:

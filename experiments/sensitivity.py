@@ -29,6 +29,7 @@ from chai_jax.planning import parse_clusters
 from chai_jax.report.figures import sensitivity as draw_layers
 from lab.options import Options, Record, start
 from lab.paper import SENSITIVITY
+from lab.pictures import where
 from lab.publish import publish
 from lab.tree import Tree, forest
 
@@ -149,7 +150,7 @@ def draw(options: Options, layers: list[Record]) -> None:
             if one["method"] == method
         ]
         unit = "mean absolute score" if method == "attention" else "nats/token"
-        caption = f"{name}, {method}: means over seeds {options.seeds} and halves of the calibration rows."
+        caption = f"{name}, {method}: means over seeds {options.seeds} and halves of the calibration rows; {where()}."
         draw_layers(options.out / f"sensitivity-{name}-{method}", bars, caption, f"{method} ({unit})")
 
 

@@ -2,7 +2,14 @@
 
 from collections.abc import Sequence
 
+from chai_jax.environment import where_computed
 from lab.options import Record
+
+
+def where() -> str:
+    """Device and dtype, for a caption."""
+    found = where_computed()
+    return f"{found['device']}, {found['compute_dtype']}"
 
 
 def tradeoff(rows: Sequence[Record]) -> tuple[list[Record], str]:
