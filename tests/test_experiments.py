@@ -1,6 +1,7 @@
 """The scripts and the notebook of experiments/ ask for things that exist, at the paper's settings."""
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -9,15 +10,26 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import jax
+import numpy as np
 import pytest
 import tyro
 from tyro.conf import OmitArgPrefixes
 
 from chai_jax.cli import Command
 from chai_jax.config import DistilConfig, RunConfig, TargetConfig
+from chai_jax.measure import sweep
+from chai_jax.measure.floor import Rates
+from chai_jax.measure.programs import config_of, spec_of
+from chai_jax.model.cache import cache_bytes
+from chai_jax.model.model import Model
+from chai_jax.model.params import OPTConfig, init
+from chai_jax.spec import Spec
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -153,3 +165,127 @@ def test_what_does_not_fit_has_an_option_that_does(aot_table: Any) -> None:
     ratios = [float(line[4]) for line in aot_table.headline(list(done.values()))[1:]]
     assert len(ratios) == 8
     assert min(ratios) > 3.5
+
+
+@pytest.fixture
+def bench_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The script as a module, with a machine of known speed under it."""
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # as the script would set it
+    module = importlib.import_module("bench_gpu")
+    for user in (module, sweep):
+        monkeypatch.setattr(user, "probe_rates", lambda dtype: Rates(1e9, 1e10, "float32"))
+    programs = jax.config.jax_compilation_cache_dir
+    yield module
+    jax.config.update("jax_compilation_cache_dir", programs)
+    for name in [name for name in sys.modules if name == "bench_gpu" or name.split(".")[0] == "lab"]:
+        del sys.modules[name]
+
+
+def test_a_gpu_is_asked_for(
+    bench_gpu: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for argv, status in (["--help"], 0), (["--out", str(tmp_path)], 2):
+        monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *argv])
+        with pytest.raises(SystemExit) as stopped:
+            bench_gpu.start(bench_gpu.bench_gpu, bench_gpu.GpuOptions, bench_gpu.__doc__)
+        assert stopped.value.code == status
+        out, err = capsys.readouterr()
+        if status == 0:
+            assert "--no-peer" in out
+        else:
+            assert out == ""
+            assert re.fullmatch(r"error: JAX found 8 x cpu \(cpu\); expected a gpu: .*, or give --anywhere\n", err)
+
+
+def test_what_a_gpu_would_be_measured_for(bench_gpu: Any, small_model: Path, tmp_path: Path) -> None:
+    """Bytes by the formula, ratios and rates by the times, goals by the rows; every file there."""
+    source = str(small_model)
+    sizes = {"batch": 2, "start": 20, "steps": 4, "score_batches": "4", "question": 10, "rounds": 2, "memory": 1e-3}
+    options = bench_gpu.GpuOptions(source, source, **sizes, anywhere=True, out=tmp_path)
+    bench_gpu.bench_gpu(options)
+    record = json.loads((tmp_path / "bench_gpu.json").read_text(encoding="utf-8"))
+    config = config_of(source)
+    specs = {"dense": spec_of(config), "compressed": spec_of(config, share="qkv", clusters=0.5, storage="int8")}
+    rows = {(row["part"], row["cache"]): row for row in record["rows"]}
+    assert len(rows) == 7
+    for cache, spec in specs.items():
+        row, limit = rows["decode", cache], rows["largest", cache]
+        assert row["bytes"]["kv"] == row["bytes"]["kv_formula"] == cache_bytes(spec, 2, 24)
+        assert row["rate"]["median"] == pytest.approx(2e3 / row["ms"]["median"])
+        assert row["floor_fraction"] == pytest.approx(row["floor"]["ms"] / row["ms"]["median"])
+        assert limit["batch"] == limit["largest"] > 0
+        assert limit["needed"] <= limit["limit"] == int(1e-3 * 2**30)
+    small, dense = rows["decode", "compressed"], rows["decode", "dense"]
+    assert "torch" in rows["decode", "transformers"]["absent"]
+    met = {goal["goal"]: goal["met"] for goal in record["goals"]}
+    assert list(met.values()) == [
+        small["times"]["dense"]["median"] >= 2.5,
+        dense["floor_fraction"] >= 0.7,
+        small["floor_fraction"] >= 0.7,
+        None,
+        max(rows["score", cache]["rate"]["median"] for cache in specs) >= 20000,
+    ]
+    text = (tmp_path / "bench_gpu.md").read_text(encoding="utf-8")
+    assert sum(f"{goal['goal']}, at least" in text for goal in record["goals"]) == 5
+    assert (tmp_path / "bench_gpu.csv").read_text(encoding="utf-8").count("\n") == 8
+
+
+def test_ratios_say_how_many_times_as_fast(bench_gpu: Any, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laps of known length: 40 ms dense, 10 ms compressed."""
+    models = {
+        name: bench_gpu.model_of(str(small_model), name, bench_gpu.GpuOptions()) for name in ("dense", "compressed")
+    }
+    monkeypatch.setattr(bench_gpu, "Ours", lambda model, *rest: Laps(40.0 if model.spec.is_dense else 10.0))
+    shape = bench_gpu.Shape(2, 20, 4)
+    options = bench_gpu.GpuOptions(rounds=3)
+    dense, small = bench_gpu.raced(models, None, shape, options, Rates(1e9, 1e10, "float32"))
+    assert small["times"]["dense"]["median"] == 4
+    assert dense["times"]["compressed"]["median"] == 0.25
+    assert (dense["rate"]["median"], small["rate"]["median"]) == (50, 200)
+
+
+class Laps:
+    """A contender whose steps take what they are said to."""
+
+    framework, compile_seconds, bytes = "none", 0.0, {}
+
+    def __init__(self, milliseconds: float) -> None:
+        self.milliseconds = milliseconds
+
+    def lap(self) -> list[float]:
+        return [self.milliseconds]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
+def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) -> None:
+    """From the same cache, lap after lap; compiled as far as tracing goes, which is where models break."""
+    from lab.decoding import Ours, Transformers
+
+    config = OPTConfig(64, 32, 2, 4, 64, 48, embed_dim=32)
+    spec = Spec.dense(2, 4, 8)
+    model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
+    shape = bench_gpu.Shape(3, 20, 6)
+    ours, theirs = Ours(model, shape, 0), Transformers(model, shape, "cpu", "float32", "eager")
+    for (mine,), layer in zip(ours.layers, theirs.cache.layers, strict=True):
+        layer.keys.copy_(torch.from_numpy(np.array(mine.keys)))
+        layer.values.copy_(torch.from_numpy(np.array(mine.values)))
+    for _ in range(2):
+        assert min(*ours.lap(), *theirs.lap()) > 0
+        assert np.asarray(ours.tokens).tolist() == theirs.tokens.tolist()
+    assert len(np.unique(np.asarray(ours.tokens))) > 2
+    assert ours.bytes["kv"] == theirs.bytes["kv"]
+
+
+def test_memory_that_runs_out_means_a_smaller_batch(bench_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def __init__(self, model: Any, shape: Any, seed: int) -> None:
+            if shape.batch > 91:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+        def lap(self) -> None:
+            pass
+
+    monkeypatch.setattr(bench_gpu, "Ours", Full)
+    assert bench_gpu.ran(None, {"largest": 100}, bench_gpu.GpuOptions()) == 90
+    assert bench_gpu.ran(None, {"largest": 0}, bench_gpu.GpuOptions()) == 0

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -119,20 +119,15 @@ def race(
     if trials < 1:
         raise InputError(f"trials is {trials}; expected at least 1")
     ready = {name: build(shape, seed) for name, build in track(list(entrants.items()), "Compiling", len(entrants))}
-    for contender in ready.values():
-        lap(contender, shape)  # the first run of a program is slower than the rest
-    rounds: dict[str, list[list[float]]] = {name: [] for name in ready}
-    for _ in track(range(trials), "Timing"):
-        for name, contender in ready.items():
-            rounds[name].append(lap(contender, shape))
+    rounds = interleaved({name: partial(lap, contender, shape) for name, contender in ready.items()}, trials)
     means = long_run(ready, shape, tokens) if tokens else {}
-    first = np.array(next(iter(rounds.values())))
+    first = next(iter(rounds.values()))
     common = {"n": trials, **asdict(shape), "seed": seed}
     common |= {"device": jax.devices()[0].device_kind, "dtype": np.dtype(compute_dtype()).name}
     return {
         name: {
-            **_spread(np.array(rounds[name])),
-            "ratio_to_first": _spread(np.array(rounds[name]) / first),
+            **_spread(rounds[name]),
+            "ratio_to_first": _spread(rounds[name] / first),
             "compile_seconds": round(contender.compile_seconds, 3),
             "bytes": contender.bytes,
             **({"long_run": means[name]} if tokens else {}),
@@ -140,6 +135,19 @@ def race(
         }
         for name, contender in ready.items()
     }
+
+
+def interleaved(
+    laps: Mapping[str, Callable[[], Sequence[float]]], trials: int
+) -> dict[str, Float[np.ndarray, "N measures"]]:
+    """What each lap measures in each of `trials` rounds, one lap after the other within a round."""
+    for run in laps.values():
+        run()  # the first run of a program is slower than the rest
+    rounds: dict[str, list[Sequence[float]]] = {name: [] for name in laps}
+    for _ in track(range(trials), "Timing"):
+        for name, run in laps.items():
+            rounds[name].append(run())
+    return {name: np.array(found) for name, found in rounds.items()}
 
 
 def lap(contender: Contender, shape: Shape) -> list[float]:
@@ -173,12 +181,21 @@ def long_run(ready: Mapping[str, Contender], shape: Shape, tokens: int) -> dict[
 
 
 def _spread(rounds: Float[np.ndarray, "N 3"]) -> dict[str, dict[str, float]]:
-    """Of each measure the median and the 10th and 90th percentile over the rounds."""
-    low, median, high = np.percentile(rounds, [10, 50, 90], axis=0).tolist()
-    return {
-        measure: {"median": median[column], "p10": low[column], "p90": high[column]}
-        for column, measure in enumerate(MEASURES)
-    }
+    """`spread` of each measure over the rounds."""
+    return {measure: spread(rounds[:, column]) for column, measure in enumerate(MEASURES)}
+
+
+def spread(rounds: Float[np.ndarray, " N"]) -> dict[str, float]:
+    """The median and the 10th and 90th percentile."""
+    low, median, high = np.percentile(rounds, [10, 50, 90]).tolist()
+    return {"median": median, "p10": low, "p90": high}
+
+
+def held(program: Any) -> int:
+    """Bytes of all that a compiled program holds while it runs, by XLA's account."""
+    memory = program.memory_analysis()
+    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+    return int(peak - memory.alias_size_in_bytes)
 
 
 class Timed:
@@ -212,14 +229,12 @@ class Timed:
         state = self._prefill(self.params, *self.prompts, *self.rule)
         self._decode = self._compiled(decode, *what, self.params, state, self.until, *self.rule, dtype=dtype)
 
-        memory = self._decode.memory_analysis()
-        peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         self.bytes = {
             "weights": model.nbytes,
             "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "kv": state.cache.nbytes,
             "kv_formula": cache_bytes(model.spec, shape.batch, capacity),
-            "decode_peak": peak - memory.alias_size_in_bytes,
+            "decode_peak": held(self._decode),
         }
 
     def _compiled(self, function: Any, *args: Any, **static: Any) -> Any:
@@ -229,17 +244,17 @@ class Timed:
         return program
 
     def score(self) -> tuple[float, Any]:
-        milliseconds, (logprobs, _) = _clock(lambda: self._score(self.params, *self.questions))
+        milliseconds, (logprobs, _) = clock(lambda: self._score(self.params, *self.questions))
         return milliseconds, logprobs
 
     def generate(self) -> tuple[float, float, Any]:
-        prefilling, state = _clock(lambda: self._prefill(self.params, *self.prompts, *self.rule))
-        decoding, state = _clock(lambda: self._decode(self.params, state, self.until, *self.rule))
+        prefilling, state = clock(lambda: self._prefill(self.params, *self.prompts, *self.rule))
+        decoding, state = clock(lambda: self._decode(self.params, state, self.until, *self.rule))
         start = self.shape.prompt
         return prefilling, decoding, state.tokens[:, start : start + self.shape.new_tokens + 1]
 
 
-def _clock(run: Callable[[], Any]) -> tuple[float, Any]:
+def clock(run: Callable[[], Any]) -> tuple[float, Any]:
     """Milliseconds until all of the result is there, and the result."""
     began = time.perf_counter()
     result = jax.block_until_ready(run())

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -42,9 +42,7 @@ class Common:
     def command(self) -> str:
         """The command line as anyone can repeat it: models and data by variable, other paths by name."""
         public = {path: "$MODEL" if len(self.model) == 1 else f"$MODEL{at}" for at, path in enumerate(self.model, 1)}
-        public[str(self.data_dir)] = "$DATA"
-        words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
-        return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
+        return command_line({**public, str(self.data_dir): "$DATA"})
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,12 @@ class Options(Common):
         return RunConfig(model, task, seed=seed, planning=self.planning.filled(toy=model == "toy"), **shared)
 
 
+def command_line(public: Mapping[str, str]) -> str:
+    """This program's command line, some of its words replaced; of other absolute paths the last part alone."""
+    words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
+    return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
+
+
 def parse_seeds(text: str) -> tuple[int, ...]:
     """The seeds that `--seeds` names, each once.
 
@@ -87,7 +91,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(map(int, names)))
 
 
-def start(experiment: Callable[[Any], Record], kind: type[Common], about: str | None) -> None:
+def start(experiment: Callable[[Any], Record], kind: type[Any], about: str | None) -> None:
     """Parse the command line, run the experiment, and end the program: its result is the last line of stdout."""
     options: Any = tyro.cli(OmitArgPrefixes[kind], description=about)  # type: ignore[valid-type]
     try:

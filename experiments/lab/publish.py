@@ -2,17 +2,31 @@
 
 import datetime
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from chai_jax.environment import versions, where_computed
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.report.tables import Column, as_csv, markdown
-from lab.options import Common, Record
+from lab.options import Record
 from lab.paper import Claim
 
 
+class Asked(Protocol):
+    """What is said of an experiment's options."""
+
+    @property
+    def out(self) -> Path: ...
+
+    @property
+    def command(self) -> str: ...
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]: ...
+
+
 def publish(
-    options: Common,
+    options: Asked,
     name: str,
     title: str,
     rows: Sequence[Record],

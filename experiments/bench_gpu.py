@@ -1,0 +1,303 @@
+"""What the compressed cache buys on one GPU: decoding, beside transformers too; the largest batch; inferences a second.
+
+    XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python experiments/bench_gpu.py --out runs/gpu
+
+On one H100 or its like, with jax[cuda12]; random weights, no files, no network. For the row of transformers also torch
+with CUDA. `--parts decode`, `score` or `largest` does one part alone, where a command may not take long; of `largest`
+alone no other part has left its memory in pieces. Everything that is compared is timed in turn within each of
+`--rounds` rounds of one process; ratios are taken round by round; floors are at rates probed before and after.
+
+decode   opt-1.3b, batch 64, positions 1920 to 2048: the compressed cache (share qkv, half the clusters, int8: about a
+         quarter of the bytes), by XLA's programs and by this package's kernel, against our dense bfloat16 one and
+         against transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920 columns in use and random entries, since no time
+         depends on the numbers.
+score    inferences a second of opt-125m: questions of 48 tokens with two one-token answers, the shape of SST-2.
+largest  the largest batch that decodes at the same length: searched by compiling, each program's bytes by XLA's account
+         held against what JAX may take of the device (`--memory` says another limit); what is found then decodes two
+         steps, and where memory runs out 5 % fewer are tried.
+
+Writes bench_gpu.json, .csv and .md; the Markdown ends with a line a goal. Without a GPU it stops with status 2, or with
+`--anywhere` measures what is there.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+# Before jax is imported: torch needs memory of the same GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+
+from chai_jax.commands.bench import numbers
+from chai_jax.compress.quantize import with_storage
+from chai_jax.devices import require_backend
+from chai_jax.errors import InputError
+from chai_jax.measure.aot import GIB, largest_batch
+from chai_jax.measure.bench import Shape, held, interleaved, spread
+from chai_jax.measure.floor import Rates, probe_rates, works
+from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
+from chai_jax.measure.sweep import ours, random_model, sweep, throughput, variants
+from chai_jax.model import kernels
+from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.sharding import Layout, make_mesh
+from chai_jax.planning import parse_list
+from chai_jax.progress import console
+from chai_jax.serve.decode import cast
+from lab.decoding import Ours, Transformers, exhausted, release, torch_absent, torch_version
+from lab.goals import COLUMNS, DENSE, KERNEL, PEER, SMALL, findings
+from lab.options import Record, command_line, start
+from lab.paper import THROUGHPUT
+from lab.publish import publish
+
+PARTS = ("decode", "score", "largest")
+
+
+@dataclass(frozen=True)
+class GpuOptions:
+    model: str = "facebook/opt-1.3b"
+    """Shape that decodes: facebook/opt-{125m, 350m, 1.3b, 2.7b, 6.7b, 13b}, or a folder with a config.json."""
+    score_model: str = "facebook/opt-125m"
+    """Shape that answers questions, likewise."""
+    parts: str = ",".join(PARTS)
+    """What is measured, with commas."""
+    batch: int = 64
+    """Sequences that decode at once."""
+    start: int = 1920
+    """Columns of the cache that are in use when decoding begins."""
+    steps: int = 128
+    """Decoding steps of a round."""
+    score_batches: str = "64,128,256,512,1024"
+    """Questions answered at once, with commas."""
+    question: int = 48
+    """Tokens of a question."""
+    share: Literal["qk", "qkv"] = "qkv"
+    """What the heads of a cluster share in the compressed model."""
+    clusters: float = 0.5
+    """Its clusters, as a fraction of the heads."""
+    storage: Literal["float32", "bfloat16", "int8"] = "int8"
+    """Its cache's format."""
+    rounds: int = 9
+    """Rounds; medians with their 10th and 90th percentile are reported."""
+    peer: bool = True
+    """Time transformers beside ours."""
+    memory: float | None = None
+    """GiB that the largest batch may take (default: what JAX may take of the device)."""
+    anywhere: bool = False
+    """Measure on whatever JAX finds, a GPU or not."""
+    seed: int = 0
+    """Seed of weights and inputs."""
+    out: Path = Path("runs/experiments")
+    """Folder of the tables."""
+
+    @property
+    def command(self) -> str:
+        return command_line({})
+
+    @property
+    def seed_numbers(self) -> tuple[int, ...]:
+        return (self.seed,)
+
+    def check(self) -> None:
+        """Raise InputError unless this can be measured here."""
+        if not self.anywhere:
+            try:
+                require_backend("gpu")
+            except InputError as error:
+                raise InputError(f"{str(error).partition('; ')[2]}, or give --anywhere") from None
+        for name in ("batch", "start", "steps", "question", "rounds"):
+            if getattr(self, name) < 1:
+                raise InputError(f"--{name} is {getattr(self, name)}; expected at least 1")
+        positions = config_of(self.model).max_positions
+        if self.start + self.steps > positions:
+            raise InputError(f"--start {self.start} and --steps {self.steps} do not fit {positions} positions")
+
+
+def model_of(shape: str, cache: str, options: GpuOptions) -> Model:
+    """Random weights in the dtype they are multiplied in; dense with a bfloat16 cache, or compressed."""
+    dense = with_storage(random_model(shape, options.seed), "bfloat16")
+    dense = dense.replace(params=cast(dense.params, compute_dtype()))
+    if cache == DENSE:
+        return dense
+    return variants(shape, dense, [options.clusters], options.share, options.storage)[0].model
+
+
+def decode_rows(options: GpuOptions) -> list[Record]:
+    """The three side by side; without transformers where it cannot be had or memory does not suffice for all."""
+    shape = Shape(options.batch, options.start, options.steps)
+    models = {cache: model_of(options.model, cache, options) for cache in (DENSE, SMALL)}
+    if jax.default_backend() == "gpu":
+        models[KERNEL] = models[SMALL]
+    about = {"part": "decode", "model": options.model}
+    peer, why = built_peer(models[DENSE], shape, options)
+    first = probe_rates(compute_dtype())
+    try:
+        rows = raced(models, peer, shape, options, first)
+    except RuntimeError as error:
+        if peer is None or not exhausted(error):
+            raise
+        why = "memory ran out beside ours; a smaller --batch may do"
+    if peer is not None and why:
+        del peer
+        release()
+        rows = raced(models, None, shape, options, first)
+    absent = [{**about, "cache": PEER, "absent": why}] if why else []
+    return [{**about, **row} for row in rows] + absent
+
+
+def built_peer(dense: Model, shape: Shape, options: GpuOptions) -> tuple[Transformers | None, str]:
+    """transformers, compiled and run once, before JAX takes more of the memory; or why it is not there."""
+    why = torch_absent() if options.peer else "--no-peer"
+    if why is not None:
+        return None, why
+    try:
+        with console.status("compiling transformers"):
+            return Transformers(dense, shape), ""
+    except Exception as error:  # whatever a compiler that is not ours may raise: our own rows can do without it
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else '-'}"
+
+
+def raced(
+    models: dict[str, Model], peer: Transformers | None, shape: Shape, options: GpuOptions, before: Rates
+) -> list[Record]:
+    """A row each, of laps in turn."""
+    ready: dict[str, Any] = {}
+    for name, model in models.items():
+        with console.status(f"compiling {name}"), kernels.using("pallas" if name == KERNEL else "xla"):
+            ready[name] = Ours(model, shape, options.seed)
+    if peer is not None:
+        ready[PEER] = peer
+    rounds = {
+        name: x[:, 0] for name, x in interleaved({n: one.lap for n, one in ready.items()}, options.rounds).items()
+    }
+    rates = before.best(probe_rates(compute_dtype()))
+    rows = []
+    for name, one in ready.items():
+        floor = works(models.get(name, models[DENSE]), shape, compute_dtype())["decode_ms_per_token"].floor(rates)
+        ms = spread(rounds[name])
+        rows.append(
+            {
+                "cache": name,
+                "framework": one.framework,
+                "batch": shape.batch,
+                "start": shape.prompt,
+                "steps": shape.new_tokens,
+                "n": options.rounds,
+                "ms": ms,
+                "rate": throughput(shape.batch, ms),
+                "times": {other: spread(rounds[other] / rounds[name]) for other in rounds if other != name},
+                "floor": floor,
+                "floor_fraction": floor["ms"] / ms["median"],
+                "bytes": one.bytes,
+                "compile_seconds": one.compile_seconds,
+                "probe": asdict(rates),
+            }
+        )
+    return rows
+
+
+def score_rows(options: GpuOptions) -> list[Record]:
+    """Questions a second, dense and compressed, at every batch."""
+    entrants = [ours(cache, model_of(options.score_model, cache, options)) for cache in (DENSE, SMALL)]
+    batches = numbers("score-batches", options.score_batches, int)
+    over = [Shape(batch, prompt=16, new_tokens=1, question=options.question) for batch in batches]
+    found = sweep(entrants, over, options.rounds, options.seed)
+    name, ends = "score_ms_per_example", {"median": "median", "p10": "p90", "p90": "p10"}
+    rows = []
+    for row in found["rows"]:
+        times = {end: 1 / row["ratio_to_first"][name][other] for end, other in ends.items()}
+        rows.append(
+            {
+                "part": "score",
+                "model": options.score_model,
+                "cache": row["model"],
+                **{key: row[key] for key in ("framework", "batch", "question", "n")},
+                "ms": row[name],
+                "rate": row["inferences_per_second"],
+                "times": {DENSE: times} if row["model"] == SMALL else {},
+                "floor": row["floor"][name],
+                "floor_fraction": row["floor_fraction"][name],
+                "bytes": row["bytes"],
+                "probe": found["probe"],
+            }
+        )
+    return rows
+
+
+def largest_rows(options: GpuOptions) -> list[Record]:
+    """The largest batch of either cache, by compiling, and whether it runs."""
+    config, layout = config_of(options.model), Layout(make_mesh(1))
+    given = {"share": options.share, "clusters": options.clusters, "storage": options.storage}
+    limit = memory_limit(options)
+    rows = []
+    for cache, choices in ((DENSE, {}), (SMALL, given)):
+        row = {"part": "largest", "model": options.model, "cache": cache}
+        if limit is None:
+            rows.append({**row, "absent": "JAX does not say what it may take of this device: give --memory"})
+            continue
+        shapes = Shapes(config, spec_of(config, **choices), layout)
+
+        def account(batch: int, shapes: Shapes = shapes) -> Record:
+            with console.status(f"compiling batch {batch}"):
+                needed = held(lower(Job("decode", batch, options.start + options.steps), shapes).compile())
+            sizes = {"hbm": {"at_most": needed}, "hbm_needed": needed, "hbm_limit": limit}
+            return {"fits": needed <= limit, **sizes}
+
+        found = largest_batch(account, 1, options.batch, tell=lambda line: console.print(line, highlight=False))
+        row |= {name: found[name] for name in ("largest", "too_large", "compiled")} | {"limit": limit}
+        needed = found["fitting"]["hbm_needed"] if found["fitting"] else None
+        rows.append({**row, "needed": needed, "batch": ran(model_of(options.model, cache, options), found, options)})
+    return rows
+
+
+def memory_limit(options: GpuOptions) -> int | None:
+    """Bytes that a program may hold; None where nobody says."""
+    if options.memory is not None:
+        return int(options.memory * GIB)
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def ran(model: Model, found: Record, options: GpuOptions) -> int:
+    """The largest batch that really decoded the last two of the positions, from the one found, 5 % fewer each time."""
+    batch, end = found["largest"], options.start + options.steps
+    while batch > found["largest"] // 2:
+        try:
+            Ours(model, Shape(batch, end - 2, 2), options.seed).lap()
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            batch = batch * 95 // 100
+        else:
+            return batch
+    return 0
+
+
+def bench_gpu(options: GpuOptions) -> Record:
+    """All parts that were asked for; the part that leaves memory in pieces last."""
+    options.check()
+    making = {"decode": decode_rows, "score": score_rows, "largest": largest_rows}
+    rows: list[Record] = []
+    for part in parse_list("--parts", options.parts, PARTS):
+        console.print(f"{part}:", highlight=False)
+        try:
+            rows += making[part](options)
+        except RuntimeError as error:
+            if exhausted(error):
+                raise InputError(f"memory ran out in part {part}; expected a larger GPU or a smaller batch") from None
+            raise
+        release()
+    goals, lines = findings(rows)
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+    title = "The compressed cache on one device"
+    beside = {
+        "goals": goals,
+        "asked": {name: value for name, value in asdict(options).items() if name != "out"},
+        "torch": torch_version(),
+    }
+    return publish(options, "bench_gpu", title, rows, COLUMNS, (THROUGHPUT,), lines, **beside)
+
+
+if __name__ == "__main__":
+    start(bench_gpu, GpuOptions, __doc__)

@@ -1,0 +1,114 @@
+"""What bench_gpu.py is to reach, judged from its rows, and its table."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from chai_jax.report.bench import spread
+from chai_jax.report.tables import Column, percent
+from lab.options import Record
+
+DENSE, SMALL, KERNEL, PEER = "dense", "compressed", "compressed, kernel", "transformers"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A number of a part's rows that should be so large.
+
+    Attributes:
+        caches: the rows that count, of which the best does.
+        value: the number with its p10 and p90, if it has any; None of a row that lacks it.
+    """
+
+    name: str
+    least: float
+    part: str
+    caches: tuple[str, ...]
+    value: Callable[[Record], Record | None]
+    digits: int = 2
+
+    def judge(self, rows: Sequence[Record]) -> Record:
+        """`met` by the median; None where nothing was measured."""
+        mine = [row for row in rows if row["part"] == self.part and row["cache"] in self.caches and "absent" not in row]
+        found = [(value, row) for row in mine if (value := self.value(row)) is not None]
+        judged: Record = {"goal": self.name, "least": self.least, "met": None}
+        if not found:
+            absent = [row["absent"] for row in rows if row["part"] == self.part and "absent" in row]
+            return {**judged, "why": absent[0] if absent else f"part {self.part} was left out"}
+        value, row = max(found, key=lambda pair: pair[0]["median"])
+        return {**judged, **value, "met": value["median"] >= self.least, "cache": row["cache"], "batch": row["batch"]}
+
+    def say(self, judged: Record) -> str:
+        """One line."""
+        words = {True: "met", False: "missed", None: "not measured"}[judged["met"]]
+        asked = f"{words}: {self.name}, at least {self.least:,g}"
+        if judged["met"] is None:
+            return f"{asked}: {judged['why']}"
+        ends = "p10" in judged
+        number = spread(judged, self.digits) if ends else f"{judged['median']:,.{self.digits}f}"
+        return f"{asked}: {number} ({judged['cache']}, batch {judged['batch']})"
+
+
+def times(other: str) -> Callable[[Record], Record | None]:
+    return lambda row: row["times"].get(other)
+
+
+def reached(row: Record) -> Record:
+    return {"median": row["floor_fraction"]}
+
+
+GOALS = (
+    Goal("compressed against dense, tokens/s as a ratio", 2.5, "decode", (SMALL, KERNEL), times(DENSE)),
+    Goal("fraction of its floor that dense decoding reaches", 0.7, "decode", (DENSE,), reached),
+    Goal("fraction of its floor that compressed decoding reaches", 0.7, "decode", (SMALL, KERNEL), reached),
+    Goal("compressed against transformers, tokens/s as a ratio", 2.0, "decode", (SMALL, KERNEL), times(PEER)),
+    Goal("inferences/s, the best batch", 20000, "score", (DENSE, SMALL), lambda row: row["rate"], 0),
+)
+
+
+def findings(rows: Sequence[Record]) -> tuple[list[Record], list[str]]:
+    """Every goal as judged, and the lines that say so; then the largest batches, for which there is no goal."""
+    judged = [goal.judge(rows) for goal in GOALS]
+    lines = [goal.say(one) for goal, one in zip(GOALS, judged, strict=True)]
+    batches = {row["cache"]: row["batch"] for row in rows if row["part"] == "largest" and "absent" not in row}
+    if batches.get(DENSE):
+        ratio = batches[SMALL] / batches[DENSE]
+        lines.append(f"largest batch: {batches[SMALL]:,} compressed, {batches[DENSE]:,} dense, {ratio:.2f} times")
+    return judged, lines
+
+
+def _when(name: str, cell: Callable[[Record], str]) -> Callable[[Record], str]:
+    return lambda row: cell(row) if name in row else "-"
+
+
+def _note(row: Record) -> str:
+    if "absent" in row:
+        return f"absent: {row['absent']}"
+    if row["part"] == "largest":
+        needed = "-" if row["needed"] is None else f"{row['needed']:,}"
+        return f"found {row['largest']:,} by {row['compiled']} compilations: {needed} of {row['limit']:,} bytes"
+    return f"n = {row['n']}"
+
+
+def _times(row: Record) -> str:
+    return ", ".join(f"{spread(ratio)} {other}" for other, ratio in row["times"].items()) or "-"
+
+
+def _floor(row: Record) -> str:
+    return f"{row['floor']['ms']:.3f} ({percent(row['floor_fraction'], 0)}, {row['floor']['bound']})"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("part", lambda row: row["part"]),
+    ("model", lambda row: row["model"].rstrip("/").split("/")[-1]),
+    ("cache", lambda row: row["cache"]),
+    ("batch", _when("batch", lambda row: f"{row['batch']:,}")),
+    ("ms a step, or a question", _when("ms", lambda row: spread(row["ms"], 3))),
+    ("tokens/s, or inferences/s", _when("rate", lambda row: spread(row["rate"], 0))),
+    (
+        "times",
+        _when("times", lambda row: ", ".join(f"{spread(x)} {other}" for other, x in row["times"].items()) or "-"),
+    ),
+    ("floor, ms (reached, bound by)", _when("floor", _floor)),
+    ("cache bytes", _when("bytes", lambda row: f"{row['bytes']['kv']:,}")),
+    ("", _note),
+)
