@@ -9,8 +9,8 @@ alone no other part has left its memory in pieces. Everything that is compared i
 
 decode   opt-1.3b, batch 64, positions 1920 to 2048: the compressed cache (share qkv, half the clusters, int8: about a
          quarter of the bytes), by XLA's programs and by this package's kernel, against our dense bfloat16 one and
-         against transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920 columns
-         in use and random entries, since no time depends on the numbers.
+         against transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920
+         columns in use and random entries, since no time depends on the numbers.
 score    inferences a second of opt-125m: questions of 48 tokens with two one-token answers, the shape of SST-2.
 largest  the largest batch that decodes at the same length: searched by compiling, each program's bytes by XLA's account
          held against what JAX may take of the device (`--memory` says another limit); what is found then decodes two
