@@ -121,18 +121,20 @@ class Attention(nnx.Module):
         self.scale = config.head_dim**-0.5
         # One matrix or three: see chai_jax.model.params.fold.
         self.qkv = Projection("btd,df->btf", params["qkv"]) if "qkv" in params else None
-        self.apart = None if "qkv" in params else nnx.List([Heads(params[name]) for name in PROJECTIONS])
+        self.apart = nnx.List([Heads(params[name]) for name in PROJECTIONS if name in params])
         self.output = Projection("bhtr,hrd->btd", params["output"])
 
-    def _project(self, x: Float[Array, "B T D"]) -> list[Array]:
+    def _project(self, x: Float[Array, "B T D"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values, each [B, heads, T, R]."""
         if self.qkv is None:
-            return [heads(x) for heads in self.apart]
+            query, key, value = self.apart
+            return query(x), key(x), value(x)
         queries, keys, values, _ = self.spec.projected
         shapes = (queries, self.spec.key_rank), (keys, self.spec.key_rank), (values, self.spec.value_rank)
         ends = np.cumsum([heads * rank for heads, rank in shapes])[:-1].tolist()
         parts = zip(jnp.split(self.qkv(x), ends, axis=-1), shapes, strict=True)
-        return [jnp.swapaxes(part.reshape(*x.shape[:2], *shape), 1, 2) for part, shape in parts]
+        one, two, three = (jnp.swapaxes(part.reshape(*x.shape[:2], *shape), 1, 2) for part, shape in parts)
+        return one, two, three
 
     def _groups(self, x: Array) -> list[tuple[Group, Array, Array, Array]]:
         """Split the projected heads by group: (group, query [B,C,q,T,R], key [B,C,T,R], value [B,C*v,T,R])."""

@@ -132,16 +132,14 @@ def fold(params: Params) -> Params:
     int8, stays as it is, and so does one with int4 kernels. For one device: split arrays do not stay split.
     """
 
-    def side_by_side(kernels: Sequence[Leaf]) -> Leaf | None:
-        if all(isinstance(kernel, QuantizedArray) for kernel in kernels):
-            values, scale = (
-                side_by_side([k.values for k in kernels]),
-                jnp.concatenate([k.scale.ravel() for k in kernels]),
-            )
-            return QuantizedArray(values, scale, (-2,))
-        if any(isinstance(kernel, Quantized) for kernel in kernels):
-            return None
+    def flat(kernels: Sequence[Any]) -> Array:
         return jnp.concatenate([kernel.reshape(len(kernel), -1) for kernel in kernels], axis=1)
+
+    def side_by_side(kernels: Sequence[Any]) -> Leaf | None:
+        if all(isinstance(kernel, QuantizedArray) for kernel in kernels):
+            scale = jnp.concatenate([kernel.scale.ravel() for kernel in kernels])
+            return QuantizedArray(flat([kernel.values for kernel in kernels]), scale, (-2,))
+        return None if any(isinstance(kernel, Quantized) for kernel in kernels) else flat(kernels)
 
     def layer(old: Params) -> Params:
         three = [old[name] for name in PROJECTIONS]
