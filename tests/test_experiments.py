@@ -198,6 +198,7 @@ def test_a_gpu_is_asked_for(
             assert re.fullmatch(r"error: JAX found 8 x cpu \(cpu\); expected a gpu: .*, or give --anywhere\n", err)
 
 
+@pytest.mark.slow
 def test_what_a_gpu_would_be_measured_for(bench_gpu: Any, small_model: Path, tmp_path: Path) -> None:
     """Bytes by the formula, ratios and rates by the times, goals by the rows; every file there."""
     source = str(small_model)
