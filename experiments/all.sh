@@ -53,8 +53,8 @@ if [ -z "$small" ] && [ -n "${TEXT:-}" ]; then
     small=$out/opt-micro
     read -ra text <<<"$TEXT"
     if [ ! -d "$small" ]; then
-        run python "$here/train_test_model.py" --text "${text[@]}" --task sst2 "${data[@]}" --tokenizer "$MODEL" \
-            --layers 4 --width 128 --heads 4 --steps 1500 --batch 64 --window 64 --task-share 0.8 --out "$small"
+        run python "$here/train_test_model.py" --text "${text[@]}" --task "$tasks" "${data[@]}" --tokenizer "$MODEL" \
+            --layers 4 --width 128 --heads 4 --steps 600 --batch 32 --window 64 --task-share 0.7 --out "$small"
     fi
 fi
 if [ -n "$small" ]; then experiment bigger_teacher "$small" sst2 --teacher "$MODEL"; fi
