@@ -35,7 +35,7 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.devices import require_backend
 from chai_jax.errors import InputError
 from chai_jax.measure.aot import GIB, largest_batch
-from chai_jax.measure.bench import Shape, held, interleaved, spread
+from chai_jax.measure.bench import Shape, interleaved, program_bytes, spread
 from chai_jax.measure.floor import Rates, probe_rates, works
 from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
 from chai_jax.measure.sweep import ours, random_model, sweep, throughput, variants
@@ -240,7 +240,7 @@ def largest_rows(options: GpuOptions) -> list[Record]:
 
         def account(batch: int, shapes: Shapes = shapes) -> Record:
             with console.status(f"compiling batch {batch}"):
-                needed = held(lower(Job("decode", batch, options.start + options.steps), shapes).compile())
+                needed = program_bytes(lower(Job("decode", batch, options.start + options.steps), shapes).compile())
             sizes = {"hbm": {"at_most": needed}, "hbm_needed": needed, "hbm_limit": limit}
             return {"fits": needed <= limit, **sizes}
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import OPTConfig, Params, init
 from chai_jax.model.sharding import Layout, make_mesh, use
 from chai_jax.spec import Spec
 
@@ -30,7 +30,7 @@ def script(name: str) -> ModuleType:
 def tiny(seed: int) -> Model:
     random = np.random.default_rng(seed)
     spec = Spec.dense(1, 2, 8)
-    shapes = jax.eval_shape(lambda key: script("chai_jax.model.params").init(CONFIG, spec, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init(CONFIG, spec, key), jax.random.key(0))
     params: Params = jax.tree.map(lambda x: jax.numpy.asarray(0.5 * random.standard_normal(x.shape), x.dtype), shapes)
     return Model(CONFIG, spec, params)
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from chai_jax.errors import InputError
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import Params, fold
+from chai_jax.model.params import Params, fold_projections
 from chai_jax.progress import track
 from chai_jax.score import Questions, target_logprobs
 from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
@@ -191,7 +191,7 @@ def spread(rounds: Float[np.ndarray, " N"]) -> dict[str, float]:
     return {"median": median, "p10": low, "p90": high}
 
 
-def held(program: Any) -> int:
+def program_bytes(program: Any) -> int:
     """Bytes of all that a compiled program holds while it runs, by XLA's account."""
     memory = program.memory_analysis()
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -210,7 +210,8 @@ class Timed:
     def __init__(self, model: Model, shape: Shape, seed: int) -> None:
         self.shape, self.compile_seconds = shape, 0.0
         dtype, what = compute_dtype(), (model.config, model.spec)
-        self.params = jax.block_until_ready(fold(cast(model.params, dtype)))  # as `serving_params` on one device
+        # As `serving_params` on one device.
+        self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
         prompts, questions = map(jnp.asarray, shape.inputs(model.config.vocab_size, seed))
         lengths = jnp.full(shape.batch, shape.question, jnp.int32)
         self.questions = questions, lengths, jnp.tile(jnp.array(ANSWERS, jnp.int32), (shape.batch, 1))
@@ -234,7 +235,7 @@ class Timed:
             "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "kv": state.cache.nbytes,
             "kv_formula": cache_bytes(model.spec, shape.batch, capacity),
-            "decode_peak": held(self._decode),
+            "decode_peak": program_bytes(self._decode),
         }
 
     def _compiled(self, function: Any, *args: Any, **static: Any) -> Any:

@@ -119,7 +119,7 @@ class Attention(nnx.Module):
     def __init__(self, config: OPTConfig, layer: LayerSpec, params: Params):
         self.spec = layer
         self.scale = config.head_dim**-0.5
-        # One matrix or three: see chai_jax.model.params.fold.
+        # One matrix or three: see chai_jax.model.params.fold_projections.
         self.qkv = Projection("btd,df->btf", params["qkv"]) if "qkv" in params else None
         self.apart = nnx.List([Heads(params[name]) for name in PROJECTIONS if name in params])
         self.output = Projection("bhtr,hrd->btd", params["output"])

@@ -125,7 +125,7 @@ def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params
 PROJECTIONS = ("query", "key", "value")
 
 
-def fold(params: Params) -> Params:
+def fold_projections(params: Params) -> Params:
     """The same model with one matrix `qkv` [D, F] a layer in place of query, key and value: one matmul, not three.
 
     F counts entries of all queries, then keys, then values. A layer whose three kernels are not of one kind, plain or

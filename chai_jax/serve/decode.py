@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
-from chai_jax.model.params import OPTConfig, Params, fold
+from chai_jax.model.params import OPTConfig, Params, fold_projections
 from chai_jax.model.quantized import Leaf, Quantized, dequantize, is_leaf
 from chai_jax.model.sharding import Layout
 from chai_jax.serve.sample import Sampling, sample
@@ -78,14 +78,14 @@ _serving: WeakKeyDictionary[Model, tuple[Layout, Params]] = WeakKeyDictionary()
 
 
 def serving_params(model: Model, layout: Layout) -> Params:
-    """A model's parameters as the programs below multiply them: placed, `cast`, and on one device `fold`ed.
+    """A model's parameters as the programs below multiply them: placed, `cast`, and folded on one device.
 
     They are kept for as long as the model is, beside it: a request must not pay for them again.
     """
     kept = _serving.get(model)
     if kept is None or kept[0] != layout:
         params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
-        kept = _serving[model] = layout, fold(params) if layout.mesh.size == 1 else params
+        kept = _serving[model] = layout, fold_projections(params) if layout.mesh.size == 1 else params
     return kept[1]
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chai_jax.measure.bench import Shape, clock, held
+from chai_jax.measure.bench import Shape, clock, program_bytes
 from chai_jax.measure.peers import torch_model
 from chai_jax.model.cache import Cache, cache_bytes, empty
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import fold
+from chai_jax.model.params import fold_projections
 from chai_jax.serve.decode import NEVER, State, cast, decode
 from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
@@ -58,7 +58,7 @@ class Ours:
     def __init__(self, model: Model, shape: Shape, seed: int) -> None:
         self.shape, self.until, self.seed = shape, shape.prompt + shape.new_tokens, seed
         dtype = compute_dtype()
-        self.params = jax.block_until_ready(fold(cast(model.params, dtype)))
+        self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
         self.layers = jax.block_until_ready(random_layers(model.spec, shape.batch, self.until, seed))
         self.rest = jnp.int32(self.until), Sampling.checked(), jnp.int32(NEVER)
         began, state = time.perf_counter(), self._state()
@@ -69,7 +69,7 @@ class Ours:
             "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
             "kv": state.cache.nbytes,
             "kv_formula": cache_bytes(model.spec, shape.batch, self.until),
-            "decode_peak": held(self.program),
+            "decode_peak": program_bytes(self.program),
         }
 
     def _state(self) -> State:

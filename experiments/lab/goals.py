@@ -104,10 +104,7 @@ COLUMNS: tuple[Column, ...] = (
     ("batch", _when("batch", lambda row: f"{row['batch']:,}")),
     ("ms a step, or a question", _when("ms", lambda row: spread(row["ms"], 3))),
     ("tokens/s, or inferences/s", _when("rate", lambda row: spread(row["rate"], 0))),
-    (
-        "times",
-        _when("times", lambda row: ", ".join(f"{spread(x)} {other}" for other, x in row["times"].items()) or "-"),
-    ),
+    ("times", _when("times", _times)),
     ("floor, ms (reached, bound by)", _when("floor", _floor)),
     ("cache bytes", _when("bytes", lambda row: f"{row['bytes']['kv']:,}")),
     ("", _note),

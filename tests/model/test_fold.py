@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params, fold
+from chai_jax.model.params import OPTConfig, Params, fold_projections
 from chai_jax.model.quantized import QuantizedArray, quantize, quantize_int4
 from chai_jax.spec import LayerSpec, Spec, group_clusters
 
@@ -51,7 +51,7 @@ def test_folded_equals_apart(random_params: Draw, bias: bool, kernel: str) -> No
     params = random_params(config, SPEC, 0.2)
     if kernel == "int8":
         params = with_kernels(params, lambda x: quantize(x, axes=(-3,), scale_dtype=jnp.float32))
-    folded = fold(params)
+    folded = fold_projections(params)
     for index, each in folded["layers"].items():
         assert {"query", "key", "value"}.isdisjoint(each), index
         assert isinstance(each["qkv"]["kernel"], QuantizedArray) == (kernel == "int8")
@@ -63,5 +63,5 @@ def test_folded_equals_apart(random_params: Draw, bias: bool, kernel: str) -> No
 def test_what_cannot_be_folded_stays(random_params: Draw) -> None:
     params = random_params(CONFIG, SPEC, 0.2)
     int4 = with_kernels(params, lambda x: quantize_int4(x, axis=-3, group=8))
-    assert jax.tree.structure(fold(int4)) == jax.tree.structure(int4)
-    np.testing.assert_array_equal(hidden(CONFIG, fold(int4)), hidden(CONFIG, int4))
+    assert jax.tree.structure(fold_projections(int4)) == jax.tree.structure(int4)
+    np.testing.assert_array_equal(hidden(CONFIG, fold_projections(int4)), hidden(CONFIG, int4))

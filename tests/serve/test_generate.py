@@ -20,7 +20,7 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, fold, init
+from chai_jax.model.params import OPTConfig, fold_projections, init
 from chai_jax.model.quantized import quantize
 from chai_jax.model.sharding import Layout, make_mesh, use
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
@@ -219,7 +219,7 @@ def test_the_cache_is_updated_in_place(rows: int, storage: str) -> None:
     """A decode step neither takes a second cache nor copies the first: what it needs beside is a layer's."""
     layers = 4
     config, spec = dataclasses.replace(CONFIG, num_layers=layers), Spec.dense(layers, 4, 8, storage)
-    params = fold(init(config, spec, jax.random.key(0)))
+    params = fold_projections(init(config, spec, jax.random.key(0)))
     tokens, mask = serve.pad_left(PROMPTS[:rows], 1)
     keys = jax.random.split(jax.random.key(0), len(tokens))
     rule = serve.Sampling.checked(), jnp.int32(2)
