@@ -1,13 +1,11 @@
 """Log-likelihoods and divergences of given answers: every accuracy, loss and sensitivity is computed here.
 
-Sequences that are equal but for their last token (the choices of a one-token answer) go through the model once. The
-rest is sorted by length, padded on the right to a few static shapes, and spread over the current layout's mesh. Only
-the hidden states that predict a target meet the vocabulary head, some rows at a time: logits [B, T, V] never exist.
+What examples have in common goes through the model once, rows are sorted by length and padded to a few static shapes
+(`chai_jax.questions`), and spread over the current layout's mesh. The last layer, and behind it the vocabulary head,
+sees only the positions that predict a target; the head sees some at a time: logits [B, T, V] never exist.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,62 +21,36 @@ from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
+from chai_jax.questions import NONE, Questions, Tree, batches, pack, trees
 from chai_jax.spec import Spec
 
 HEAD_ROWS = 256  # hidden states that meet the vocabulary head at once: 51 MB of float32 logits at V = 50,272
-PAIRS = 2**21  # B T^2 of one device's batch at most: 8 MB of float32 scores a head
-SHORTEST = 16  # the smallest padded length
 Total = Any
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "start", "length", "last"], meta_fields=["short"])
-@dataclass(frozen=True)
-class Questions:
-    """A batch of inputs with the tokens that should follow.
-
-    Row b feeds `tokens[b, :length[b]]`. Its targets are the tokens at `start[b]` ... `length[b] - 1` and then, behind
-    the input's end, each of the alternatives `last[b]`. A row of length 0 is padding. `short` promises that no row has
-    more targets than that last one.
-    """
-
-    tokens: Int32[Array, "B T"]
-    start: Int32[Array, "B"]
-    length: Int32[Array, "B"]
-    last: Int32[Array, "B A"]
-    short: bool = False
-
-    @property
-    def mask(self) -> Bool[Array, "B T"]:
-        """True where a token is real."""
-        return jnp.arange(self.tokens.shape[1], dtype=jnp.int32) < self.length[:, None]
-
-    @property
-    def targets(self) -> Int32[Array, "B"]:
-        """How many tokens of each row are predicted."""
-        return jnp.maximum(self.length - self.start + 1, 0)
 
 
 def fold_targets(
     questions: Questions,
-    step: Callable[[Total, Int32[Array, "B N"], Bool[Array, "B N"]], Total],
+    hidden: Sequence[Float[Array, "B P D"]],
+    step: Callable[[Total, list[Float[Array, "B N D"]], Int32[Array, "B N A"]], Total],
     initial: Total,
 ) -> Total:
-    """Fold `step(total, positions, valid)` over the positions whose hidden states predict a target, N at a time.
+    """Fold `step(total, hidden states, targets)` over the positions, N at a time, as far as there are targets.
 
     The number of steps follows the longest answer of the batch without a recompilation.
     """
-    rows, longest = questions.tokens.shape
+    rows, count, _ = questions.targets.shape
     # The vocabulary head may cost more than the layers: it sees no more positions than there are targets.
-    width = 1 if questions.short else max(1, HEAD_ROWS // rows)
+    width = min(count, max(1, HEAD_ROWS // rows))
 
     def body(index: Array, total: Total) -> Total:
-        offsets = index * width + jnp.arange(width, dtype=jnp.int32)
-        positions = questions.start[:, None] - 1 + offsets
-        valid = positions < questions.length[:, None]
-        return step(total, jnp.minimum(positions, longest - 1), valid)
+        places = index * width + jnp.arange(width, dtype=jnp.int32)
+        targets = jnp.take(questions.targets, places, axis=1, mode="fill", fill_value=NONE)
+        some = [jnp.take(states, places, axis=1, mode="clip") for states in hidden]
+        return step(total, some, targets)
 
-    steps = (jnp.max(questions.targets) + width - 1) // width
-    return jax.lax.fori_loop(0, steps, body, initial)
+    used = (questions.targets != NONE).any(axis=(0, 2))
+    most = jnp.max(jnp.where(used, jnp.arange(count, dtype=jnp.int32) + 1, 0))
+    return jax.lax.fori_loop(0, (most + width - 1) // width, body, initial)
 
 
 def logits_at(
@@ -88,26 +60,32 @@ def logits_at(
     return unembed(config, params, jnp.take_along_axis(hidden, positions[..., None], axis=1))
 
 
+def states_of(config: OPTConfig, spec: Spec, dtype: Any, params: Params, questions: Questions) -> Float[Array, "B P D"]:
+    """Hidden states of the positions that something is expected behind."""
+    return forward(
+        config, spec, params, questions.tokens, questions.mask,
+        dtype=dtype, branch=questions.branch, wanted=questions.columns,
+    ).hidden  # fmt: skip
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def target_logprobs(
     config: OPTConfig, spec: Spec, dtype: Any, params: Params, questions: Questions
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
     """Summed log-probability (nats, float32) of each alternative's targets, and whether greedy decoding gives them."""
-    hidden = forward(config, spec, params, questions.tokens, questions.mask, dtype=dtype).hidden
 
-    def step(total: Total, positions: Array, valid: Array) -> Total:
-        logits = logits_at(config, params, hidden, positions)
-        after = jnp.minimum(positions + 1, questions.tokens.shape[1] - 1)
-        following = jnp.take_along_axis(questions.tokens, after, axis=1)
-        at_end = positions == questions.length[:, None] - 1
-        targets = jnp.where(at_end[..., None], questions.last[:, None], following[..., None])
-        chosen = jnp.take_along_axis(logits, targets, axis=-1) - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    def step(total: Total, hidden: list[Array], targets: Array) -> Total:
+        logits, counts = unembed(config, params, hidden[0]), targets != NONE
+        chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0), axis=-1)
+        chosen -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         hit = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32) == targets
-        skipped = ~valid[..., None]
-        return total[0] + jnp.where(skipped, 0.0, chosen).sum(1), total[1] & (hit | skipped).all(1)
+        return total[0] + jnp.where(counts, chosen, 0.0).sum(1), total[1] & (hit | ~counts).all(1)
 
-    shape = questions.last.shape
-    return fold_targets(questions, step, (jnp.zeros(shape), jnp.ones(shape, bool)))
+    hidden = [states_of(config, spec, dtype, params, questions)]
+    rows, _, alternatives = questions.targets.shape
+    return fold_targets(
+        questions, hidden, step, (jnp.zeros((rows, alternatives)), jnp.ones((rows, alternatives), bool))
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -117,23 +95,23 @@ def target_kl(
     dtype: Any,
     params: tuple[Params, Params],
     questions: Questions,
-) -> Float[Array, "B"]:
-    """Mean over each row's target positions of KL(teacher || student) in nats, given as (teacher, student) pairs."""
-    hidden = [
-        forward(config, spec, tree, questions.tokens, questions.mask, dtype=dtype).hidden
-        for config, spec, tree in zip(configs, specs, params, strict=True)
-    ]
+) -> Float[Array, "B A"]:
+    """Mean over each alternative's positions of KL(teacher || student) in nats, given as (teacher, student) pairs."""
 
-    def step(total: Array, positions: Array, valid: Array) -> Array:
+    def step(total: Array, hidden: list[Array], targets: Array) -> Array:
         teacher, student = (
-            jax.nn.log_softmax(logits_at(config, tree, x, positions))
+            jax.nn.log_softmax(unembed(config, tree, x))
             for config, tree, x in zip(configs, params, hidden, strict=True)
         )
-        divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
-        return total + jnp.where(valid, divergence, 0.0).sum(1)
+        divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1, keepdims=True)
+        return total + jnp.where(targets != NONE, divergence, 0.0).sum(1)
 
-    total = fold_targets(questions, step, jnp.zeros(questions.length.shape))
-    return total / jnp.maximum(questions.targets, 1).astype(jnp.float32)
+    hidden = [
+        states_of(config, spec, dtype, tree, questions)
+        for config, spec, tree in zip(configs, specs, params, strict=True)
+    ]
+    counts = (questions.targets != NONE).sum(axis=1, dtype=jnp.float32)
+    return fold_targets(questions, hidden, step, jnp.zeros(counts.shape)) / jnp.maximum(counts, 1.0)
 
 
 def loglikelihoods(
@@ -149,16 +127,11 @@ def loglikelihoods(
     """
     out, layout = np.zeros((len(encoded), 2)), current_layout()
     params = layout.params(model.config, model.spec, model.params)
-    for indices, (sums, greedy) in _run(
-        partial(target_logprobs, model.config, model.spec, compute_dtype(), params),
-        layout,
-        encoded,
-        model.config.max_positions,
-        batch_size,
-        description,
-    ):
-        out[indices, 0] = sums[: len(indices)]
-        out[indices, 1] = greedy[: len(indices)]
+    compute = partial(target_logprobs, model.config, model.spec, compute_dtype(), params)
+    rows = trees(encoded, model.config.max_positions, model.config.hidden_size if model.spec.stored_by_token else None)
+    for members, (sums, greedy) in _run(compute, layout, rows, model.config.max_positions, batch_size, description):
+        out[members, 0] = sums[: len(members)]
+        out[members, 1] = greedy[: len(members)]
     return out
 
 
@@ -179,15 +152,11 @@ def answer_kl(
     longest = min(teacher.config.max_positions, student.config.max_positions)
     out, layout = np.zeros(len(encoded)), current_layout()
     params = tuple(layout.params(model.config, model.spec, model.params) for model in (teacher, student))
-    for indices, divergence in _run(
-        partial(target_kl, configs, specs, compute_dtype(), params),
-        layout,
-        encoded,
-        longest,
-        batch_size,
-        description,
-    ):
-        out[indices] = divergence
+    compute = partial(target_kl, configs, specs, compute_dtype(), params)
+    branching = all(spec.stored_by_token for spec in specs)
+    rows = trees(encoded, longest, student.config.hidden_size if branching else None)
+    for members, divergence in _run(compute, layout, rows, longest, batch_size, description):
+        out[members] = divergence[: len(members)]
     return out
 
 
@@ -203,77 +172,17 @@ def mean_loss(model: Model, encoded: Sequence[Encoded], batch_size: int = 32, de
     return -float(loglikelihoods(model, encoded, batch_size, description)[:, 0].sum()) / targets
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Examples that share an input and differ at most in their last token."""
-
-    tokens: tuple[int, ...]
-    start: int
-    last: list[int]
-    members: list[int]
-
-
-def _grouped(encoded: Sequence[Encoded], longest: int) -> list[_Group]:
-    """Group the examples by input, longest first, so that memory runs out at once or never."""
-    members: dict[tuple[tuple[int, ...], int], list[int]] = defaultdict(list)
-    for index, example in enumerate(encoded):
-        if not 1 <= example.start < len(example.tokens) <= longest + 1:
-            raise InputError(
-                f"example {index} has {len(example.tokens)} tokens, its answer from token {example.start}; expected a "
-                f"context, an answer, and at most {longest + 1} tokens: shorten it or mend its prompt"
-            )
-        members[tuple(example.tokens[:-1]), example.start].append(index)
-    groups = [
-        _Group(tokens, start, [int(encoded[index].tokens[-1]) for index in indices], indices)
-        for (tokens, start), indices in members.items()
-    ]
-    return sorted(groups, key=lambda group: -len(group.tokens))
-
-
-def padded_length(length: int, longest: int) -> int:
-    """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`, `longest` at most."""
-    power = 1 << (length - 1).bit_length()
-    between = power * 3 // 4
-    return min(max(SHORTEST, between if length <= between else power), longest)
-
-
-def _pack(groups: list[_Group], rows: int, length: int, alternatives: int, layout: Layout) -> Questions:
-    """Pad groups on the right to [rows, length], split over the mesh; missing rows have length 0."""
-    tokens = np.zeros((rows, length), np.int32)
-    start, lengths = np.ones(rows, np.int32), np.zeros(rows, np.int32)
-    last = np.zeros((rows, alternatives), np.int32)
-    for row, group in enumerate(groups):
-        tokens[row, : len(group.tokens)] = group.tokens
-        start[row], lengths[row] = group.start, len(group.tokens)
-        last[row, : len(group.last)] = group.last
-    short = all(group.start == len(group.tokens) for group in groups)
-    return partial(Questions, short=short)(*layout.rows((tokens, start, lengths, last)))
-
-
-def _batches(groups: list[_Group], batch_size: int, longest: int, ways: int) -> list[tuple[list[_Group], int, int]]:
-    """Cut sorted groups into (groups, rows, padded length); the first of a batch sets the length, so shapes are few."""
-    batches = []
-    batch_size = min(batch_size, -(-len(groups) // ways))
-    while groups:
-        length = padded_length(len(groups[0].tokens), longest)
-        rows = ways * max(1, min(batch_size, PAIRS // length**2))
-        batches.append((groups[:rows], rows, length))
-        groups = groups[rows:]
-    return batches
-
-
 def _run(
     compute: Callable[[Questions], Any],
     layout: Layout,
-    encoded: Sequence[Encoded],
+    rows: Sequence[Tree],
     longest: int,
     batch_size: int,
     description: str,
 ) -> Iterator[tuple[list[int], Any]]:
     """Yield for each row of `compute(questions)` the examples it holds."""
-    groups = _grouped(encoded, longest)
-    alternatives = max((len(group.last) for group in groups), default=1)
-    for batch, rows, length in track(_batches(groups, batch_size, longest, layout.ways), description):
-        result = whole(compute(_pack(batch, rows, length, alternatives, layout)))
-        for row, group in enumerate(batch):
-            yield group.members, jax.tree.map(lambda x, row=row: x[row], result)
+    alternatives = max((len(tree.members) for tree in rows), default=1)
+    for batch, count, length in track(batches(rows, batch_size, longest, layout.ways), description):
+        result = whole(compute(layout.rows(pack(batch, count, length, alternatives))))
+        for row, tree in enumerate(batch):
+            yield list(tree.members), jax.tree.map(lambda x, row=row: x[row], result)

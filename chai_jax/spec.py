@@ -131,6 +131,14 @@ class Spec:
         """Whether the parameters are those of an ordinary OPT (cache formats and weight formats aside)."""
         return all(layer.share == "dense" for layer in self.layers)
 
+    @property
+    def stored_by_token(self) -> bool:
+        """Whether what is stored of a token depends on no later or neighbouring one, so that sequences may branch.
+
+        Blocks of int4 take in whole runs of columns, and clusters found per prompt take in its length.
+        """
+        return all(layer.membership == "calibrated" and "int4" not in layer.storages for layer in self.layers)
+
     def with_layer(self, index: int, layer: LayerSpec) -> "Spec":
         """The same spec with layer `index` replaced."""
         return Spec((*self.layers[:index], layer, *self.layers[index + 1 :]))

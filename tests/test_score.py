@@ -14,6 +14,7 @@ from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
+from chai_jax.questions import Questions, padded_length
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16)
@@ -67,9 +68,9 @@ def greedy_example(model: Model, context: tuple[int, ...], count: int) -> Encode
 
 
 @pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[score.Questions]:
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Questions]:
     """The batches that `target_logprobs` was called with."""
-    seen: list[score.Questions] = []
+    seen: list[Questions] = []
     compute = score.target_logprobs
 
     def record(*arguments: Any) -> Any:
@@ -96,21 +97,40 @@ def test_batching_and_order_do_not_matter(model: Model, examples: list[Encoded],
     np.testing.assert_allclose(found, score.loglikelihoods(model, examples)[order], rtol=1e-5)
 
 
-def test_one_token_choices_share_a_forward_pass(model: Model, batches: list[score.Questions]) -> None:
+def test_one_token_choices_share_a_forward_pass(model: Model, batches: list[Questions]) -> None:
     contexts = [(2, 5, 6), (2, 7, 8, 9)]
     choices = [Encoded((*context, answer), len(context)) for context in contexts for answer in (10, 20, 30)]
     longer = [Encoded((2, 5, 6, 10, 11), 3), Encoded((2, 5, 6, 10), 2)]
     questions = [*choices, greedy_example(model, contexts[0], 1), *longer]
     found = score.loglikelihoods(model, questions)
     rows = sum(int((np.asarray(batch.length) > 0).sum()) for batch in batches)
-    assert rows == 4
+    assert rows == 3  # the context of two tokens has one of its own
     np.testing.assert_allclose(found, reference(model, questions), atol=1e-4)
     assert found[6, 1] == 1
 
 
-def test_batches_are_spread_over_all_devices(
-    model: Model, examples: list[Encoded], batches: list[score.Questions]
-) -> None:
+@pytest.mark.parametrize("storage", ["float32", "int8", "int4"])
+def test_answers_of_one_context_share_it(batches: list[Questions], storage: str) -> None:
+    """Longer answers branch off where they begin to differ; int4 takes in blocks of columns, and shares nothing."""
+    rng, model = np.random.default_rng(3), random_model(0, storage)
+    questions = []
+    for length in (5, 9, 12):
+        context, begins = (tuple(rng.integers(4, 97, count).tolist()) for count in (length, 2))
+        ends = [tuple(rng.integers(4, 97, count).tolist()) for count in (6, 1, 3, 1, 1)]
+        questions += [Encoded((*context, *begins, *end), length) for end in ends]
+    questions += [questions[1], greedy_example(model, questions[0].tokens[:5], 4)]
+    found = score.loglikelihoods(model, questions, batch_size=2)
+    np.testing.assert_allclose(found, reference(model, questions), atol=2e-3 if storage == "int8" else 1e-4)
+    assert found[-1, 1] == 1
+    rows = sum(int((np.asarray(batch.length) > 0).sum()) for batch in batches)
+    # Apart: of each context the three answers of one token have one input.
+    assert rows == (3 * 3 + 1 if storage == "int4" else 3)
+    twin = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * 1.1, model.params))
+    expected = [score.answer_kl(model, twin, [question])[0] for question in questions]
+    np.testing.assert_allclose(score.answer_kl(model, twin, questions), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_batches_are_spread_over_all_devices(model: Model, examples: list[Encoded], batches: list[Questions]) -> None:
     score.loglikelihoods(model, examples)
     assert {len(batch.tokens.sharding.device_set) for batch in batches} == {jax.local_device_count()}
     assert all(not batch.tokens.sharding.is_fully_replicated for batch in batches)
@@ -126,24 +146,24 @@ def test_one_shape_compiles_once() -> None:
 
 
 def test_lengths_fall_into_few_sizes() -> None:
-    sizes = [score.padded_length(length, 100) for length in range(1, 101)]
+    sizes = [padded_length(length, 100) for length in range(1, 101)]
     assert sorted(set(sizes)) == [16, 24, 32, 48, 64, 96, 100]
     assert all(size >= length for length, size in enumerate(sizes, start=1))
 
 
 def test_logits_of_all_positions_never_exist(model: Model) -> None:
-    questions = score.Questions(
-        jnp.zeros((8, 48), jnp.int32), jnp.ones(8, jnp.int32), jnp.full(8, 48, jnp.int32), jnp.zeros((8, 1), jnp.int32)
-    )
+    tokens, targets = jnp.zeros((8, 48), jnp.int32), jnp.zeros((8, 48, 1), jnp.int32)
+    questions = Questions(tokens, jnp.full(8, 48, jnp.int32), jnp.zeros(8, jnp.int32), targets)
     compute = partial(score.target_logprobs, CONFIG, model.spec, jnp.float32)
     program = str(jax.make_jaxpr(compute)(model.params, questions))
     assert "f32[8,32,97]" in program  # HEAD_ROWS / 8 positions of each row
     assert "48,97]" not in program
     # One target a row: the head sees one position of each.
-    short = dataclasses.replace(questions, start=questions.length, short=True)
+    short = dataclasses.replace(questions, first=questions.length - 1, targets=targets[:, :1])
     program = str(jax.make_jaxpr(compute)(model.params, short))
     assert "f32[8,1,97]" in program
     assert "f32[8,32,97]" not in program
+    assert "f32[8,1,16]" in program  # the last layer's residual sums, too
 
 
 def test_short_answers_score_alike_alone_and_beside_long_ones(model: Model) -> None:

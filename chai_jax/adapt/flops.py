@@ -63,5 +63,16 @@ def cost(config: OPTConfig, spec: Spec, trainable: Any = None) -> Cost:
     return Cost(token, pair, target + config.vocab_size * config.embed_dim * (2 + 2 * (flows or table) + 2 * table))
 
 
+def spared(config: OPTConfig, spec: Spec) -> Cost:
+    """What a forward pass saves in the last layer at a token whose hidden state is not wanted: all but its key and
+    value, and its pairs with the tokens before it."""
+    index, layer = len(spec.layers) - 1, spec.layers[-1]
+    parts = declare(config, spec)["layers"][str(index)]
+    rest = [part for name, part in parts.items() if name not in ("key", "value")]
+    kernels = (leaf for leaf in jax.tree.leaves(rest, is_leaf=_is_declared) if leaf.kind == "kernel")
+    pair = 2 * (layer.query_heads * layer.key_rank + layer.output_heads * layer.value_rank)
+    return Cost(2 * sum(math.prod(kernel.shape) for kernel in kernels), pair)
+
+
 def _is_declared(value: Any) -> bool:
     return isinstance(value, Declared)

@@ -10,14 +10,15 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import Params, fold_projections
+from chai_jax.model.params import fold_projections
 from chai_jax.progress import track
-from chai_jax.score import Questions, target_logprobs
+from chai_jax.questions import Questions, most_rows
+from chai_jax.score import target_logprobs
 from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling
 
@@ -212,19 +213,15 @@ class Timed:
         dtype, what = compute_dtype(), (model.config, model.spec)
         # As `serving_params` on one device.
         self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
-        prompts, questions = map(jnp.asarray, shape.inputs(model.config.vocab_size, seed))
-        lengths = jnp.full(shape.batch, shape.question, jnp.int32)
-        self.questions = questions, lengths, jnp.tile(jnp.array(ANSWERS, jnp.int32), (shape.batch, 1))
+        prompts, questions = shape.inputs(model.config.vocab_size, seed)
+        prompts = jnp.asarray(prompts)
+        self.questions = split_questions(questions)
         self.prompts = prompts, jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(seed), shape.batch)
         self.rule = Sampling.checked(), jnp.int32(NEVER)
         self.until = jnp.int32(shape.prompt + shape.new_tokens)
         capacity = bucket(shape.prompt + shape.new_tokens + 1)
 
-        @jax.jit
-        def score(params: Params, tokens: Array, lengths: Array, answers: Array) -> Any:
-            return target_logprobs(*what, dtype, params, Questions(tokens, lengths, lengths, answers, short=True))
-
-        self._score = self._compiled(score, self.params, *self.questions)
+        self._score = self._compiled(target_logprobs, *what, dtype, self.params, self.questions[0])
         start = partial(self._compiled, prefill, *what, self.params, *self.prompts, *self.rule)
         self._prefill = start(capacity=capacity, dtype=dtype)
         state = self._prefill(self.params, *self.prompts, *self.rule)
@@ -245,14 +242,29 @@ class Timed:
         return program
 
     def score(self) -> tuple[float, Any]:
-        milliseconds, (logprobs, _) = clock(lambda: self._score(self.params, *self.questions))
-        return milliseconds, logprobs
+        milliseconds, found = clock(lambda: [self._score(self.params, piece) for piece in self.questions])
+        return milliseconds, jnp.concatenate([logprobs for logprobs, _ in found])[: self.shape.batch]
 
     def generate(self) -> tuple[float, float, Any]:
         prefilling, state = clock(lambda: self._prefill(self.params, *self.prompts, *self.rule))
         decoding, state = clock(lambda: self._decode(self.params, state, self.until, *self.rule))
         start = self.shape.prompt
         return prefilling, decoding, state.tokens[:, start : start + self.shape.new_tokens + 1]
+
+
+def split_questions(questions: Int[np.ndarray, "B Q"]) -> list[Questions]:
+    """Questions in equal batches, no larger than scoring makes them; those that fill up the last one are empty."""
+    batch, length = questions.shape
+    count = -(-batch // most_rows(length))
+    rows = -(-batch // count)
+    tokens = np.zeros((count * rows, length), np.int32)
+    tokens[:batch] = questions
+    lengths = jnp.asarray(np.where(np.arange(count * rows) < batch, length, 0).astype(np.int32))
+    answers = jnp.tile(jnp.array(ANSWERS, jnp.int32), (rows, 1, 1))
+    return [
+        Questions(jnp.asarray(tokens[first : first + rows]), (each := lengths[first : first + rows]), each - 1, answers)
+        for first in range(0, count * rows, rows)
+    ]
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:

@@ -7,12 +7,13 @@ prompt tokens, N decoding steps, Q tokens of a question, k cache bytes a token, 
 and per predicted token h FLOPs:
 
     one decoding step   weights + B (k (P + (N + 1) / 2) + cache per sequence)    B (t + p (P + (N + 1) / 2) + h)
-    prefill             weights + B (k P + cache per sequence)                    B (t P + p P (P + 1) / 2 + h)
-    scoring B questions weights                                                   B (t Q + p Q (Q + 1) / 2 + h)
+    prefill             weights + B (k P + cache per sequence)                    B (t P + p P (P + 1) / 2 - s + h)
+    scoring B questions weights                                                   B (t Q + p Q (Q + 1) / 2 - s + h)
 
-The step is the mean one: step i reads or writes P + i columns. An embedding that is looked up rather than multiplied
-counts by the rows that are read. Weights that fit the processor's caches can be read faster than memory gives them:
-a tiny model may pass its floor.
+where s is what the last layer spares at all tokens but the last one, of which it needs no more than keys and values
+(`chai_jax.adapt.flops.spared`). The step is the mean one: step i reads or writes P + i columns. An embedding that is
+looked up rather than multiplied counts by the rows that are read. Weights that fit the processor's caches can be read
+faster than memory gives them: a tiny model may pass its floor.
 """
 
 import time
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chai_jax.adapt.flops import cost
+from chai_jax.adapt.flops import cost, spared
 from chai_jax.measure.bench import Shape
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
@@ -100,13 +101,15 @@ def works(model: Model, shape: Shape, dtype: Any) -> dict[str, Work]:
     batch, prompt, question = shape.batch, shape.prompt, shape.question
     filled = prompt + (shape.new_tokens + 1) / 2
     row, fixed = bytes_per_token(model.spec), bytes_per_sequence(model.spec)
-    flops = cost(model.config, model.spec)
+    flops, less = (count(model.config, model.spec) for count in (cost, spared))
 
     def weights(tokens: int) -> int:
         return weights_read(model, batch * tokens, dtype)
 
     def forward(tokens: int) -> int | float:
-        return batch * (flops.token * tokens + flops.pair * tokens * (tokens + 1) / 2 + flops.target)
+        all_pairs = tokens * (tokens + 1) / 2
+        saved = less.token * (tokens - 1) + less.pair * (all_pairs - tokens)
+        return batch * (flops.token * tokens + flops.pair * all_pairs - saved + flops.target)
 
     return {
         "score_ms_per_example": Work(weights(question) / batch, forward(question) / batch),

@@ -28,7 +28,8 @@ from chai_jax.model.params import OPTConfig, Params, init
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, partition_spec, spread
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.score import Questions, padded_length, target_logprobs
+from chai_jax.questions import Questions, padded_length
+from chai_jax.score import target_logprobs
 from chai_jax.serve.decode import bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
@@ -313,11 +314,7 @@ def _lower_decode(job: Job, shapes: Shapes) -> Any:
 
 
 def _lower_score(job: Job, shapes: Shapes) -> Any:
-    @jax.jit
-    def score(params: Params, *questions: Any) -> Any:
-        asked = partial(Questions, short=True)(*questions)
-        return target_logprobs(shapes.config, shapes.spec, COMPUTE, params, asked)
-
     length = padded_length(job.seq, shapes.config.max_positions)
-    sizes: list[tuple[int, ...]] = [(job.batch, length), (job.batch,), (job.batch,), (job.batch, 2)]
-    return score.lower(shapes.params(job.weights), *(shapes.rows(size, jnp.int32) for size in sizes))
+    sizes: list[tuple[int, ...]] = [(job.batch, length), (job.batch,), (job.batch,), (job.batch, 1, 2)]
+    asked = Questions(*(shapes.rows(size, jnp.int32) for size in sizes))
+    return target_logprobs.lower(shapes.config, shapes.spec, COMPUTE, shapes.params(job.weights), asked)

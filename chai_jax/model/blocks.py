@@ -47,6 +47,10 @@ class Windowed:
     recent: Any  # [B, heads, S, R], as `old` but for the rows' own blocks, read back from bfloat16
     fresh: Any  # bool [T, S]
 
+    def of_rows(self, rows: Int32[Array, "B N"] | None) -> "Windowed":
+        """What some of the rows read, other ones of each sequence; None: all."""
+        return self if rows is None else dataclasses.replace(self, fresh=self.fresh[rows][:, None, None])
+
 
 def empty_blocks(batch: int, heads: int, capacity: int, rank: int, axis: int) -> BlockStore:
     """A store of `capacity` columns; `axis` is BY_CHANNEL for keys, BY_TOKEN for values."""

@@ -19,13 +19,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
+from chai_jax.model.blocks import Windowed
 from chai_jax.model.cache import Cache, GroupCache, remember
+from chai_jax.model.layers import Heads, Norm, Projection, at_columns, value_of
 from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
 from chai_jax.model.prompt import attend_per_prompt
-from chai_jax.model.quantized import Leaf, dequantize, einsum
 from chai_jax.spec import Group, LayerSpec, Spec
 
-NORM_EPSILON = 1e-5
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -56,61 +56,12 @@ Observe = Callable[[int, Seen, Params], Any]
 class Output:
     """Hidden states before the vocabulary head, the cache after these tokens, and what `observe` returned per layer."""
 
-    hidden: Any  # [B, T, D]
+    hidden: Any  # [B, T, D], or of the wanted columns [B, N, D]
     cache: Cache
     observed: list[Any]
 
 
 jax.tree_util.register_dataclass(Output)
-
-
-def _param(value: Leaf | None) -> Any:
-    return None if value is None else nnx.Param(value)
-
-
-def _value(param: Any) -> Any:
-    return param.get_value()
-
-
-class Projection(nnx.Module):
-    """A linear map given by an einsum; its kernel may be quantized."""
-
-    def __init__(self, equation: str, params: Params):
-        self.equation = equation
-        self.kernel = _param(params["kernel"])
-        self.bias = _param(params.get("bias"))
-
-    def __call__(self, x: Array) -> Array:
-        y = einsum(self.equation, x, _value(self.kernel))
-        return y if self.bias is None else y + dequantize(_value(self.bias), x.dtype)
-
-
-class Heads(Projection):
-    """Project the width to heads: [B, T, D] -> [B, heads, T, R]."""
-
-    def __init__(self, params: Params):
-        super().__init__("btd,dhr->bthr", params)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B heads T R"]:
-        return jnp.swapaxes(super().__call__(x), 1, 2)
-
-
-class Norm(nnx.Module):
-    """Layer norm over the width, in float32."""
-
-    def __init__(self, params: Params):
-        self.scale = _param(params.get("scale"))
-        self.bias = _param(params.get("bias"))
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + NORM_EPSILON)
-        if self.scale is not None:
-            y = y * dequantize(_value(self.scale))
-        if self.bias is not None:
-            y = y + dequantize(_value(self.bias))
-        return y.astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -152,24 +103,32 @@ class Attention(nnx.Module):
         return parts
 
     def __call__(
-        self, x: Float[Array, "B T D"], allowed: Bool[Array, "B T S"], past: tuple[GroupCache, ...] | None, start: Array
-    ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
+        self,
+        x: Float[Array, "B T D"],
+        allowed: Bool[Array, "B T S"],
+        past: tuple[GroupCache, ...] | None,
+        start: Array,
+        wanted: Int32[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], tuple[GroupCache, ...], Seen]:
         if self.spec.membership == "prompt":
             before = None if past is None else past[0]
             found = attend_per_prompt(self.spec, *self._project(x), allowed, before, start, self.scale)
             joined, score, probability, new = found
-            return self.output(joined), (new,), Seen(x, score, probability, allowed, joined)
+            return self.output(at_columns(joined, wanted, 2)), (new,), Seen(x, score, probability, allowed, joined)
+        readable = at_columns(allowed, wanted, 1)
         decoding = past is not None and x.shape[1] == 1
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):
             before = None if past is None else past[index]
             new, keys, values = remember(before, key, value, group.storage, start, allowed)
             caches.append(new)
+            query = at_columns(query, wanted, 3)
+            keys, values = (part.of_rows(wanted) if isinstance(part, Windowed) else part for part in (keys, values))
             # What is read of int4 is made for this step, not stored: the kernel would save nothing.
             if decoding and kernels.chosen() and group.storage != "int4":
-                heads.append(attend_one(query, keys, values, allowed, self.scale, group.values))
+                heads.append(attend_one(query, keys, values, readable, self.scale, group.values))
                 continue
-            out, score, probability = attend(query, keys, values, allowed, self.scale, group.values)
+            out, score, probability = attend(query, keys, values, readable, self.scale, group.values)
             heads.append(out)
             scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))
             probabilities.append(probability.reshape(scores[-1].shape))
@@ -178,7 +137,7 @@ class Attention(nnx.Module):
         joined_scores, joined_probabilities = (
             jnp.concatenate(parts, axis=1) if known else None for parts in (scores, probabilities)
         )
-        return self.output(joined), tuple(caches), Seen(x, joined_scores, joined_probabilities, allowed, joined)
+        return self.output(joined), tuple(caches), Seen(x, joined_scores, joined_probabilities, readable, joined)
 
 
 class Block(nnx.Module):
@@ -194,9 +153,15 @@ class Block(nnx.Module):
         self.down = Projection("btf,fd->btd", params["down"])
 
     def __call__(
-        self, x: Float[Array, "B T D"], allowed: Bool[Array, "B T S"], past: tuple[GroupCache, ...] | None, start: Array
-    ) -> tuple[Float[Array, "B T D"], tuple[GroupCache, ...], Seen]:
-        y, cache, seen = self.attention(self.attention_norm(x) if self.pre_norm else x, allowed, past, start)
+        self,
+        x: Float[Array, "B T D"],
+        allowed: Bool[Array, "B T S"],
+        past: tuple[GroupCache, ...] | None,
+        start: Array,
+        wanted: Int32[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], tuple[GroupCache, ...], Seen]:
+        y, cache, seen = self.attention(self.attention_norm(x) if self.pre_norm else x, allowed, past, start, wanted)
+        x = at_columns(x, wanted, 1)
         x = x + y if self.pre_norm else self.attention_norm(x + y)
         y = self.down(self.activation(self.up(self.mlp_norm(x) if self.pre_norm else x)))
         return x + y if self.pre_norm else self.mlp_norm(x + y), cache, seen
@@ -216,10 +181,10 @@ class OPT(nnx.Module):
         self.blocks = nnx.List([Block(config, layer, params["layers"][str(i)]) for i, layer in enumerate(spec.layers)])
 
     def embed(self, tokens: Int32[Array, "B T"], positions: Int32[Array, "B T"], dtype: Any) -> Float[Array, "B T D"]:
-        x = _value(self.tokens)[tokens].astype(dtype)
+        x = value_of(self.tokens)[tokens].astype(dtype)
         if self.project_in is not None:
             x = self.project_in(x)
-        return x + _value(self.positions)[positions].astype(dtype)
+        return x + value_of(self.positions)[positions].astype(dtype)
 
     def __call__(
         self,
@@ -228,15 +193,18 @@ class OPT(nnx.Module):
         cache: Cache | None = None,
         dtype: DTypeLike = jnp.float32,
         remat: bool = False,
-    ) -> tuple[Float[Array, "B T D"], Cache, list[Seen]]:
+        branch: Int32[Array, "B T"] | None = None,
+        wanted: Int32[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], Cache, list[Seen]]:
         """Hidden states after the last norm, the cache after these tokens, and what each layer saw."""
-        positions, allowed, start, all_mask = visible(mask, cache)
+        positions, allowed, start, all_mask = visible(mask, cache, branch)
         x = self.embed(tokens, positions, dtype)
         layers, seen = [], []
         for index, block in enumerate(self.blocks):
             with jax.named_scope(f"layer_{index}"):
                 run = jax.checkpoint(partial(Block.__call__, block)) if remat else block
-                x, stored, record = run(x, allowed, None if cache is None else cache.layers[index], start)
+                past = None if cache is None else cache.layers[index]
+                x, stored, record = run(x, allowed, past, start, wanted if index == len(self.blocks) - 1 else None)
             layers.append(stored)
             seen.append(record)
         if self.final_norm is not None:
@@ -248,26 +216,32 @@ class OPT(nnx.Module):
         flat = hidden.reshape(1, -1, hidden.shape[-1])
         if self.project_out is not None:
             flat = self.project_out(flat)
-        table = _value(self.tokens if self.head is None else self.head)
+        table = value_of(self.tokens if self.head is None else self.head)
         # The table first: on CPUs XLA is half again as fast at this as at the transpose.
         logits = jnp.einsum("ve,bte->vbt", table.astype(flat.dtype), flat, preferred_element_type=jnp.float32)
         return jnp.moveaxis(logits, 0, -1).reshape(*hidden.shape[:-1], -1)
 
 
-def visible(mask: Array, cache: Cache | None) -> tuple[Array, Array, Array, Array]:
-    """Positions [B,T], allowed pairs [B,T,S], the first column written, and the mask [B,S] after these tokens."""
+def visible(
+    mask: Bool[Array, "B T"], cache: Cache | None, branch: Int32[Array, "B T"] | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """Positions [B,T], allowed pairs [B,T,S], the first column written, and the mask [B,S] after these tokens.
+
+    A token's position is the number of tokens that it may read, itself not counted.
+    """
     rows = mask.shape[1]
-    counts = mask.astype(jnp.int32)
     if cache is None:
-        start, before, all_mask = jnp.zeros((), jnp.int32), 0, mask
+        start, all_mask = jnp.zeros((), jnp.int32), mask
     else:
         start = cache.length
-        before = cache.mask.sum(axis=1, keepdims=True, dtype=jnp.int32)
         all_mask = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, start, axis=1)
-    positions = (jnp.cumsum(counts, axis=1, dtype=jnp.int32) + before) * counts - 1 + POSITION_OFFSET
     columns = jnp.arange(all_mask.shape[1], dtype=jnp.int32)
     causal = columns[None, :] <= start + jnp.arange(rows, dtype=jnp.int32)[:, None]
-    return positions, causal[None] & all_mask[:, None, :], start, all_mask
+    allowed = causal[None] & all_mask[:, None, :]
+    if branch is not None:
+        allowed &= (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])
+    positions = jnp.where(mask, allowed.sum(axis=2, dtype=jnp.int32), 0) - 1 + POSITION_OFFSET
+    return positions, allowed, start, all_mask
 
 
 def forward(
@@ -281,6 +255,8 @@ def forward(
     dtype: DTypeLike = jnp.float32,
     remat: bool = False,
     observe: Observe | None = None,
+    branch: Int32[Array, "B T"] | None = None,
+    wanted: Int32[Array, "B N"] | None = None,
 ) -> Output:
     """Run the decoder over a parameter tree: the one forward pass of everything.
 
@@ -293,8 +269,13 @@ def forward(
         dtype: of the activations; weights are cast to it where they are used.
         remat: keep only each layer's input for a backward pass, which computes the layer again (`jax.checkpoint`).
         observe: called per layer as `observe(layer, seen, layer_params)`; what it returns is handed back.
+        branch: of each token, without a cache: it reads those of branch 0 and of its own, so that one row holds several
+            continuations of one text. For specs that are `stored_by_token`.
+        wanted: columns whose hidden states are handed back, all if not given: the last layer computes no others.
     """
-    hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat)
+    if branch is not None and (cache is not None or not spec.stored_by_token):
+        raise ValueError("branches of a row need a spec that is stored_by_token, and no cache")
+    hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat, branch, wanted)
     observed = (
         [] if observe is None else [observe(i, record, params["layers"][str(i)]) for i, record in enumerate(seen)]
     )

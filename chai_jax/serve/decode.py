@@ -122,7 +122,8 @@ def prefill(
         eos: token to stop at, or `NEVER`.
         layout: by which to split the cache, if any.
     """
-    output = forward(config, spec, params, tokens, mask, dtype=dtype)
+    newest = jnp.full((len(tokens), 1), tokens.shape[1] - 1, jnp.int32)
+    output = forward(config, spec, params, tokens, mask, dtype=dtype, wanted=newest)
     room = capacity - tokens.shape[1]
     columns = jnp.pad(tokens, ((0, 0), (0, room)), constant_values=config.pad_token_id)
     cache = extend(output.cache, capacity)
