@@ -27,6 +27,7 @@ HOMES = {
     "distil": "adapt.distil",
     "target": "adapt.target",
     "generate": "serve.generate",
+    "warm_up": "serve.generate",
     "Result": "measure.evaluate",
     "evaluate": "measure.evaluate",
     "perplexity": "measure.evaluate",

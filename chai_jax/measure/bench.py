@@ -213,8 +213,8 @@ class Timed:
         dtype, what = compute_dtype(), (model.config, model.spec)
         # As `serving_params` on one device.
         self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
-        prompts, questions = shape.inputs(model.config.vocab_size, seed)
-        prompts = jnp.asarray(prompts)
+        tokens, questions = shape.inputs(model.config.vocab_size, seed)
+        prompts = jnp.asarray(tokens)
         self.questions = split_questions(questions)
         self.prompts = prompts, jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(seed), shape.batch)
         self.rule = Sampling.checked(), jnp.int32(NEVER)

@@ -47,9 +47,17 @@ class Windowed:
     recent: Any  # [B, heads, S, R], as `old` but for the rows' own blocks, read back from bfloat16
     fresh: Any  # bool [T, S]
 
-    def of_rows(self, rows: Int32[Array, "B N"] | None) -> "Windowed":
-        """What some of the rows read, other ones of each sequence; None: all."""
-        return self if rows is None else dataclasses.replace(self, fresh=self.fresh[rows][:, None, None])
+    def upto(self, rows: slice) -> "Windowed":
+        """What these rows read, none of which reads a column behind their last."""
+        old, recent = (part[:, :, : rows.stop] for part in (self.old, self.recent))
+        return Windowed(old, recent, self.fresh[rows, : rows.stop])
+
+
+def of_rows(stored: Any, rows: Int32[Array, "B N"] | None) -> Any:
+    """What some rows, other ones of each sequence, read of keys or values: `Windowed` tells rows apart. None: all."""
+    if rows is None or not isinstance(stored, Windowed):
+        return stored
+    return dataclasses.replace(stored, fresh=stored.fresh[rows][:, None, None])
 
 
 def empty_blocks(batch: int, heads: int, capacity: int, rank: int, axis: int) -> BlockStore:

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model import kernels
-from chai_jax.model.attention import attend, attend_one
-from chai_jax.model.blocks import Windowed
+from chai_jax.model.attention import attend, attend_in_order, attend_one
+from chai_jax.model.blocks import of_rows
 from chai_jax.model.cache import Cache, GroupCache, remember
 from chai_jax.model.layers import Heads, Norm, Projection, at_columns, value_of
 from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
@@ -123,12 +123,13 @@ class Attention(nnx.Module):
             new, keys, values = remember(before, key, value, group.storage, start, allowed)
             caches.append(new)
             query = at_columns(query, wanted, 3)
-            keys, values = (part.of_rows(wanted) if isinstance(part, Windowed) else part for part in (keys, values))
+            keys, values = of_rows(keys, wanted), of_rows(values, wanted)
             # What is read of int4 is made for this step, not stored: the kernel would save nothing.
             if decoding and kernels.chosen() and group.storage != "int4":
                 heads.append(attend_one(query, keys, values, readable, self.scale, group.values))
                 continue
-            out, score, probability = attend(query, keys, values, readable, self.scale, group.values)
+            how = attend_in_order if past is None and wanted is None else attend
+            out, score, probability = how(query, keys, values, readable, self.scale, group.values)
             heads.append(out)
             scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))
             probabilities.append(probability.reshape(scores[-1].shape))

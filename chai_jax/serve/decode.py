@@ -18,10 +18,11 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import forward, unembed
+from chai_jax.model.opt import Output, forward, unembed
 from chai_jax.model.params import OPTConfig, Params, fold_projections
 from chai_jax.model.quantized import Leaf, Quantized, dequantize, is_leaf
 from chai_jax.model.sharding import Layout
+from chai_jax.questions import most_rows
 from chai_jax.serve.sample import Sampling, sample
 from chai_jax.spec import Spec
 
@@ -100,6 +101,28 @@ def _choose(
     return State(state.cache, tokens, state.done | (chosen == eos), keys[:, 0])
 
 
+def _read(
+    config: OPTConfig, spec: Spec, params: Params, tokens: Array, mask: Array, dtype: Any, layout: Layout | None
+) -> Output:
+    """`forward` over prompts, as many at once as one device should get; of their hidden states, the last ones."""
+    batch, columns = tokens.shape
+    rows = batch
+    if layout is None or layout.mesh.size == 1:
+        rows = next(rows for rows in range(min(batch, most_rows(columns)), 0, -1) if batch % rows == 0)
+
+    def some(prompts: tuple[Array, Array]) -> Output:
+        newest = jnp.full((rows, 1), columns - 1, jnp.int32)
+        return forward(config, spec, params, *prompts, dtype=dtype, wanted=newest)
+
+    if rows == batch:
+        return some((tokens, mask))
+    parts = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(-1, rows, columns), (tokens, mask)))
+    hidden, layers, seen = jax.tree.map(
+        lambda x: x.reshape(batch, *x.shape[2:]), (parts.hidden, parts.cache.layers, parts.cache.mask)
+    )
+    return Output(hidden, Cache(layers, seen, parts.cache.length[0]), [])
+
+
 @partial(jax.jit, static_argnames=("config", "spec", "dtype", "capacity", "layout"))
 def prefill(
     config: OPTConfig,
@@ -122,8 +145,7 @@ def prefill(
         eos: token to stop at, or `NEVER`.
         layout: by which to split the cache, if any.
     """
-    newest = jnp.full((len(tokens), 1), tokens.shape[1] - 1, jnp.int32)
-    output = forward(config, spec, params, tokens, mask, dtype=dtype, wanted=newest)
+    output = _read(config, spec, params, tokens, mask, dtype, layout)
     room = capacity - tokens.shape[1]
     columns = jnp.pad(tokens, ((0, 0), (0, room)), constant_values=config.pad_token_id)
     cache = extend(output.cache, capacity)

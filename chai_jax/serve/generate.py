@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,7 @@ from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
-from chai_jax.serve.decode import NEVER, bucket, decode, pad_left, prefill, serving_params
+from chai_jax.serve.decode import NEVER, State, bucket, decode, pad_left, prefill, serving_params
 from chai_jax.serve.sample import Sampling
 
 STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
@@ -30,6 +29,31 @@ class Request:
     eos: int
 
 
+def _begin(
+    model: Model,
+    params: Params,
+    layout: Layout,
+    prompts: Sequence[Sequence[int]],
+    numbers: Sequence[int],
+    request: Request,
+) -> tuple[State, int]:
+    """One batch with its first new token, and how many columns its prompts take up.
+
+    Args:
+        params: the model's `serving_params`.
+        numbers: of the prompts among all that were asked for; they and the seed decide what is drawn.
+    """
+    tokens, mask = pad_left(prompts, model.config.pad_token_id, layout.ways)
+    rows, start = tokens.shape
+    filled = np.array([*numbers, *[0] * (rows - len(prompts))], np.uint32)
+    capacity = bucket(start + request.max_new_tokens)
+    tokens, mask, filled = layout.rows((tokens, mask, filled))
+    return prefill(
+        model.config, model.spec, params, tokens, mask, keys_of(jnp.uint32(request.seed), filled), request.sampling,
+        jnp.int32(request.eos), capacity=capacity, dtype=compute_dtype(), layout=layout,
+    ), start  # fmt: skip
+
+
 def _continue(
     model: Model,
     params: Params,
@@ -41,18 +65,10 @@ def _continue(
 ) -> Iterator[list[list[int]]]:
     """What one batch has been continued by so far: after its first token, then each time `piece` more are there.
 
-    Args:
-        params: the model's `serving_params`.
-        numbers: of the prompts among all that were asked for; they and the seed decide what is drawn.
+    Arguments as of `_begin`.
     """
     dtype, eos = compute_dtype(), jnp.int32(request.eos)
-    tokens, mask = pad_left(prompts, model.config.pad_token_id, layout.ways)
-    rows, start = tokens.shape
-    filled = np.array([*numbers, *[0] * (rows - len(prompts))], np.uint32)
-    capacity = bucket(start + request.max_new_tokens)
-    program = partial(prefill, model.config, model.spec, params, capacity=capacity, dtype=dtype, layout=layout)
-    tokens, mask, filled = layout.rows((tokens, mask, filled))
-    state = program(tokens, mask, keys_of(jnp.uint32(request.seed), filled), request.sampling, eos)
+    state, start = _begin(model, params, layout, prompts, numbers, request)
     made = 1
     while True:
         columns, done = whole((state.tokens, state.done))
@@ -63,6 +79,41 @@ def _continue(
         made = min(made + piece, request.max_new_tokens)
         until = jnp.int32(start + made - 1)
         state = decode(model.config, model.spec, params, state, until, request.sampling, eos, dtype=dtype)
+
+
+def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256, max_new_tokens: int = 64) -> int:
+    """Compile all that requests of these sizes will need, whatever else they ask: none of them compiles anything then.
+
+    Args:
+        batch_sizes: prompts that go through the model together (see `generate_tokens`), each rounded up as they are.
+        longest: tokens of the longest prompt.
+        max_new_tokens: the most of any request.
+
+    Returns:
+        The number of shapes: pairs of programs. With a compilation cache on disk, a later process finds them there.
+
+    Raises:
+        InputError: sizes that no request could have.
+    """
+    if not (batch_sizes and min(batch_sizes) >= 1 and longest >= 1):
+        raise InputError("expected sizes of at least 1 to warm up for")
+    check_prompts(model, [[model.config.pad_token_id] * longest], max_new_tokens)
+    layout = current_layout()
+    params, eos = serving_params(model, layout), jnp.int32(NEVER)
+    reads = sorted({bucket(length) for length in range(1, longest + 1)})
+    # The fewest new tokens that ask for each capacity, two or more if that can be: one is no decoding.
+    rooms = {(read, bucket(read + new)): new for read in reads for new in range(max_new_tokens, 0, -1) if new != 1}
+    rooms |= {(read, bucket(read + 1)): 1 for read in reads if (read, bucket(read + 1)) not in rooms}
+    shapes = [
+        (rows, *one) for rows in sorted({1 << (size - 1).bit_length() for size in batch_sizes}) for one in rooms.items()
+    ]
+    for rows, (read, _), new in track(shapes, f"Compiling {len(shapes)} shapes"):
+        prompts = [[model.config.pad_token_id] * read] * rows
+        state, start = _begin(model, params, layout, prompts, range(rows), Request(new, Sampling(), 0, NEVER))
+        if new > 1:
+            until = jnp.int32(start + 1)
+            decode(model.config, model.spec, params, state, until, Sampling(), eos, dtype=compute_dtype())
+    return len(shapes)
 
 
 @jax.jit

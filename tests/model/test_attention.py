@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chai_jax.model import attention
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import store
 from chai_jax.model.opt import Seen, forward, unembed
@@ -119,3 +120,77 @@ def test_singleton_clusters_are_dense_attention_bit_for_bit(random_params: Rando
         return np.asarray(unembed(config, params, hidden))
 
     np.testing.assert_array_equal(logits(single), logits(dense))
+
+
+@pytest.mark.parametrize(("share", "storage"), [("dense", "float32"), ("kv", "int8"), ("qk", "int4")])
+def test_rows_in_pieces_are_rows_at_once(
+    monkeypatch: pytest.MonkeyPatch, random_params: RandomParams, share: str, storage: str
+) -> None:
+    """Hidden states, gradients and all that a probe is shown; 70 rows reach into a third block of int4."""
+    clusters = tuple((head,) for head in range(6)) if share == "dense" else CLUSTERS
+    spec = Spec((layer(share, clusters, (storage,) * len(clusters)),))
+    config = dataclasses.replace(CONFIG, max_positions=80)
+    params = random_params(config, spec, 0.3)
+    tokens = jax.random.randint(jax.random.key(1), (2, 70), 4, 60, jnp.int32)
+    mask = jnp.arange(70, dtype=jnp.int32) >= jnp.array([[0], [5]], jnp.int32)
+
+    def run(rows: int) -> tuple[tuple[jax.Array, Seen], Params]:
+        monkeypatch.setattr(attention, "ROWS", rows)
+
+        def total(params: Params) -> tuple[jax.Array, Seen]:
+            output = forward(config, spec, params, tokens, mask, observe=lambda index, seen, params: seen)
+            return jnp.where(mask[..., None], jnp.square(output.hidden), 0.0).sum(), output.observed[0]
+
+        return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
+
+    (_, whole), _ = expected = run(512)
+    (_, pieces), _ = found = run(32)
+    real = np.asarray(mask)[:, None, :, None]
+    seen, expected_seen = (jax.tree.map(np.asarray, one) for one in (pieces, whole))
+    np.testing.assert_allclose(seen.scores * real, expected_seen.scores * real, atol=1e-5)
+    assert seen.probabilities[:, :, :32, 32:].max() == 0
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-4), found[1], expected[1])
+    np.testing.assert_allclose(seen.heads * real, expected_seen.heads * real, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("membership", "storage"), [("calibrated", "int8"), ("calibrated", "int4"), ("prompt", "int4")]
+)
+def test_wanted_columns_are_those_of_all(random_params: RandomParams, storage: str, membership: str) -> None:
+    """The last layer computes some rows alone; the cache holds every column all the same."""
+    config = dataclasses.replace(CONFIG, num_layers=2, max_positions=80)
+    one = layer("qk", CLUSTERS, (storage,) * 4)
+    if membership == "prompt":
+        groups = group_clusters("qk", CLUSTERS, (storage,) * 4, "prompt")
+        one = dataclasses.replace(one, groups=groups, membership="prompt", warmup=5)
+    spec = Spec((one,) * 2)
+    params = random_params(config, spec, 0.3)
+    tokens = jax.random.randint(jax.random.key(1), (2, 70), 4, 60, jnp.int32)
+    mask = jnp.arange(70, dtype=jnp.int32) < jnp.array([[70], [61]], jnp.int32)
+    wanted = jnp.array([[3, 69, 40], [60, 0, 33]], jnp.int32)
+    everything = jax.jit(partial(forward, config, spec))(params, tokens, mask)
+    some = jax.jit(partial(forward, config, spec))(params, tokens, mask, wanted=wanted)
+    expected = np.take_along_axis(np.asarray(everything.hidden), np.asarray(wanted)[..., None], axis=1)
+    np.testing.assert_allclose(some.hidden, expected, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, some.cache, everything.cache)
+
+
+def test_branches_read_the_beginning_and_themselves(random_params: RandomParams) -> None:
+    config = dataclasses.replace(CONFIG, num_layers=2)
+    spec = Spec((layer("qkv", CLUSTERS, STORAGES),) * 2)
+    params = random_params(config, spec, 0.3)
+    shared, one, two = (np.random.default_rng(0).integers(4, 60, count) for count in (5, 4, 3))
+    row = jnp.asarray(np.concatenate([shared, one, two, [1, 1]])[None], jnp.int32)
+    branch = jnp.asarray([[0] * 5 + [1] * 4 + [2] * 3 + [0] * 2], jnp.int32)
+    mask = jnp.arange(14)[None] < 12
+    found = jax.jit(partial(forward, config, spec))(params, row, mask, branch=branch).hidden[0]
+
+    def alone(*parts: np.ndarray) -> np.ndarray:
+        tokens = jnp.asarray(np.concatenate(parts)[None], jnp.int32)
+        return np.asarray(forward(config, spec, params, tokens, jnp.ones(tokens.shape, bool)).hidden[0])
+
+    np.testing.assert_allclose(found[:9], alone(shared, one), atol=1e-5)
+    np.testing.assert_allclose(found[9:12], alone(shared, two)[5:], atol=1e-5)
+    blocks = Spec((layer("qkv", CLUSTERS, ("int4",) * 4),) * 2)
+    with pytest.raises(ValueError, match="stored_by_token"):
+        forward(config, blocks, params, row, mask, branch=branch)

@@ -27,7 +27,7 @@ from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.serve import decode as serve
 from chai_jax.serve import generate as texts
 from chai_jax.serve.decode import bucket
-from chai_jax.serve.generate import generate, generate_tokens, stream
+from chai_jax.serve.generate import generate, generate_tokens, stream, warm_up
 from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
 
@@ -74,6 +74,27 @@ def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: 
     found = generate_tokens(model, PROMPTS, max_new_tokens=12, stop=False)
     assert found == [naive(model, prompt, 12) for prompt in PROMPTS]
     assert len({tuple(tokens) for tokens in found}) == len(PROMPTS)
+
+
+def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four at once: the same text, and nothing of four rows before the vocabulary head."""
+    tokens, mask = map(jnp.asarray, serve.pad_left(PROMPTS[:4], 1))
+    keys = jax.random.split(jax.random.key(0), 4)
+    rest = (model.params, tokens, mask, keys, Sampling(), jnp.int32(serve.NEVER))
+    read = partial(serve.prefill.__wrapped__, model.config, model.spec, capacity=48, dtype=jnp.float32)
+    together = read(*rest)
+    monkeypatch.setattr(serve, "most_rows", lambda length: 3)
+    apart = read(*rest)
+    np.testing.assert_array_equal(apart.tokens, together.tokens)
+    real = np.pad(mask, ((0, 0), (0, 16)))[:, None, :, None]
+    same = partial(np.testing.assert_allclose, atol=1e-5)
+    layers = (jax.tree.map(np.asarray, state.cache.layers) for state in (apart, together))
+    jax.tree.map(lambda one, two: same(one * real, two * real), *layers)
+    np.testing.assert_array_equal(apart.cache.mask, together.cache.mask)
+    assert apart.cache.length == together.cache.length == 32
+    program = str(jax.make_jaxpr(read)(*rest))
+    assert "f32[2,32,64]" in program
+    assert "f32[4,32,64]" not in program
 
 
 def test_a_mesh_gives_the_same(model: Model) -> None:
@@ -292,6 +313,33 @@ def test_buckets_hold_their_content_and_waste_little(count: int) -> None:
 
 def test_there_are_few_buckets() -> None:
     assert len({bucket(count) for count in range(1, 2049)}) == 24
+
+
+def test_after_a_warm_up_no_request_compiles_anything(caplog: pytest.LogCaptureFixture) -> None:
+    spec = Spec.dense(2, 4, 8, "bfloat16")  # no other test's, so that nothing is compiled yet
+    model = Model(CONFIG, spec, init(CONFIG, spec, jax.random.key(0), std=0.2), ByteTokenizer())
+
+    def compiled() -> list[str]:
+        found = [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()]
+        caplog.clear()
+        return found
+
+    with jax.log_compiles():
+        shapes = warm_up(model, batch_sizes=(1, 3), longest=16, max_new_tokens=20)
+        # Prompts of 16 columns, and room for 1 to 16 or for 17 to 20 more; in one row and in four.
+        assert shapes == 2 * 2
+        assert sum("jit(prefill)" in line for line in compiled()) == shapes
+        random = np.random.default_rng(0)
+        settings = [{}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}]
+        for number in range(12):
+            rows = int(random.choice([1, 3, 4]))
+            prompts = [random.integers(4, 260, random.integers(1, 17)).tolist() for _ in range(rows)]
+            generate_tokens(model, prompts, int(random.integers(1, 21)), seed=number, **settings[number % 4])
+        assert compiled() == []
+    with pytest.raises(InputError, match="at least 1"):
+        warm_up(model, batch_sizes=())
+    with pytest.raises(InputError, match="positions"):
+        warm_up(model, longest=79)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import chisquare
 
 from chai_jax.errors import InputError
-from chai_jax.serve.sample import Sampling, nucleus, sample
+from chai_jax.serve.sample import Sampling, chances, nucleus, sample
 
 PROBABILITIES = np.array([0.05, 0.4, 0.02, 0.25, 0.15, 0.1, 0.03])
 DRAWS = 4000
@@ -72,7 +72,19 @@ def test_a_tiny_temperature_is_greedy() -> None:
     np.testing.assert_array_equal(sample(logits, keys, Sampling.checked(1e-30)), jnp.argmax(logits, axis=-1))
 
 
-def test_another_temperature_is_not_compiled_anew() -> None:
+@pytest.mark.parametrize(("top_k", "top_p"), [(1, 1.0), (7, 1.0), (40, 0.5), (10_000, 0.9), (10_000, 1e-4)])
+def test_limits_keep_what_a_sort_keeps(top_k: int, top_p: float) -> None:
+    """Sorted, cut behind the k-th, renormalised, cut behind the first that fills `top_p`: in numpy, in float64."""
+    logits = 3 * jax.random.normal(jax.random.key(4), (5, 1000))
+    found = np.isfinite(chances(logits, Sampling.checked(0.7, top_k, top_p)))
+    for row, kept in zip(np.asarray(logits, np.float64) / 0.7, found, strict=True):
+        order = np.argsort(-row)[:top_k]
+        mass = np.exp(row[order] - row.max())
+        before = np.cumsum(mass / mass.sum()) - mass / mass.sum()
+        assert set(np.flatnonzero(kept)) == set(order[before < top_p] if top_p < 1 else order)
+
+
+def test_what_a_request_asks_is_not_compiled_anew() -> None:
     traces = []
 
     @jax.jit
@@ -80,8 +92,8 @@ def test_another_temperature_is_not_compiled_anew() -> None:
         traces.append(sampling)
         return sample(jnp.zeros((1, 4)), jax.random.split(jax.random.key(0), 1), sampling)
 
-    for temperature, top_p in ((0.5, 0.9), (0.7, 0.8), (1.0, 1.0)):
-        draw(Sampling.checked(temperature, top_p=top_p))
+    for asked in ((0.5, None, 0.9), (0.7, 3, 0.8), (1.0, 2, None), (1.0, None, None), (0.0, None, None)):
+        draw(Sampling.checked(*asked))
     assert len(traces) == 1
 
 
