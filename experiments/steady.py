@@ -2,10 +2,10 @@
 
     python experiments/steady.py $MODEL --requests 1000 --seeds 0 --out runs/steady
 
-Requests of 1, 2 or 4 prompts of 1 to --longest random tokens, 1 to --new-tokens new ones each, greedy or sampled, one
-after the other in one process; the seed decides which. Of every hundred requests: programs compiled (by JAX's own
-events), bytes of all live arrays and of the process (resident) after them, median milliseconds a new token. Expected:
-no program is compiled for shapes that were seen, and memory is flat once they all were.
+Requests of 1, 2 or 4 prompts of 1 to --longest random tokens, 1 to --new-tokens new ones each, greedy or sampled in
+one of three ways, one after the other in one process; the seed decides. Of every hundred requests: programs compiled
+(by JAX's own events), bytes of all live arrays and of the process (resident) after them, median milliseconds a new
+token. Expected: no program is compiled for shapes that were seen, and memory is flat once they all were.
 The first row is a warm-up (`chai_jax.warm_up`), which compiles all that such requests need beforehand, so that none of
 them should; `--no-warm-up` leaves it out. `--passes 2` serves the same requests again.
 
@@ -32,6 +32,12 @@ from lab.options import Common, Record, start
 from lab.publish import publish
 
 BATCHES = (1, 2, 4)  # prompts of a request
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 1.0, "top_p": 0.9},
+)
 GROUP = 100  # requests in a row of the table
 COMPILED = "/jax/core/compile/backend_compile_duration"  # an event of jax.monitoring, one a program
 COLUMNS: tuple[Column, ...] = (
@@ -65,13 +71,12 @@ def request(model: Model, random: np.random.Generator, options: SteadyOptions) -
     rows = int(random.choice(BATCHES))
     lengths = random.integers(1, options.longest + 1, rows)
     prompts = [random.integers(4, model.config.vocab_size, length).tolist() for length in lengths]
-    temperature = float(random.choice([0.0, 0.7]))
     return {
         "prompts": prompts,
         "max_new_tokens": int(random.integers(1, options.new_tokens + 1)),
-        "temperature": temperature,
         "seed": int(random.integers(2**31)),
         "stop": False,
+        **SETTINGS[random.integers(len(SETTINGS))],
     }
 
 

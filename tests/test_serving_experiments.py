@@ -48,11 +48,15 @@ def test_programs_are_compiled_for_new_shapes_alone(monkeypatch: pytest.MonkeyPa
     jax.monitoring.register_event_duration_secs_listener(heard)
     with use(Layout(make_mesh(1, 1))):
         model = tiny(0)
-        first, second = (list(steady.serve(model, options, 0, compiled)) for _ in range(2))
-    assert [(row["first"], row["last"]) for row in first] == [(1, 6), (7, 12)]
-    assert first[0]["compiled"] > 0
-    assert [row["compiled"] for row in second] == [0, 0]
-    assert len({row["live_bytes"] for row in second}) == 1
+        first, second = (list(steady.serve(model, options, number, 0, compiled)) for number in (1, 2))
+        assert [(row["first"], row["last"]) for row in first] == [(1, 6), (7, 12)]
+        assert first[0]["compiled"] > 0
+        assert [row["compiled"] for row in second] == [0, 0]
+        assert len({row["live_bytes"] for row in second}) == 1
+        longer = steady.SteadyOptions(("tiny",), requests=12, longest=20, new_tokens=3)
+        before = steady.warm(model, longer, compiled)
+        assert before["compiled"] > 0
+        assert [row["compiled"] for row in steady.serve(model, longer, 1, 0, compiled)] == [0, 0]
 
 
 def test_a_model_keeps_all_that_itself_has_proposed() -> None:
