@@ -1,8 +1,8 @@
 """Log-likelihoods and divergences of given answers: every accuracy, loss and sensitivity is computed here.
 
 What examples have in common goes through the model once, rows are sorted by length and padded to a few static shapes
-(`chai_jax.questions`), and spread over the current layout's mesh. The last layer, and behind it the vocabulary head,
-sees only the positions that predict a target; the head sees some at a time: logits [B, T, V] never exist.
+(`chai_jax.data.questions`), and spread over the current layout's mesh. The last layer, and behind it the vocabulary
+head, sees only the positions that predict a target; the head sees some at a time: logits [B, T, V] never exist.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.data.batches import Encoded
+from chai_jax.data.questions import NONE, Questions, Tree, batches, pack, trees
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
-from chai_jax.questions import NONE, Questions, Tree, batches, pack, trees
 from chai_jax.spec import Spec
 
 HEAD_ROWS = 256  # hidden states that meet the vocabulary head at once: 51 MB of float32 logits at V = 50,272

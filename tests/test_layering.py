@@ -41,7 +41,7 @@ LEVELS = {part: level for level, parts in enumerate(ORDER.split("\n")) for part 
 
 # A library -> the only file or folder that may import it.
 DOORS = {
-    "flax": "model/opt.py",
+    "flax": "model/",
     "matplotlib": "report/figures/",
     "lm_eval": "measure/lm_eval.py",
     "torch": "measure/peers.py",

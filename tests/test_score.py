@@ -11,10 +11,10 @@ import pytest
 
 from chai_jax import score
 from chai_jax.data.batches import Encoded
+from chai_jax.data.questions import Questions, padded_length
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
-from chai_jax.questions import Questions, padded_length
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16)

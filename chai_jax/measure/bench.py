@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from chai_jax.data.questions import Questions, most_rows
 from chai_jax.errors import InputError
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import fold_projections
 from chai_jax.progress import track
-from chai_jax.questions import Questions, most_rows
 from chai_jax.score import target_logprobs
 from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling

@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
+from chai_jax.data.questions import most_rows
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import Output, forward, unembed
 from chai_jax.model.params import OPTConfig, Params, fold_projections
 from chai_jax.model.quantized import Leaf, Quantized, dequantize, is_leaf
 from chai_jax.model.sharding import Layout
-from chai_jax.questions import most_rows
 from chai_jax.serve.sample import Sampling, sample
 from chai_jax.spec import Spec
 

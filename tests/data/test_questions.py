@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chai_jax.data.batches import Encoded
-from chai_jax.questions import NONE, Tree, batches, most_rows, pack, trees
+from chai_jax.data.questions import NONE, Tree, batches, most_rows, pack, trees
 
 CONTEXT = (2, 5, 6, 7, 8, 9)
 
