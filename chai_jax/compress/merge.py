@@ -232,12 +232,16 @@ def fitted_values(heads: Heads, moments: OutputMoments, x: InputMoments, rank: i
     B = (Z'Z + ridge)^-1 (Z'Y + ridge M), cut to the R leading principal directions of Z B. Objective:
     E |Y - Z merged|^2 + ridge |merged - M|^2, with ridge relative to the mean variance of Z.
     """
-    path = einsum("dmk,mke->de", heads.value, heads.output)
+    values, outputs = heads.value.reshape(len(heads.value), -1), np.concatenate(heads.output)  # M = values outputs
     size = len(moments.zz)
     penalty = max(ridge * np.trace(moments.zz) / size, np.finfo(np.float64).tiny)
-    penalized = moments.zz + penalty * np.eye(size)
-    whole = scipy.linalg.solve(penalized, moments.zy + penalty * path, assume_a="pos")
-    _, s, vt = svd(rank, (square_root(penalized),), (whole,))
-    value = whole @ (vt.T * inverse(s))
+    # Y lies where the heads put it: of D directions the m K (at most) that their outputs span. B = narrow across'.
+    across = scipy.linalg.qr(outputs.T, mode="economic")[0]
+    lower = scipy.linalg.cholesky(moments.zz + penalty * np.eye(size), lower=True)
+    towards = moments.zy @ across + penalty * values @ (outputs @ across)
+    narrow = scipy.linalg.cho_solve((lower, True), towards)
+    # Any square root of Z'Z + ridge gives the same singular values and right vectors.
+    _, s, vt = svd(rank, (lower.T, narrow), (across.T,))
+    value = narrow @ (across.T @ (vt.T * inverse(s)))
     constant = moments.y - (moments.z - x.mean) @ value @ (s[:, None] * vt)
     return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)

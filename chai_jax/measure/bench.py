@@ -257,14 +257,14 @@ def split_questions(questions: Int[np.ndarray, "B Q"]) -> list[Questions]:
     batch, length = questions.shape
     count = -(-batch // most_rows(length))
     rows = -(-batch // count)
-    tokens = np.zeros((count * rows, length), np.int32)
-    tokens[:batch] = questions
-    lengths = jnp.asarray(np.where(np.arange(count * rows) < batch, length, 0).astype(np.int32))
+    tokens, lengths = np.zeros((count * rows, length), np.int32), np.zeros(count * rows, np.int32)
+    tokens[:batch], lengths[:batch] = questions, length
     answers = jnp.tile(jnp.array(ANSWERS, jnp.int32), (rows, 1, 1))
-    return [
-        Questions(jnp.asarray(tokens[first : first + rows]), (each := lengths[first : first + rows]), each - 1, answers)
-        for first in range(0, count * rows, rows)
-    ]
+
+    def piece(tokens: Any, lengths: Any) -> Questions:
+        return Questions(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths - 1), answers)
+
+    return [piece(*part) for part in zip(np.split(tokens, count), np.split(lengths, count), strict=True)]
 
 
 def clock(run: Callable[[], Any]) -> tuple[float, Any]:

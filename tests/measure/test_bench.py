@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 
 from chai_jax.compress.quantize import with_storage
+from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.measure import bench
 from chai_jax.measure.bench import MEASURES, Shape, latency
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
+from chai_jax.score import loglikelihoods
 from chai_jax.spec import Spec
 
 CONFIG = OPTConfig(vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16)
@@ -107,6 +109,18 @@ def test_the_clock_waits_for_the_result_and_counts_milliseconds() -> None:
 def test_a_round_divides_by_examples_and_by_tokens(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "clock", lambda run: (120.0, run()))
     assert bench.lap(bench.Timed(model, SHAPE, seed=0), SHAPE) == [60.0, 120.0, 30.0]
+
+
+def test_questions_are_scored_in_the_batches_that_scoring_makes(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five questions two by two, the last row empty: the log-probabilities that `loglikelihoods` gives."""
+    monkeypatch.setattr(bench, "most_rows", lambda length: 2)
+    shape = dataclasses.replace(SHAPE, batch=5)
+    timed = bench.Timed(model, shape, seed=0)
+    assert [piece.length.tolist() for piece in timed.questions] == [[6, 6], [6, 6], [6, 0]]
+    questions = shape.inputs(64, 0)[1].tolist()
+    examples = [Encoded((*question, answer), 6) for question in questions for answer in bench.ANSWERS]
+    expected = loglikelihoods(model, examples)[:, 0].reshape(5, 2)
+    np.testing.assert_allclose(timed.score()[1], expected, atol=1e-5)
 
 
 def test_a_shape_that_does_not_fit_the_positions_is_halved(model: Model) -> None:
