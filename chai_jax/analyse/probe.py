@@ -1,4 +1,4 @@
-"""What the attention heads of a dense model do on calibration text: running sums, one jitted pass per batch.
+"""What the attention heads of a dense model do on calibration text: running sums, layer after layer.
 
 Mean softmax attention is 1/S for every head and says nothing, so heads are compared by the *deviations* of their
 attention rows (CHAI, Agarwal et al. 2024, arXiv 2403.08058, sections 3.1 and 3.2): each row is centred over the keys
@@ -24,12 +24,13 @@ from chai_jax.data.text import windows as cut
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Seen, forward
+from chai_jax.model.opt import Seen
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import dequantize
 from chai_jax.model.sharding import Layout, current_layout, whole
+from chai_jax.model.stream import anonymous, embed, seen_through
 from chai_jax.progress import track
-from chai_jax.spec import Spec
+from chai_jax.spec import LayerSpec, Spec
 
 Sums = dict[str, Array]
 
@@ -186,20 +187,30 @@ def head_sums(layer: int, seen: Seen, params: Params) -> Sums:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _layer_sums(
-    config: OPTConfig, spec: Spec, params: Params, tokens: Int32[Array, "B T"], mask: Bool[Array, "B T"]
-) -> list[Sums]:
-    # float32 whatever the device computes in otherwise: the same model gets the same plan everywhere.
-    return forward(config, spec, params, tokens, mask, dtype=jnp.float32, observe=head_sums).observed
+    config: OPTConfig, layer: LayerSpec, params: Params, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+) -> tuple[Float[Array, "B T D"], Sums]:
+    """What leaves a layer that `x` enters, and the layer's sums."""
+    after, seen = seen_through(config, layer, params, x, mask)
+    return after, head_sums(0, seen, params)
 
 
 def _accumulate(
     model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout
 ) -> dict[str, np.ndarray]:
-    """Sum over batches in float64; each statistic is stacked over layers."""
+    """Sum over batches in float64; each statistic is stacked over layers.
+
+    Layer after layer, in float32 whatever the device computes in otherwise: the same model gets the same plan
+    everywhere, and of weights in half precision no more than one layer's are ever there in float32.
+    """
     totals: dict[str, np.ndarray] = {}
-    params = layout.params(model.config, model.spec, model.params)
+    placed = model.replace(params=layout.params(model.config, model.spec, model.params))
     for batch in track(batches, "Probing the heads"):
-        layers = whole(_layer_sums(model.config, model.spec, params, *layout.rows(batch)))
+        tokens, mask = layout.rows(batch)
+        x, found = embed(placed, tokens, mask), []
+        for index, layer in enumerate(model.spec.layers):
+            x, sums = _layer_sums(model.config, anonymous(layer), placed.params["layers"][str(index)], x, mask)
+            found.append(sums)
+        layers = whole(found)
         for name in layers[0]:
             totals[name] = totals.get(name, 0) + np.stack([layer[name] for layer in layers]).astype(np.float64)
     return totals

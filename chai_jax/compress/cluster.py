@@ -1,7 +1,7 @@
 """Clustering as surgery: each layer's heads are merged as the plan says, and what is not kept is really cut away."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import jax.numpy as jnp
@@ -173,14 +173,14 @@ class LayerMerge:
             return representative_values(self.old, self.kept, self.members)
         rank, fit = self.spec.value_rank, self.share == "qkv" and self.plan.value_merge == "fit"
         merged = [at for at, members in enumerate(self.members) if not self._whole(members, rank)]
-        outputs = dict(zip(merged, self._output(scores, merged), strict=True)) if fit and merged else {}
+        outputs = self._output(scores, merged) if fit and merged else iter(())
         found = []
         for at, members in enumerate(self.members):
             heads = self._heads.at(members)
             if at not in merged:
                 found.append(as_they_are(heads)[1])
             elif fit:
-                found.append(fitted_values(heads, outputs[at], self._input, rank))
+                found.append(fitted_values(heads, next(outputs), self._input, rank))
             else:
                 found.append((latent_values if self.share == "kv" else low_rank_values)(heads, self._input, rank))
         return value_params(self.old, found)
@@ -194,7 +194,7 @@ class LayerMerge:
         assert self.stream is not None  # the plan needs text, so cluster() has it
         return self.stream.input_moments
 
-    def _output(self, scores: Params, clusters: Sequence[int]) -> list[OutputMoments]:
+    def _output(self, scores: Params, clusters: Sequence[int]) -> Iterator[OutputMoments]:
         """Of these clusters' attention, whatever values it will have; representatives stand in for them."""
         assert self.stream is not None
         merged = {**self.old, **scores, **representative_values(self.old, self.kept, self.members)}

@@ -1,6 +1,6 @@
 """Second moments on calibration text: of what enters a layer, and of what a merged attention offers and should."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 from chai_jax.compress.merge import InputMoments, OutputMoments
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.quantized import dequantize
-from chai_jax.model.stream import anonymous, attention_of
+from chai_jax.model.stream import anonymous, seen_through
 from chai_jax.spec import LayerSpec
 
 BATCH = 8  # windows of one pass
@@ -33,7 +33,7 @@ def output_moments(
     clusters: Sequence[int],
     x: Any,
     mask: Any,
-) -> list[OutputMoments]:
+) -> Iterator[OutputMoments]:
     """One for each of these clusters of the second layer, a `qkv` one: its attention P_c on the normed input x gives
     Z = P_c x; the joint output of its heads in the first, a dense layer, value biases included, is Y.
 
@@ -50,12 +50,11 @@ def output_moments(
     chosen = jnp.asarray(members), jnp.asarray(clusters, jnp.int32)
     sums = partial(_output_moments, config, tuple(map(anonymous, layers)), *chosen)
     total, width = _sum(sums, params, x, mask), config.hidden_size
-    found = []
-    for pairs in total["pairs"] / total["count"]:
+    for summed in total["pairs"]:
+        pairs = summed / total["count"]
         z, y = pairs[0, 1 : width + 1], pairs[0, width + 1 :]
         zz, zy = pairs[1:, 1 : width + 1], pairs[1:, width + 1 :]
-        found.append(OutputMoments(z, y, zz - np.outer(z, z), zy - np.outer(z, y)))
-    return found
+        yield OutputMoments(z, y, zz - np.outer(z, z), zy - np.outer(z, y))
 
 
 def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
@@ -67,14 +66,17 @@ def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
         length = min(real.shape[1], 1 << (int(real.sum(axis=1).max()) - 1).bit_length())
         room = (0, BATCH - len(real))
         part = jnp.pad(windows[:, :length], (room, (0, 0), (0, 0))), np.pad(real[:, :length], (room, (0, 0)))
-        new = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), jax.device_get(function(params, *part)))
-        total = new if total is None else jax.tree.map(np.add, total, new)
+        new = jax.device_get(function(params, *part))
+        if total is None:
+            total = jax.tree.map(lambda leaf: np.array(leaf, np.float64), new)
+        else:  # in place: of a wide layer's clusters they are gigabytes
+            total = jax.tree.map(lambda old, more: np.add(old, more, out=old), total, new)
     return total
 
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _input_moments(config: OPTConfig, layer: LayerSpec, params: Params, x: Array, mask: Array) -> Float[Array, "D1 D1"]:
-    seen = attention_of(config, layer, params, x, mask)
+    _, seen = seen_through(config, layer, params, x, mask)
     rows = jnp.where(mask[..., None], jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), 0.0)
     return jnp.einsum("nwx,nwy->xy", rows, rows, precision="highest")
 
@@ -90,7 +92,7 @@ def _output_moments(
     mask: Array,
 ) -> dict[str, Array]:
     """Second moments of [1, Z_c] with [1, Z_c, Y_c] for these clusters c."""
-    dense, merged = (attention_of(config, layer, tree, x, mask) for layer, tree in zip(layers, params, strict=True))
+    dense, merged = (seen_through(config, layer, tree, x, mask)[1] for layer, tree in zip(layers, params, strict=True))
     kernel, real = dequantize(params[0]["output"]["kernel"]), mask[..., None]
 
     def moment(cluster: tuple[Array, Array]) -> Array:

@@ -60,10 +60,13 @@ def anonymous(layer: LayerSpec) -> LayerSpec:
     return layer if layer.membership == "prompt" else dataclasses.replace(layer, clusters=())
 
 
-def attention_of(config: OPTConfig, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Array) -> Seen:
-    """What a layer's attention sees and does when `x` enters the layer; to be called inside a jitted function."""
+def seen_through(
+    config: OPTConfig, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Array
+) -> tuple[Float[Array, "N W D"], Seen]:
+    """What leaves a layer when `x` enters it, and what its attention sees and does; to be called inside jit."""
     _, allowed, start, _ = visible(mask, None)
-    return Block(config, layer, params)(x, allowed, None, start)[2]
+    after, _, seen = Block(config, layer, params)(x, allowed, None, start)
+    return after, seen
 
 
 @partial(jax.jit, static_argnums=0)
@@ -73,5 +76,4 @@ def _embed(config: OPTConfig, params: Params, tokens: Array, mask: Array) -> Flo
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _through(config: OPTConfig, layer: LayerSpec, params: Params, x: Array, mask: Array) -> Float[Array, "N W D"]:
-    _, allowed, start, _ = visible(mask, None)
-    return Block(config, layer, params)(x, allowed, None, start)[0]
+    return seen_through(config, layer, params, x, mask)[0]
