@@ -120,7 +120,7 @@ def loglikelihoods(
     """Log-probability in nats of each example's targets, and whether greedy decoding would produce them: float [N, 2].
 
     Args:
-        batch_size: sequences of a batch and device; fewer where they are long.
+        batch_size: rows of a batch and device (see `chai_jax.data.questions`); fewer where they are long.
 
     Raises:
         InputError: an example without context, without target, or longer than the model's positions + 1.

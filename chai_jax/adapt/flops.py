@@ -64,8 +64,8 @@ def cost(config: OPTConfig, spec: Spec, trainable: Any = None) -> Cost:
 
 
 def spared(config: OPTConfig, spec: Spec) -> Cost:
-    """What a forward pass saves in the last layer at a token whose hidden state is not wanted: all but its key and
-    value, and its pairs with the tokens before it."""
+    """What a forward pass need not do in the last layer for a token whose hidden state is not wanted: all but its key
+    and value, and its pairs with the tokens before it. (Ours makes its query all the same.)"""
     index, layer = len(spec.layers) - 1, spec.layers[-1]
     parts = declare(config, spec)["layers"][str(index)]
     rest = [part for name, part in parts.items() if name not in ("key", "value")]

@@ -76,7 +76,7 @@ class GenerateCommand:
     top_k: int | None = None
     """Sample from the k likeliest tokens only."""
     top_p: float | None = None
-    """Sample from the smallest set of tokens with this probability (nucleus)."""
+    """Sample from the fewest likeliest tokens with this probability (nucleus)."""
     seed: int = 0
     """Seed of the sampling."""
     draft: str | None = None

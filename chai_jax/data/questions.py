@@ -22,6 +22,7 @@ from chai_jax.errors import InputError
 TOKENS = 1024  # of a batch on a CPU: the inside of a feed-forward stays in its caches, 12 MB at 3,072 wide
 PAIRS = 2**21  # B T^2 of one device's batch at most: 8 MB of float32 scores a head
 SHORTEST = 16  # the smallest padded length
+MEMBERS = 64  # examples of a row at most: every row has room for as many alternatives as the largest
 NONE = -1  # as a target, of an alternative that expects nothing behind a position
 
 
@@ -57,7 +58,7 @@ class Tree:
     """One row: the examples of one context, what their inputs begin with together, and how each branch goes on."""
 
     shared: tuple[int, ...]
-    start: int
+    start: int  # tokens of the context: the first that is a target
     branches: tuple[tuple[int, ...], ...]
     alternatives: tuple[tuple[int, int], ...]  # of each example: its branch's number, and its last token
     members: tuple[int, ...]  # the examples' numbers
@@ -109,13 +110,18 @@ def trees(encoded: Sequence[Encoded], longest: int, width: int | None) -> list[T
             )
         of_input[tuple(example.tokens[:-1]), example.start].append(index)
     if width is None:
-        found = [plant(encoded, same) for same in of_input.values()]
+        found = [plant(encoded, some) for same in of_input.values() for some in _few(same)]
     else:
         of_context: dict[tuple[tuple[int, ...], int], list[list[int]]] = defaultdict(list)
         for (tokens, start), same in of_input.items():
-            of_context[tokens[:start], start].append(same)
+            of_context[tokens[:start], start] += _few(same)
         found = [tree for groups in of_context.values() for tree in _thrifty(encoded, groups, longest, width)]
     return sorted(found, key=lambda tree: -tree.width)
+
+
+def _few(members: list[int]) -> list[list[int]]:
+    """At most `MEMBERS` at a time."""
+    return [members[at : at + MEMBERS] for at in range(0, len(members), MEMBERS)]
 
 
 def _thrifty(encoded: Sequence[Encoded], groups: list[list[int]], longest: int, width: int) -> list[Tree]:
@@ -126,7 +132,7 @@ def _thrifty(encoded: Sequence[Encoded], groups: list[list[int]], longest: int, 
         return tree.width * (6 * width + tree.width)
 
     apart = [plant(encoded, same) for same in groups]
-    if len(apart) == 1:
+    if len(apart) == 1 or sum(map(len, groups)) > MEMBERS:
         return apart
     together = plant(encoded, [index for same in groups for index in same])
     return [together] if together.width <= longest and price(together) < sum(map(price, apart)) else apart

@@ -262,7 +262,7 @@ def split_questions(questions: Int[np.ndarray, "B Q"]) -> list[Questions]:
     answers = jnp.tile(jnp.array(ANSWERS, jnp.int32), (rows, 1, 1))
 
     def piece(tokens: Any, lengths: Any) -> Questions:
-        return Questions(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(lengths - 1), answers)
+        return Questions(jnp.asarray(tokens), jnp.asarray(lengths), jnp.asarray(np.maximum(lengths - 1, 0)), answers)
 
     return [piece(*part) for part in zip(np.split(tokens, count), np.split(lengths, count), strict=True)]
 

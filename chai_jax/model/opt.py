@@ -272,8 +272,12 @@ def forward(
         observe: called per layer as `observe(layer, seen, layer_params)`; what it returns is handed back.
         branch: of each token, without a cache: it reads those of branch 0 and of its own, so that one row holds several
             continuations of one text. For specs that are `stored_by_token`.
-        wanted: columns whose hidden states are handed back, all if not given: the last layer computes no others.
+        wanted: columns whose hidden states are handed back, all if not given. The last layer makes keys, values and
+            queries of all, but attends, projects and feeds forward for no others (of clusters found per prompt it
+            attends for all). Not together with `observe`, which is shown all.
     """
+    if observe is not None and wanted is not None:
+        raise ValueError("a layer that is observed computes all columns: leave wanted out")
     if branch is not None and (cache is not None or not spec.stored_by_token):
         raise ValueError("branches of a row need a spec that is stored_by_token, and no cache")
     hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat, branch, wanted)

@@ -104,10 +104,15 @@ def _choose(
 def _read(
     config: OPTConfig, spec: Spec, params: Params, tokens: Array, mask: Array, dtype: Any, layout: Layout | None
 ) -> Output:
-    """`forward` over prompts, as many at once as one device should get; of their hidden states, the last ones."""
+    """`forward` over prompts: of their hidden states, the last ones.
+
+    A CPU that has all of them reads as many at once as fit its caches; other devices, and many, read all.
+    """
     batch, columns = tokens.shape
     rows = batch
-    if layout is None or layout.mesh.size == 1:
+    # The platform of the devices compiled for, which need not be here.
+    devices = jax.devices() if layout is None else list(layout.mesh.devices.flat)
+    if devices[0].platform == "cpu" and (layout is None or len(devices) == 1):
         rows = next(rows for rows in range(min(batch, most_rows(columns)), 0, -1) if batch % rows == 0)
 
     def some(prompts: tuple[Array, Array]) -> Output:

@@ -84,6 +84,8 @@ def _continue(
 def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256, max_new_tokens: int = 64) -> int:
     """Compile all that requests of these sizes will need, whatever else they ask: none of them compiles anything then.
 
+    Requests with a draft (`chai_jax.serve.speculate`) have programs of their own, which are not compiled here.
+
     Args:
         batch_sizes: prompts that go through the model together (see `generate_tokens`), each rounded up as they are.
         longest: tokens of the longest prompt.
@@ -100,19 +102,20 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
     check_prompts(model, [[model.config.pad_token_id] * longest], max_new_tokens)
     layout = current_layout()
     params, eos = serving_params(model, layout), jnp.int32(NEVER)
-    reads = sorted({bucket(length) for length in range(1, longest + 1)})
-    # The fewest new tokens that ask for each capacity, two or more if that can be: one is no decoding.
-    rooms = {(read, bucket(read + new)): new for read in reads for new in range(max_new_tokens, 0, -1) if new != 1}
-    rooms |= {(read, bucket(read + 1)): 1 for read in reads if (read, bucket(read + 1)) not in rooms}
-    shapes = [
-        (rows, *one) for rows in sorted({1 << (size - 1).bit_length() for size in batch_sizes}) for one in rooms.items()
-    ]
-    for rows, (read, _), new in track(shapes, f"Compiling {len(shapes)} shapes"):
+    # Columns of the prompts and capacity, and how many new tokens ask for it; one, which needs no decoding, only if no
+    # other number does.
+    rooms: dict[tuple[int, int], int] = {}
+    for read in sorted({bucket(length) for length in range(1, longest + 1)}):
+        for new in (*range(2, max_new_tokens + 1), 1):
+            rooms.setdefault((read, bucket(read + new)), new)
+    sizes = sorted({1 << (size - 1).bit_length() for size in batch_sizes})
+    shapes = [(rows, read, new) for rows in sizes for (read, _), new in rooms.items()]
+    for rows, read, new in track(shapes, f"Compiling {len(shapes)} shapes"):
         prompts = [[model.config.pad_token_id] * read] * rows
         state, start = _begin(model, params, layout, prompts, range(rows), Request(new, Sampling(), 0, NEVER))
-        if new > 1:
-            until = jnp.int32(start + 1)
-            decode(model.config, model.spec, params, state, until, Sampling(), eos, dtype=compute_dtype())
+        for made in range(1, min(new, 3)):  # from what reading gives and, as streams do, from what decoding gives
+            until = jnp.int32(start + made)
+            state = decode(model.config, model.spec, params, state, until, Sampling(), eos, dtype=compute_dtype())
     return len(shapes)
 
 

@@ -73,7 +73,7 @@ def likeliest(
 
 
 def nucleus(logits: Float[Array, "*batch V"], top_p: float | Float[Array, ""]) -> Bool[Array, "*batch V"]:
-    """The smallest set of likeliest tokens that holds at least `top_p` of the probability; all tokens at 1.
+    """The fewest likeliest tokens that hold `top_p` of the probability, and those as likely as the last; all at 1.
 
     Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
     """

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chai_jax.data.batches import Encoded
-from chai_jax.data.questions import NONE, Tree, batches, most_rows, pack, trees
+from chai_jax.data.questions import MEMBERS, NONE, Tree, batches, most_rows, pack, trees
 
 CONTEXT = (2, 5, 6, 7, 8, 9)
 
@@ -57,6 +57,14 @@ def test_a_branch_that_costs_more_than_it_saves_stays_apart() -> None:
     answers = of(tuple(range(10, 20)), tuple(range(20, 30)))
     assert [tree.width for tree in trees(answers, 24, 768)] == [24]
     assert [tree.width for tree in trees(answers, 23, 768)] == [15, 15]
+
+
+def test_no_row_holds_more_than_some_examples() -> None:
+    """Every row has room for as many alternatives as the largest, so one context asked a thousand times is cut up."""
+    often = trees(of(*((token % 90 + 4,) for token in range(1000))), 64, 768)
+    assert [len(tree.members) for tree in often] == [MEMBERS] * 15 + [1000 % MEMBERS]
+    many = trees(of(*((10, token % 90 + 4, 5) for token in range(70))), 2048, 768)
+    assert max(len(tree.members) for tree in many) == 1
 
 
 def test_inputs_that_are_equal_need_no_branches() -> None:

@@ -191,6 +191,8 @@ def test_branches_read_the_beginning_and_themselves(random_params: RandomParams)
 
     np.testing.assert_allclose(found[:9], alone(shared, one), atol=1e-5)
     np.testing.assert_allclose(found[9:12], alone(shared, two)[5:], atol=1e-5)
+    with pytest.raises(ValueError, match="observed"):
+        forward(config, spec, params, row, mask, wanted=branch[:, :1], observe=lambda index, seen, params: seen)
     blocks = Spec((layer("qkv", CLUSTERS, ("int4",) * 4),) * 2)
     with pytest.raises(ValueError, match="stored_by_token"):
         forward(config, blocks, params, row, mask, branch=branch)

@@ -335,6 +335,7 @@ def test_after_a_warm_up_no_request_compiles_anything(caplog: pytest.LogCaptureF
             rows = int(random.choice([1, 3, 4]))
             prompts = [random.integers(4, 260, random.integers(1, 17)).tolist() for _ in range(rows)]
             generate_tokens(model, prompts, int(random.integers(1, 21)), seed=number, **settings[number % 4])
+        assert "".join(stream(model, "abc", max_new_tokens=19)) == generate(model, ["abc"], max_new_tokens=19)[0]
         assert compiled() == []
     with pytest.raises(InputError, match="at least 1"):
         warm_up(model, batch_sizes=())
