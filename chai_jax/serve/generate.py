@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,8 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
         max_new_tokens: the most of any request.
 
     Returns:
-        The number of shapes: pairs of programs. With a compilation cache on disk, a later process finds them there.
+        The number of shapes: two programs of each, greedy and drawn (see `Sampling`). With a compilation cache on disk
+        a later process finds them there.
 
     Raises:
         InputError: sizes that no request could have.
@@ -110,12 +112,13 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
             rooms.setdefault((read, bucket(read + new)), new)
     sizes = sorted({1 << (size - 1).bit_length() for size in batch_sizes})
     shapes = [(rows, read, new) for rows in sizes for (read, _), new in rooms.items()]
-    for rows, read, new in track(shapes, f"Compiling {len(shapes)} shapes"):
+    kinds = Sampling.checked(), Sampling.checked(1.0)
+    for (rows, read, new), how in track([*product(shapes, kinds)], f"Compiling {len(shapes)} shapes, greedy and drawn"):
         prompts = [[model.config.pad_token_id] * read] * rows
-        state, start = _begin(model, params, layout, prompts, range(rows), Request(new, Sampling(), 0, NEVER))
+        state, start = _begin(model, params, layout, prompts, range(rows), Request(new, how, 0, NEVER))
         for made in range(1, min(new, 3)):  # from what reading gives and, as streams do, from what decoding gives
             until = jnp.int32(start + made)
-            state = decode(model.config, model.spec, params, state, until, Sampling(), eos, dtype=compute_dtype())
+            state = decode(model.config, model.spec, params, state, until, how, eos, dtype=compute_dtype())
     return len(shapes)
 
 

@@ -11,24 +11,24 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 
 from chai_jax.errors import InputError
 
-GREEDY, ALL, WHOLE = np.float32(0), np.int32(np.iinfo(np.int32).max), np.float32(1)  # no temperature, no limits
+ALL = np.iinfo(np.int32).max  # as top_k: no limit
 FARTHEST = np.float32(np.inf).view(np.int32).item()
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampling:
-    """Greedy unless there is a temperature. All of it is data: no request is compiled anew for what it asks.
+    """Greedy, or drawn by three numbers, which are data: there are two kinds of programs, whatever requests ask.
 
     Attributes:
-        temperature: divides the logits; 0 is greedy.
+        temperature: divides the logits; None, as all three then are, is greedy.
         top_k: only the k likeliest tokens, and those as likely as the last of them; `ALL` for no limit.
         top_p: of these, only the nucleus (see `nucleus`); 1 for no limit.
     """
 
-    temperature: Any = GREEDY  # float32 []
-    top_k: Any = ALL  # int32 []
-    top_p: Any = WHOLE  # float32 []
+    temperature: Any = None  # float32 []
+    top_k: Any = None  # int32 []
+    top_p: Any = None  # float32 []
 
     @classmethod
     def checked(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> "Sampling":
@@ -47,9 +47,10 @@ class Sampling:
             if top_k is not None or top_p is not None:
                 raise InputError("top_k and top_p do nothing at temperature 0 (greedy); give a temperature, such as 1")
             return cls()
-        limit = ALL if top_k is None else np.int32(min(top_k, int(ALL)))
-        # A number that float32 rounds to 0 would be greedy: nearly the same.
-        return cls(np.float32(temperature), limit, WHOLE if top_p is None else np.float32(top_p))
+        limit = np.int32(ALL if top_k is None else min(top_k, ALL))
+        # No temperature is so low that float32 makes it 0.
+        lowest = float(np.finfo(np.float32).tiny)
+        return cls(np.float32(max(temperature, lowest)), limit, np.float32(1 if top_p is None else top_p))
 
 
 def likeliest(
@@ -87,24 +88,20 @@ def chances(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array
     Temperature first, then top-k, then top-p, as in transformers.
     """
     vocabulary = logits.shape[-1]
-    temperature, top_k, top_p = map(jnp.asarray, (sampling.temperature, sampling.top_k, sampling.top_p))
-
-    def greedy(logits: Array) -> Array:
+    if sampling.temperature is None:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(vocabulary) == best, 0.0, -jnp.inf)
+    temperature, top_k, top_p = map(jnp.asarray, (sampling.temperature, sampling.top_k, sampling.top_p))
 
     def limited(scaled: Array) -> Array:
         of_k = likeliest(scaled, jnp.ones_like(scaled), top_k.astype(jnp.float32))
         scaled = jnp.where(of_k, scaled, -jnp.inf)
         return jnp.where(nucleus(scaled, top_p), scaled, -jnp.inf)
 
-    def tempered(logits: Array) -> Array:
-        # Relative to the peak, a tiny temperature gives -inf and never inf - inf.
-        scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-        some = (top_k < vocabulary) | (top_p < 1)
-        return jax.nn.log_softmax(jax.lax.cond(some, limited, lambda scaled: scaled, scaled), axis=-1)
-
-    return jax.lax.cond(temperature == 0, greedy, tempered, logits)
+    # Relative to the peak, a tiny temperature gives -inf and never inf - inf.
+    scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
+    some = (top_k < vocabulary) | (top_p < 1)
+    return jax.nn.log_softmax(jax.lax.cond(some, limited, lambda scaled: scaled, scaled), axis=-1)
 
 
 def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int32[Array, "B"]:
@@ -112,11 +109,6 @@ def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Samplin
 
     Each row has its own key, so that what is drawn for it depends on no other row.
     """
-
-    def best(logits: Array) -> Array:
+    if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-    def drawn(logits: Array) -> Array:
-        return jax.vmap(jax.random.categorical)(keys, chances(logits, sampling)).astype(jnp.int32)
-
-    return jax.lax.cond(jnp.asarray(sampling.temperature) == 0, best, drawn, logits)
+    return jax.vmap(jax.random.categorical)(keys, chances(logits, sampling)).astype(jnp.int32)

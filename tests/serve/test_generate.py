@@ -326,9 +326,9 @@ def test_after_a_warm_up_no_request_compiles_anything(caplog: pytest.LogCaptureF
 
     with jax.log_compiles():
         shapes = warm_up(model, batch_sizes=(1, 3), longest=16, max_new_tokens=20)
-        # Prompts of 16 columns, and room for 1 to 16 or for 17 to 20 more; in one row and in four.
+        # Greedy and drawn, prompts of 16 columns, and room for 1 to 16 or for 17 to 20 more; in one row and in four.
         assert shapes == 2 * 2
-        assert sum("jit(prefill)" in line for line in compiled()) == shapes
+        assert sum("jit(prefill)" in line for line in compiled()) == 2 * shapes
         random = np.random.default_rng(0)
         settings = [{}, {"temperature": 0.7}, {"temperature": 1.0, "top_k": 5}, {"temperature": 1.0, "top_p": 0.5}]
         for number in range(12):

@@ -92,9 +92,11 @@ def test_what_a_request_asks_is_not_compiled_anew() -> None:
         traces.append(sampling)
         return sample(jnp.zeros((1, 4)), jax.random.split(jax.random.key(0), 1), sampling)
 
-    for asked in ((0.5, None, 0.9), (0.7, 3, 0.8), (1.0, 2, None), (1.0, None, None), (0.0, None, None)):
+    for asked in ((0.5, None, 0.9), (0.7, 3, 0.8), (1.0, 2, None), (1.0, None, None)):
         draw(Sampling.checked(*asked))
     assert len(traces) == 1
+    draw(Sampling.checked())
+    assert len(traces) == 2  # greedy programs have no room for what drawing needs
 
 
 @pytest.mark.parametrize(
