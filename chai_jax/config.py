@@ -212,7 +212,7 @@ class DeviceConfig:
     require_backend: Literal["tpu", "gpu", "cpu"] | None = None
     """Stop unless JAX computes on this."""
     compile_cache: Path | None = None
-    """Keep compiled programs in this folder, and read back what an earlier command compiled (a second or more each)."""
+    """Keep compiled programs in this folder, and read back what an earlier command compiled."""
     distributed: bool = False
     """This is one of several processes that the cluster (SLURM, MPI) knows; a TPU pod is recognised without this."""
     coordinator: str | None = None

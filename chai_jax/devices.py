@@ -28,6 +28,8 @@ def start(config: DeviceConfig) -> None:
     if config.compile_cache is not None:
         check_writable(config.compile_cache, "--compile-cache")
         jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.absolute()))
+        # By default programs that take less than a second are left out: most of a small model's.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     require_backend(config.require_backend)
     set_layout(Layout(make_mesh(*parse_mesh(config.mesh)), config.fsdp))
     if not first_process():
