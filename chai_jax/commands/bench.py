@@ -49,7 +49,8 @@ class BenchCommand:
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """With --clusters: format of the variants' cache (default: as the MODEL's)."""
     attention: Literal["xla", "pallas"] = "xla"
-    """How the models decode: XLA's own programs, or this package's kernel (one NVIDIA GPU, or one TPU from v4 on)."""
+    """How the models attend: XLA's own programs, or kernels (decoding on one NVIDIA GPU, or one TPU from v4 on; long
+    prompts on such a TPU)."""
     peer: Annotated[UseAppendAction[tuple[Literal["hf", "ctranslate2"], ...]], arg(metavar="{hf,ctranslate2}")] = ()
     """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too; may be repeated."""
     threads: int | None = None

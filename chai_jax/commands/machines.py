@@ -50,7 +50,7 @@ class AotCommand:
     remat: bool = False
     """Compute each layer again in the backward pass."""
     attention: Literal["xla", "pallas"] = "xla"
-    """How decode attends: the compiler's own programs, or this package's kernel (v4 and newer, with --mesh 1x1)."""
+    """How decode and prefill attend: the compiler's own programs, or kernels (v4 and newer, with --mesh 1x1)."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 

@@ -39,8 +39,8 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
         `fits`, `hbm_limit`, and `hbm` in bytes: arguments, outputs, temporaries, aliased (outputs that take an
         argument's place), code, and what all need at once, `at_most`; or, where it does not fit, `hbm_needed` and the
         compiler's `message`.
-        `flops`, `hbm_bytes`, `collective_bytes` (of operands), `sent_bytes`, `open_loops` (loops that the data
-        end, counted as one iteration) and `roofline` (see `chai_jax.measure.tpu.roofline`).
+        `flops` (not those within kernels), `hbm_bytes`, `collective_bytes` (of operands), `sent_bytes`, `open_loops`
+        (loops that the data end, counted as one iteration) and `roofline` (see `chai_jax.measure.tpu.roofline`).
 
     Raises:
         InputError: see `lower`; or the compiler refuses the program for another reason than memory.
@@ -222,7 +222,8 @@ def report(record: Record) -> Table:
     for name in ("compute", "memory", "interconnect"):
         table.add_row(f"at peak {name} rate", f"{times[f'{name}_ms']:.3f} ms")
     table.add_row("roofline", f"{times['ms']:.3f} ms a {record['unit']}, bound by {times['bound']}")
-    table.caption = f"peak rates of a device: {times['peaks']}"
+    kernels = "; FLOPs within kernels are not counted" if record["attention"] == "pallas" else ""
+    table.caption = f"peak rates of a device: {times['peaks']}{kernels}"
     return table
 
 

@@ -83,7 +83,7 @@ class Job:
         cached: distillation reads the teacher's log-probabilities (float16) from the batch; no teacher is resident.
         moments: dtype of AdamW's first moment.
         remat: the backward pass computes each layer again.
-        attention: of decoding, "xla" or "pallas" (see `chai_jax.model.kernels`).
+        attention: of decoding and of prompts, "xla" or "pallas" (see `chai_jax.model.kernels`).
 
     Raises:
         InputError: a size below 1, or more targets than tokens.

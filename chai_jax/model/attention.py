@@ -4,7 +4,9 @@ A group is C clusters. Each caches one key head that `q` query heads read and `v
 each cluster computes its attention matrix once and hands q * v heads to the output projection.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.blocks import Windowed
-from chai_jax.model.kernels import decode_attention
+from chai_jax.model.kernels.decode import decode_attention
+from chai_jax.model.kernels.prompt import prompt_attention
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 
 ROWS = 512  # of a prompt whose attention is computed at once
@@ -127,10 +130,29 @@ def attend_one(
     Keys and values are plain or int8 arrays. Where there is no kernel (CPUs) it is `attend`. The kernel is for programs
     of one device, and for TPUs from v4 on: `chai_jax.model.kernels.check`, since neither can be seen from here.
     """
-    kernel = partial(decode_attention, scale=scale, value_heads=value_heads)
+    rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
+    lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in ("cuda", "tpu")}
+    default = partial(_heads, attend, **rest)
+    return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)
 
-    def without(query: Array, keys: Leaf, values: Leaf, allowed: Array) -> Array:
-        return attend(query, keys, values, allowed, scale, value_heads)[0]
 
-    lowered = {platform: partial(kernel, platform=platform) for platform in ("cuda", "tpu")}
-    return jax.lax.platform_dependent(query, keys, values, allowed, default=without, **lowered)
+def attend_prompt(
+    query: Float[Array, "B C q T R"],
+    keys: Array,
+    values: Array,
+    allowed: Bool[Array, "B T T"],
+    scale: float,
+    value_heads: int,
+) -> Float[Array, "B heads T Rv"]:
+    """What `attend_in_order` returns first, by a TPU's kernel where the program is compiled for one (see `attend_one`).
+
+    Rows of the kernel may read every real column up to their own: `allowed` has no branches.
+    """
+    rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
+    default, kernel = partial(_heads, attend_in_order, **rest), partial(prompt_attention, **rest)
+    return jax.lax.platform_dependent(query, keys, values, allowed, default=default, tpu=kernel)
+
+
+def _heads(attention: Callable[..., tuple[Array, Array, Array]], *stored: Any, **rest: Any) -> Array:
+    """Outputs alone, of which scores and probabilities are no part."""
+    return attention(*stored, **rest)[0]

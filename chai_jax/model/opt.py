@@ -6,6 +6,7 @@ float32. Dropout is not applied, in training neither. The spec and the types of 
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,9 +19,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model import kernels
-from chai_jax.model.attention import attend, attend_in_order, attend_one
+from chai_jax.model.attention import attend, attend_in_order, attend_one, attend_prompt
 from chai_jax.model.blocks import of_rows
 from chai_jax.model.cache import Cache, GroupCache, remember
+from chai_jax.model.kernels.prompt import SHORTEST
 from chai_jax.model.layers import Heads, Norm, Projection, at_columns, value_of
 from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
 from chai_jax.model.prompt import attend_per_prompt
@@ -38,7 +40,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 class Seen:
     """What a layer's attention did, for `observe`; nothing of it is computed unless it is used.
 
-    Scores and probabilities are None where the kernel decodes (`chai_jax.model.kernels`), which never has them whole.
+    Scores and probabilities are None where a kernel attends (`chai_jax.model.kernels`), which never has them whole.
     """
 
     x: Any  # [B, T, D], the normed input
@@ -116,7 +118,11 @@ class Attention(nnx.Module):
             joined, score, probability, new = found
             return self.output(at_columns(joined, wanted, 2)), (new,), Seen(x, score, probability, allowed, joined)
         readable = at_columns(allowed, wanted, 1)
-        decoding = past is not None and x.shape[1] == 1
+        in_order = past is None and wanted is None
+        kernel = None
+        if kernels.chosen():
+            decoding, long = past is not None and x.shape[1] == 1, in_order and x.shape[1] >= SHORTEST
+            kernel = attend_one if decoding else attend_prompt if long else None
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):
             before = None if past is None else past[index]
@@ -124,11 +130,11 @@ class Attention(nnx.Module):
             caches.append(new)
             query = at_columns(query, wanted, 3)
             keys, values = of_rows(keys, wanted), of_rows(values, wanted)
-            # What is read of int4 is made for this step, not stored: the kernel would save nothing.
-            if decoding and kernels.chosen() and group.storage != "int4":
-                heads.append(attend_one(query, keys, values, readable, self.scale, group.values))
+            # What is read of int4 is made for this step, not stored: a kernel would save nothing.
+            if kernel is not None and group.storage != "int4":
+                heads.append(kernel(query, keys, values, readable, self.scale, group.values))
                 continue
-            how = attend_in_order if past is None and wanted is None else attend
+            how = attend_in_order if in_order else attend
             out, score, probability = how(query, keys, values, readable, self.scale, group.values)
             heads.append(out)
             scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))
@@ -280,7 +286,10 @@ def forward(
         raise ValueError("a layer that is observed computes all columns: leave wanted out")
     if branch is not None and (cache is not None or not spec.stored_by_token):
         raise ValueError("branches of a row need a spec that is stored_by_token, and no cache")
-    hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat, branch, wanted)
+    # Kernels know order and padding, but no branches, and have nothing to show.
+    plain = kernels.using("xla") if branch is not None or observe is not None else nullcontext()
+    with plain:
+        hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat, branch, wanted)
     observed = (
         [] if observe is None else [observe(i, record, params["layers"][str(i)]) for i, record in enumerate(seen)]
     )

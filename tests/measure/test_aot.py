@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -105,6 +106,22 @@ def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> N
     entries, _ = count(SMALL)
     moved = cost(program, per_iteration=True).hbm_bytes
     assert cached + 2 * entries < moved < 1.1 * (cached + 2 * entries)
+
+
+@needs_libtpu
+def test_the_kernel_of_prompts_leaves_no_scores_in_memory() -> None:
+    """One kernel a layer but the last, which attends for the newest token alone; all pairs' scores never are in HBM."""
+    config = replace(SMALL, num_layers=2, max_positions=512)
+    small = Shapes(config, spec_of(config, None, "qk", 0.5, "int8"), Layout(mesh_of(topology("v5e:2x4"), "1x1")))
+    plain, kernel = (
+        lower(Job("prefill", 128, 512, attention=attention), small).compile() for attention in ("xla", "pallas")
+    )
+    assert kernel.as_text().count('custom_call_target="tpu_custom_call"') == 1
+    scores = 128 * 2 * 512 * 512 * 4  # of both clusters, float32: more than fast memory
+    moved = [cost(program.as_text()).hbm_bytes for program in (plain, kernel)]
+    assert moved[1] < moved[0] - scores
+    sizes = [program.memory_analysis().temp_size_in_bytes for program in (plain, kernel)]
+    assert sizes[1] < sizes[0]
 
 
 @needs_libtpu

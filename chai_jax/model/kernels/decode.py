@@ -4,12 +4,8 @@ XLA runs a decoding step's attention as several programs with the scores of all 
 each stored key and value once, as it is stored, and keeps everything in between in fast memory: the scores of a block
 of columns, the softmax so far (Milakov & Gimelshein 2018, arXiv 1805.02867), and the weighted sums. Long caches are
 split over a GPU's programs and merged afterwards (flash-decoding, Dao et al. 2023).
-
-It is an option (`using`), since it has been timed on no accelerator so far: it computes what
-`chai_jax.model.attention.attend` does.
 """
 
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -20,7 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Shaped
 
-from chai_jax.errors import InputError
 from chai_jax.model.quantized import Leaf, QuantizedArray
 
 LANES = 128  # of a TPU's vectors
@@ -28,33 +23,6 @@ TPU_BLOCK_BYTES = 2**20  # of keys or values; each lies in fast memory twice, th
 GPU_BLOCK = 64  # columns
 GPU_PROGRAMS = 512  # enough for a few on each of a GPU's hundred or so processors
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, as in `scores_of`: a row that may read nothing reads all alike
-NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
-_choice = jax.make_user_context("xla")  # part of the key of jit's cache: programs of either kind do not mix
-
-
-def using(attention: str) -> AbstractContextManager[None]:
-    """Within the block, programs that are traced decode with `attention`: "xla" (the default), or "pallas".
-
-    The kernel cannot be partitioned by XLA: only programs of one device may be traced with it (`check`).
-    """
-    return _choice(attention)
-
-
-def chosen() -> bool:
-    """Whether programs traced here decode with the kernel."""
-    return _choice.value == "pallas"
-
-
-def check(attention: str, devices: Any) -> None:
-    """Raise InputError unless programs for these devices can decode with `attention`."""
-    if attention == "xla":
-        return
-    kind = devices[0].device_kind
-    expected = "expected xla, or one NVIDIA GPU, or one TPU from v4 on"
-    if devices[0].platform not in ("tpu", "gpu", "cuda") or kind.startswith(NO_MOSAIC):
-        raise InputError(f"--attention pallas has no kernel for {kind}; {expected}")
-    if len(devices) > 1:
-        raise InputError(f"--attention pallas is for one device, not for {len(devices)}; {expected}")
 
 
 def decode_attention(

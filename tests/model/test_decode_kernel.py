@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from chai_jax.errors import InputError
-from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
-from chai_jax.model.kernels import check, chosen, decode_attention, using
+from chai_jax.model.kernels import check, chosen, decode, using
+from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
@@ -26,8 +26,8 @@ BOUNDS = {"float32": 2e-6, "bfloat16": 2.0**-7}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns in several blocks, the last one not full, and on GPUs in several parts of more than one block."""
-    monkeypatch.setattr(kernels, "TPU_BLOCK_BYTES", 1)  # 128 columns, the least
-    monkeypatch.setattr(kernels, "GPU_PROGRAMS", 2 * BATCH * 3)
+    monkeypatch.setattr(decode, "TPU_BLOCK_BYTES", 1)  # 128 columns, the least
+    monkeypatch.setattr(decode, "GPU_PROGRAMS", 2 * BATCH * 3)
 
 
 def inputs(dtype: str, storage: str, clusters: int, queries: int, value_heads: int) -> tuple[jax.Array, ...]:

@@ -1,0 +1,108 @@
+"""The kernel that reads prompts on TPUs, interpreted on the CPU, against attention as XLA computes it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.model.attention import attend_in_order, attend_prompt
+from chai_jax.model.kernels import prompt, using
+from chai_jax.model.kernels.prompt import prompt_attention
+from chai_jax.model.opt import forward
+from chai_jax.model.params import OPTConfig, init
+from chai_jax.spec import Spec
+
+BATCH, KEY_RANK, VALUE_RANK = 2, 24, 16
+# As in test_decode_kernel: the order of sums, and the rounding of weights and of the output.
+BOUNDS = {"float32": 2e-6, "bfloat16": 2.0**-7}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of rows and of columns."""
+    monkeypatch.setattr(prompt, "LARGEST_BLOCK", 128)
+
+
+def inputs(dtype: str, length: int, clusters: int, queries: int, value_heads: int) -> tuple[jax.Array, ...]:
+    """Query, keys, values and what each row may read: a sequence padded on the left, one on the right."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        # A mean, so that a column that is read wrongly does not average out.
+        return jnp.asarray(1 + 2 * random.standard_normal(shape), dtype)
+
+    query = normal(BATCH, clusters, queries, length, KEY_RANK)
+    keys, values = (normal(BATCH, heads, length, rank) for heads, rank in heads_of(clusters, value_heads))
+    real = np.ones((BATCH, length), bool)
+    real[0, :150], real[1, -20:] = False, False
+    return query, keys, values, jnp.asarray(np.tril(np.ones((length, length), bool)) & real[:, None])
+
+
+def heads_of(clusters: int, value_heads: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (clusters, KEY_RANK), (clusters * value_heads, VALUE_RANK)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "clusters", "queries", "value_heads"),
+    [("float32", 300, 3, 2, 1), ("float32", 256, 2, 1, 3), ("bfloat16", 300, 2, 1, 3), ("bfloat16", 256, 3, 2, 1)],
+)
+def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, queries: int, value_heads: int) -> None:
+    """At the rows that are read; those of padding hold something finite."""
+    given = inputs(dtype, length, clusters, queries, value_heads)
+    rest = {"scale": 0.2, "value_heads": value_heads}
+    expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
+    found = jax.jit(partial(prompt_attention, **rest, interpret=True))(*given)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    expected, found = (np.asarray(x, np.float32) for x in (expected, found))
+    assert np.isfinite(found).all()
+    for row, real in enumerate((slice(150, None), slice(0, -20))):
+        bound = BOUNDS[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(found[row, :, real], expected[row, :, real], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("columns", "blocks"),
+    [(128, (128, 128)), (640, (640, 128)), (896, (896, 128)), (1536, (768, 384)), (2048, (512, 512))],
+)
+def test_blocks_divide_the_columns(monkeypatch: pytest.MonkeyPatch, columns: int, blocks: tuple[int, int]) -> None:
+    monkeypatch.undo()
+    sizes = prompt._blocks(columns)
+    assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (blocks[0], *blocks)
+
+
+CONFIG = OPTConfig(32, 16, 2, 2, 32, 512, 16)
+
+
+def test_prompts_have_the_kernel_where_it_is_asked_for() -> None:
+    """Long ones without branches, in all layers but the last one, which attends for what is wanted alone."""
+    spec = Spec.dense(2, 2, 8, "int8")
+    params = init(CONFIG, spec, jax.random.key(0))
+
+    def kernels_of(columns: int, **rest: object) -> int:
+        tokens = jax.ShapeDtypeStruct((1, columns), jnp.int32)
+
+        def run(tokens: jax.Array) -> jax.Array:
+            mask = jnp.ones(tokens.shape, bool)
+            return forward(CONFIG, spec, params, tokens, mask, **rest).hidden  # type: ignore[arg-type]
+
+        # Where a program has something of its own for TPUs alone.
+        return str(jax.jit(run).trace(tokens).jaxpr).count("platform_index[platforms=(('tpu',), None)]")
+
+    newest = jnp.full((1, 1), 255, jnp.int32)
+    assert kernels_of(256) == 0
+    with using("pallas"):
+        assert kernels_of(255) == 0
+        assert kernels_of(256) == 2
+        assert kernels_of(256, wanted=newest) == 1
+        assert kernels_of(256, branch=jnp.zeros((1, 256), jnp.int32)) == 0
+        assert kernels_of(256, observe=lambda index, seen, params: seen.probabilities.sum()) == 0
+
+
+def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
+    """Programs of CPUs keep to XLA, whatever is asked for."""
+    given = inputs("float32", 256, 2, 1, 3)
+    rest = {"scale": 0.2, "value_heads": 3}
+    expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
+    np.testing.assert_array_equal(jax.jit(partial(attend_prompt, **rest))(*given), expected)
