@@ -209,6 +209,9 @@ class DeviceConfig:
     """Devices as DATAxMODEL, 4x2 say: batches are split DATA ways, heads and matrices MODEL ways (default: all x1)."""
     fsdp: bool = False
     """Split weights and optimizer state over the data axis too."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Compute in this dtype, whatever is stored (default: bfloat16 on TPUs and GPUs, float32 on CPUs, of which those
+    with AMX or AVX512-BF16 are faster in bfloat16)."""
     require_backend: Literal["tpu", "gpu", "cpu"] | None = None
     """Stop unless JAX computes on this."""
     compile_cache: Path | None = None

@@ -1,4 +1,5 @@
-"""The devices a command runs on: the processes that share the job, the backend asked for, the mesh."""
+"""The devices a command runs on: the processes that share the job, the backend asked for, the mesh,
+the dtype."""
 
 import os
 import sys
@@ -10,6 +11,7 @@ import jax
 from chai_jax.config import DeviceConfig
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable
+from chai_jax.model.model import set_compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh, set_layout
 from chai_jax.processes import first_process
 from chai_jax.progress import console
@@ -32,6 +34,7 @@ def start(config: DeviceConfig) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     require_backend(config.require_backend)
     set_layout(Layout(make_mesh(*parse_mesh(config.mesh)), config.fsdp))
+    set_compute_dtype(config.dtype)
     if not first_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         console.quiet = True

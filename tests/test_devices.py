@@ -19,6 +19,7 @@ from chai_jax.cli import main
 from chai_jax.config import DeviceConfig
 from chai_jax.data.toy import toy_rows
 from chai_jax.errors import InputError
+from chai_jax.model.model import compute_dtype, set_compute_dtype
 from chai_jax.model.sharding import Layout, current_layout, make_mesh, set_layout
 
 
@@ -26,6 +27,7 @@ from chai_jax.model.sharding import Layout, current_layout, make_mesh, set_layou
 def default_layout() -> Iterator[None]:
     yield
     set_layout(None)
+    set_compute_dtype(None)
 
 
 def test_the_mesh_is_the_one_asked_for() -> None:
@@ -33,6 +35,15 @@ def test_the_mesh_is_the_one_asked_for() -> None:
     assert current_layout() == Layout(make_mesh(2, 4), fsdp=True)
     devices.start(DeviceConfig())
     assert current_layout() == Layout(make_mesh(8, 1))
+
+
+def test_the_dtype_is_the_one_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["env", "--dtype", "bfloat16"]) == 0
+    assert json.loads(capsys.readouterr().out)["compute_dtype"] == "bfloat16"
+    assert compute_dtype() == "bfloat16"
+    assert compute_dtype("float32") == "float32"  # what is asked for training alone goes before it
+    devices.start(DeviceConfig())
+    assert np.dtype(compute_dtype()) == "float32"  # of this CPU
 
 
 def test_compiled_programs_are_kept_and_read_back(tmp_path: Path) -> None:

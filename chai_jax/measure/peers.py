@@ -1,4 +1,4 @@
-"""The same model in other frameworks, timed beside ours: torch transformers and CTranslate2, on a CPU in float32.
+"""The same model in other frameworks, timed beside ours: torch transformers and CTranslate2, on a CPU, in our dtype.
 
 Each peer is given what favours it: one loop without the bookkeeping of a general `generate`, the vocabulary head at
 the last position alone, prompts of equal length without padding. The only file that imports torch or ctranslate2,
@@ -20,7 +20,7 @@ from chai_jax.errors import InputError
 from chai_jax.files.convert import to_hf
 from chai_jax.files.hf_config import config_fields
 from chai_jax.measure.bench import ANSWERS, Contender, Shape
-from chai_jax.model.model import Model
+from chai_jax.model.model import Model, compute_dtype
 
 
 def check_peer(name: str) -> None:
@@ -73,7 +73,7 @@ class HuggingFace:
         import torch
 
         torch.set_num_threads(threads)
-        self.model = torch_model(model)
+        self.model = torch_model(model).to(getattr(torch, np.dtype(compute_dtype()).name))
 
     def __call__(self, shape: Shape, seed: int) -> Contender:
         return TorchTimed(self.model, shape, seed)
@@ -141,6 +141,9 @@ class CTranslate2:
                 f"the vocabulary has {model.config.vocab_size} tokens, of which CTranslate2's converter expects a "
                 "multiple of 8: leave --peer ctranslate2 out"
             )
+        dtype = np.dtype(compute_dtype()).name
+        if dtype not in ctranslate2.get_supported_compute_types("cpu"):
+            raise InputError(f"CTranslate2 does not compute in {dtype} on this CPU: leave --peer ctranslate2 out")
         twin = torch_model(model)
 
         class InMemory(TransformersConverter):  # type: ignore[misc]
@@ -154,10 +157,10 @@ class CTranslate2:
 
         with tempfile.TemporaryDirectory() as folder:
             twin.config.save_pretrained(folder)
-            converted = InMemory(folder).convert(str(Path(folder) / "converted"), quantization="float32")
+            converted = InMemory(folder).convert(str(Path(folder) / "converted"), quantization=dtype)
             self.nbytes = (Path(converted) / "model.bin").stat().st_size
             self.generator = ctranslate2.Generator(
-                converted, device="cpu", compute_type="float32", intra_threads=threads, inter_threads=1
+                converted, device="cpu", compute_type=dtype, intra_threads=threads, inter_threads=1
             )
         self.vocabulary = model.config.vocab_size
 

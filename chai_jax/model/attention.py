@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 from chai_jax.model.blocks import Windowed
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.kernels.prompt import prompt_attention
+from chai_jax.model.products import product
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 
 ROWS = 512  # of a prompt whose attention is computed at once
@@ -31,10 +32,10 @@ def scores_of(
     if isinstance(keys, Windowed):
         old, recent = (scores_of(query, part, allowed, scale) for part in (keys.old, keys.recent))
         return jnp.where(keys.fresh, recent, old)
-    stored = keys.values if isinstance(keys, QuantizedArray) else dequantize(keys, query.dtype)
+    stored = _multiplied(keys, query.dtype)
     # All rows of a cluster in one axis: with two of them XLA copies the keys to another layout on CPUs.
     rows = (query * scale).reshape(*query.shape[:2], -1, query.shape[-1])
-    scores = jnp.einsum("bcmk,bcsk->bcms", rows, stored.astype(query.dtype), preferred_element_type=jnp.float32)
+    scores = product("bcmk,bcsk->bcms", rows.astype(stored.dtype), stored, row="m")
     scores = scores.reshape(*query.shape[:-1], -1)
     if isinstance(keys, QuantizedArray):
         scores = scores * keys.scale.astype(jnp.float32)[:, :, None, None, :]
@@ -58,15 +59,23 @@ def mix_values(
     probabilities = probabilities.reshape(batch, clusters, queries * rows, columns)
     if rows > 1:
         read = dequantize(values, dtype).reshape(batch, clusters, value_heads, columns, -1)
-        mixed = jnp.einsum("bcms,bcvsr->bcvmr", probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
+        mixed = product("bcms,bcvsr->bcvmr", probabilities.astype(dtype), read, row="m")
     else:
         spread = jnp.broadcast_to(probabilities[:, :, None], (batch, clusters, value_heads, queries, columns))
         probabilities = spread.reshape(batch, clusters * value_heads, queries, columns)
         if isinstance(values, QuantizedArray):
             probabilities = probabilities * values.scale.astype(jnp.float32)[:, :, None]
-        read = values.values.astype(dtype) if isinstance(values, QuantizedArray) else dequantize(values, dtype)
-        mixed = jnp.einsum("bhms,bhsr->bhmr", probabilities.astype(dtype), read, preferred_element_type=jnp.float32)
+        read = _multiplied(values, dtype)
+        mixed = product("bhms,bhsr->bhmr", probabilities.astype(read.dtype), read, row="m")
     return mixed.astype(dtype).reshape(batch, clusters * queries * value_heads, rows, -1)
+
+
+def _multiplied(stored: Leaf, dtype: DTypeLike) -> Array:
+    """Keys or values as they are multiplied: in `dtype`, but what is stored in float32 is not copied to another."""
+    if isinstance(stored, QuantizedArray):
+        return stored.values.astype(dtype)
+    wide = isinstance(stored, jax.Array) and stored.dtype == jnp.float32
+    return dequantize(stored, jnp.float32 if wide else dtype)
 
 
 def attend(

@@ -18,14 +18,23 @@ from chai_jax.model.params import OPTConfig, Params
 from chai_jax.plans import Plan
 from chai_jax.spec import Spec
 
+_compute: str | None = None
+
+
+def set_compute_dtype(dtype: str | None) -> None:
+    """Make `dtype` ("float32" or "bfloat16") the one that jobs compute in; None: the default again."""
+    global _compute
+    _compute = dtype
+
 
 def compute_dtype(wanted: str | None = None) -> Any:
-    """The one asked for, or else float32 on a CPU, where it is the fast one; bfloat16 on TPUs and GPUs.
+    """The one asked for here, or else by `set_compute_dtype`, or else float32 on a CPU, bfloat16 on TPUs and GPUs.
 
-    Never decides what is stored.
+    bfloat16 pays on CPUs that multiply it, and nearly all other CPUs do not. Never decides what is stored.
     """
-    if wanted is not None:
-        return jnp.dtype(wanted)
+    chosen = wanted or _compute
+    if chosen is not None:
+        return jnp.dtype(chosen)
     return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 

@@ -25,6 +25,7 @@ from chai_jax.model.cache import Cache, GroupCache, remember
 from chai_jax.model.kernels.prompt import SHORTEST
 from chai_jax.model.layers import Heads, Norm, Projection, at_columns, value_of
 from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
+from chai_jax.model.products import product
 from chai_jax.model.prompt import attend_per_prompt
 from chai_jax.spec import Group, LayerSpec, Spec
 
@@ -225,7 +226,7 @@ class OPT(nnx.Module):
             flat = self.project_out(flat)
         table = value_of(self.tokens if self.head is None else self.head)
         # The table first: on CPUs XLA is half again as fast at this as at the transpose.
-        logits = jnp.einsum("ve,bte->vbt", table.astype(flat.dtype), flat, preferred_element_type=jnp.float32)
+        logits = product("ve,bte->vbt", table.astype(flat.dtype), flat, row="t")
         return jnp.moveaxis(logits, 0, -1).reshape(*hidden.shape[:-1], -1)
 
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.products import product
+
 
 @partial(jax.tree_util.register_dataclass, data_fields=["values", "scale"], meta_fields=["axes"])
 @dataclasses.dataclass(frozen=True)
@@ -167,11 +169,13 @@ def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
 def einsum(equation: str, x: Float[Array, "..."], kernel: Leaf) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, kernel)` in x's dtype, accumulated in float32, for a plain or a quantized kernel.
 
+    x has its tokens along `t`.
+
     An int8 kernel's scale runs over its output axes only (the last ones of the result), so it scales the result; an
     int4 kernel has scales along the contracted axis and is read back first.
     """
     weights = kernel.values if isinstance(kernel, QuantizedArray) else dequantize(kernel, x.dtype)
-    y = jnp.einsum(equation, x, weights.astype(x.dtype), preferred_element_type=jnp.float32)
+    y = product(equation, x, weights.astype(x.dtype), row="t")
     if isinstance(kernel, QuantizedArray):
         y = y * kernel.scale.astype(jnp.float32)
     return y.astype(x.dtype)

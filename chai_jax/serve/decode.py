@@ -75,7 +75,7 @@ def cast(params: Params, dtype: Any, expand: bool | None = None) -> Params:
     return jax.tree.map(leaf, params, is_leaf=is_leaf)
 
 
-_serving: WeakKeyDictionary[Model, tuple[Layout, Params]] = WeakKeyDictionary()
+_serving: WeakKeyDictionary[Model, tuple[tuple[Layout, Any], Params]] = WeakKeyDictionary()
 
 
 def serving_params(model: Model, layout: Layout) -> Params:
@@ -83,10 +83,10 @@ def serving_params(model: Model, layout: Layout) -> Params:
 
     They are kept for as long as the model is, beside it: a request must not pay for them again.
     """
-    kept = _serving.get(model)
-    if kept is None or kept[0] != layout:
+    kept, how = _serving.get(model), (layout, compute_dtype())
+    if kept is None or kept[0] != how:
         params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
-        kept = _serving[model] = layout, fold_projections(params) if layout.mesh.size == 1 else params
+        kept = _serving[model] = how, fold_projections(params) if layout.mesh.size == 1 else params
     return kept[1]
 
 

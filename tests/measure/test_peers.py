@@ -1,6 +1,7 @@
 """What is timed in other frameworks is the same computation: equal tokens, equal log-probabilities."""
 
 import importlib.util
+from collections.abc import Iterator
 from types import ModuleType
 
 import jax
@@ -15,7 +16,7 @@ from chai_jax.measure.bench import Shape, Timed
 from chai_jax.measure.peers import PEERS, check_peer
 from chai_jax.measure.programs import uniform_plan
 from chai_jax.measure.sweep import peer
-from chai_jax.model.model import Model
+from chai_jax.model.model import Model, set_compute_dtype
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
 
@@ -55,6 +56,24 @@ def test_bytes_are_those_of_the_peers_arrays(torch: ModuleType) -> None:
     peer = PEERS["hf"](model, threads=1)(SHAPE, 0)
     peer.generate()
     assert peer.bytes == {"weights": model.nbytes, "kv": 3 * (9 + 6) * 2 * 2 * 32 * 4}
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[None]:
+    set_compute_dtype("bfloat16")
+    yield
+    set_compute_dtype(None)
+
+
+def test_peers_compute_in_our_dtype(torch: ModuleType, bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(PRE)
+    peer = PEERS["hf"](model, threads=1)(SHAPE, 0)
+    peer.generate()
+    assert peer.bytes == {"weights": model.nbytes // 2, "kv": 3 * (9 + 6) * 2 * 2 * 32 * 2}
+    library = pytest.importorskip("ctranslate2")
+    monkeypatch.setattr(library, "get_supported_compute_types", lambda device: {"float32"})
+    with pytest.raises(InputError, match="does not compute in bfloat16 on this CPU"):
+        PEERS["ctranslate2"](model, threads=1)
 
 
 def test_threads_are_the_ones_asked_for(torch: ModuleType) -> None:

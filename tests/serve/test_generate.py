@@ -19,7 +19,7 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
-from chai_jax.model.model import Model
+from chai_jax.model.model import Model, set_compute_dtype
 from chai_jax.model.params import OPTConfig, fold_projections, init
 from chai_jax.model.quantized import quantize
 from chai_jax.model.sharding import Layout, make_mesh, use
@@ -235,8 +235,11 @@ def test_mixed_requests_share_a_few_programs(model: Model, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_the_cache_is_updated_in_place(rows: int, storage: str) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "storage"),
+    [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16")],
+)
+def test_the_cache_is_updated_in_place(rows: int, dtype: str, storage: str) -> None:
     """A decode step neither takes a second cache nor copies the first: what it needs beside is a layer's."""
     layers = 4
     config, spec = dataclasses.replace(CONFIG, num_layers=layers), Spec.dense(layers, 4, 8, storage)
@@ -244,8 +247,8 @@ def test_the_cache_is_updated_in_place(rows: int, storage: str) -> None:
     tokens, mask = serve.pad_left(PROMPTS[:rows], 1)
     keys = jax.random.split(jax.random.key(0), len(tokens))
     rule = serve.Sampling.checked(), jnp.int32(2)
-    state = serve.prefill(config, spec, params, tokens, mask, keys, *rule, capacity=2048, dtype=jnp.float32)
-    program = serve.decode.lower(config, spec, params, state, jnp.int32(40), *rule, dtype=jnp.float32).compile()
+    state = serve.prefill(config, spec, params, tokens, mask, keys, *rule, capacity=2048, dtype=jnp.dtype(dtype))
+    program = serve.decode.lower(config, spec, params, state, jnp.int32(40), *rule, dtype=jnp.dtype(dtype)).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= state.cache.nbytes
     one_layer = 2 * tokens.shape[0] * 4 * 2048 * 8 * 4  # keys and values in float32
@@ -261,7 +264,13 @@ def test_a_second_request_finds_the_parameters_ready(model: Model) -> None:
     one, other = Layout(make_mesh(1, 1)), Layout(make_mesh(2, 1))
     ready = serve.serving_params(fresh, one)
     assert serve.serving_params(fresh, one) is ready
+    set_compute_dtype("bfloat16")
+    try:
+        assert serve.serving_params(fresh, one)["layers"]["0"]["up"]["kernel"].dtype == "bfloat16"
+    finally:
+        set_compute_dtype(None)
     assert "qkv" in ready["layers"]["0"]
+    assert serve.serving_params(fresh, one)["layers"]["0"]["up"]["kernel"].dtype == "float32"
     assert "query" in serve.serving_params(fresh, other)["layers"]["0"]  # split kernels are not folded
     kept = weakref.ref(fresh)
     del fresh, ready
