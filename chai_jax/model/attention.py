@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float
 from chai_jax.model.blocks import Windowed
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.kernels.prompt import prompt_attention
-from chai_jax.model.products import product
+from chai_jax.model.products import apart, product, side_by_side
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 
 ROWS = 512  # of a prompt whose attention is computed at once
@@ -48,8 +48,8 @@ def mix_values(
     """Weighted sums of the values [B, C * v, S, R] under each cluster's attention: C * q * v heads (q or v is 1).
 
     With one query row (decoding) the probabilities are spread over the cluster's value heads and an int8 value's scale
-    multiplies them; with many rows they never are: the values are read back instead, and a cluster's value heads all go
-    through one matmul.
+    multiplies them; with many rows they never are: the values are read back instead, and a cluster's value heads are
+    one wide value.
     """
     if isinstance(values, Windowed):
         recent = jnp.where(values.fresh, probabilities, 0.0)
@@ -58,8 +58,8 @@ def mix_values(
     batch, clusters, queries, rows, columns = probabilities.shape
     probabilities = probabilities.reshape(batch, clusters, queries * rows, columns)
     if rows > 1:
-        read = dequantize(values, dtype).reshape(batch, clusters, value_heads, columns, -1)
-        mixed = product("bcms,bcvsr->bcvmr", probabilities.astype(dtype), read, row="m")
+        read = side_by_side(dequantize(values, dtype), value_heads)
+        mixed = apart(product("bcms,bcsn->bcmn", probabilities.astype(dtype), read, row="m"), value_heads)
     else:
         spread = jnp.broadcast_to(probabilities[:, :, None], (batch, clusters, value_heads, queries, columns))
         probabilities = spread.reshape(batch, clusters * value_heads, queries, columns)

@@ -30,7 +30,7 @@ def set_compute_dtype(dtype: str | None) -> None:
 def compute_dtype(wanted: str | None = None) -> Any:
     """The one asked for here, or else by `set_compute_dtype`, or else float32 on a CPU, bfloat16 on TPUs and GPUs.
 
-    bfloat16 pays on CPUs that multiply it, and nearly all other CPUs do not. Never decides what is stored.
+    On CPUs bfloat16 pays where they have instructions for it, which not all have. Never decides what is stored.
     """
     chosen = wanted or _compute
     if chosen is not None:

@@ -1,4 +1,4 @@
-"""Matrix products accumulated in float32."""
+"""Matrix products accumulated in float32, and value heads laid out for them."""
 
 import math
 from functools import partial
@@ -32,3 +32,17 @@ def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..
         return jax.lax.slice_in_dim(plain(*pair), 0, 1, axis=result.index(row))
 
     return jax.lax.platform_dependent(one, two, cpu=doubled, default=plain)
+
+
+def side_by_side(values: Float[Array, "B values S R"], count: int) -> Float[Array, "B C S cR"]:
+    """Each `count` neighbouring heads as one wide head: attention that they share is one matmul."""
+    batch, heads, columns, rank = values.shape
+    grouped = jnp.swapaxes(values.reshape(batch, heads // count, count, columns, rank), 2, 3)
+    return grouped.reshape(batch, heads // count, columns, count * rank)
+
+
+def apart(mixed: Float[Array, "B C T cR"], count: int) -> Float[Array, "B heads T R"]:
+    """Each wide head as its `count` heads: what `side_by_side` joined."""
+    batch, clusters, rows, width = mixed.shape
+    grouped = jnp.swapaxes(mixed.reshape(batch, clusters, rows, count, width // count), 2, 3)
+    return grouped.reshape(batch, clusters * count, rows, width // count)

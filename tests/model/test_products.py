@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.model.products import product
+from chai_jax.model.products import apart, product, side_by_side
 
 # Of a decoder: a weight, an output projection, the vocabulary head, scores, values.
 SHAPES = {
@@ -55,3 +55,11 @@ def test_cpus_multiply_a_single_row_of_bfloat16_twice(
     assert repeats("bfloat16", "cpu") == twice
     assert not repeats("float32", "cpu")
     assert not repeats("bfloat16", "tpu")
+
+
+def test_wide_heads_come_apart_again() -> None:
+    values = jnp.arange(2 * 6 * 5 * 4.0).reshape(2, 6, 5, 4)
+    wide = side_by_side(values, 3)
+    assert wide.shape == (2, 2, 5, 12)
+    np.testing.assert_array_equal(wide[1, 1, 2, 4:8], values[1, 4, 2])  # the second head of the second cluster
+    np.testing.assert_array_equal(apart(wide, 3), values)

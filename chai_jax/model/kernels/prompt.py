@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.products import apart, side_by_side
+
 LANES = 128  # of a TPU's vectors: blocks are multiples of it
 SHORTEST = 256  # columns of the prompts that pay: of fewer most of a kernel's time would be starting its blocks
 LARGEST_BLOCK = 896  # rows and columns, whose scores fit fast memory: 3 MB
@@ -36,8 +38,7 @@ def prompt_attention(
     batch, clusters, queries, length, _ = query.shape
     columns = -(-length // LANES) * LANES
     heads = (query * scale).reshape(batch, clusters * queries, length, -1)
-    wide = jnp.swapaxes(values.reshape(batch, clusters, value_heads, length, -1), 2, 3)
-    wide = wide.reshape(batch, clusters, length, -1)
+    wide = side_by_side(values, value_heads)
     real = allowed[:, -1].astype(jnp.int32)  # the last row may read every real column
     ends = [(0, 0), (0, 0), (0, columns - length), (0, 0)]
     heads, keys, wide = (jnp.pad(x, ends) for x in (heads, keys, wide))
@@ -46,8 +47,7 @@ def prompt_attention(
     run = splash.make_splash_mha(mask, block_sizes=_blocks(columns), head_shards=1, q_seq_shards=1, interpret=interpret)
     with jax.numpy_dtype_promotion("standard"):  # the library's own
         mixed = jax.vmap(run)(heads, keys, wide, segments)[:, :, :length]
-    mixed = mixed.reshape(batch, clusters * queries, length, value_heads, -1)
-    return jnp.swapaxes(mixed, 2, 3).reshape(batch, clusters * queries * value_heads, length, -1)
+    return apart(mixed, value_heads)
 
 
 def _blocks(columns: int) -> splash.BlockSizes:
