@@ -139,6 +139,7 @@ def test_interrupted_anywhere_it_ends_the_same(
     assert (out / "metrics.jsonl").read_text().count("\n") == 4
 
 
+@pytest.mark.slow
 def test_stopped_after_every_update_it_ends_the_same(
     undisturbed: Path, small_model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +245,7 @@ def test_a_model_at_chance_is_tuned_first(
     assert [record["stage"] for record in results(out)] == ["dense", "cluster"]
 
 
+@pytest.mark.slow
 def test_text_instead_of_a_task(small_model: Path, tmp_path: Path) -> None:
     text = tmp_path / "corpus.txt"
     text.write_text("\n".join(row["sentence"] for row in toy_rows("train", 120)))

@@ -35,6 +35,7 @@ def tiny(seed: int) -> Model:
     return Model(CONFIG, spec, params)
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_for_new_shapes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     steady = script("steady")
     monkeypatch.setattr(steady, "GROUP", 6)
