@@ -109,7 +109,9 @@ def test_one_token_choices_share_a_forward_pass(model: Model, batches: list[Ques
     assert found[6, 1] == 1
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8", pytest.param("int4", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "storage", ["float32", *(pytest.param(name, marks=pytest.mark.slow) for name in ("int8", "int4"))]
+)
 def test_answers_of_one_context_share_it(batches: list[Questions], storage: str) -> None:
     """Longer answers branch off where they begin to differ; int4 takes in blocks of columns, and shares nothing."""
     rng, model = np.random.default_rng(3), random_model(0, storage)
