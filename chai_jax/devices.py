@@ -1,5 +1,4 @@
-"""The devices a command runs on: the processes that share the job, the backend asked for, the mesh,
-the dtype."""
+"""The devices a command runs on: the processes that share the job, the backend asked for, mesh and dtype."""
 
 import os
 import sys

@@ -25,12 +25,12 @@ from chai_jax.model.blocks import (
     extend_blocks,
     pad,
 )
+from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
 from chai_jax.model.quantized import Leaf, dequantize, quantize
 from chai_jax.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-LANES = 128  # of a TPU's vectors
 SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)
 
 

@@ -11,6 +11,7 @@ import jax
 
 from chai_jax.errors import InputError
 
+LANES = 128  # of a TPU's vectors
 NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
 _choice = jax.make_user_context("xla")  # part of the key of jit's cache: programs of either kind do not mix
 

@@ -16,9 +16,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Shaped
 
+from chai_jax.model.kernels import LANES
 from chai_jax.model.quantized import Leaf, QuantizedArray
 
-LANES = 128  # of a TPU's vectors
 TPU_BLOCK_BYTES = 2**20  # of keys or values; each lies in fast memory twice, the next one arriving
 GPU_BLOCK = 64  # columns
 GPU_PROGRAMS = 512  # enough for a few on each of a GPU's hundred or so processors

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.kernels import LANES
 from chai_jax.model.products import apart, side_by_side
 
-LANES = 128  # of a TPU's vectors: blocks are multiples of it
-SHORTEST = 256  # columns of the prompts that pay: of fewer most of a kernel's time would be starting its blocks
+SHORTEST = 256  # columns of the prompts that pay: of fewer, by estimate, a kernel would mostly start blocks
 LARGEST_BLOCK = 896  # rows and columns, whose scores fit fast memory: 3 MB
 LARGEST_STEP = 512  # columns of a block that are computed at once
 
