@@ -38,18 +38,28 @@ from chai_jax.measure.aot import GIB, largest_batch
 from chai_jax.measure.bench import Shape, interleaved, program_bytes, spread
 from chai_jax.measure.floor import Rates, probe_rates, works
 from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
-from chai_jax.measure.sweep import ours, random_model, sweep, throughput, variants
+from chai_jax.measure.sweep import random_model, throughput, variants
 from chai_jax.model import kernels
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh
 from chai_jax.planning import parse_list
 from chai_jax.progress import console
 from chai_jax.serve.decode import cast
-from lab.decoding import Ours, Transformers, exhausted, release, torch_absent, torch_version
-from lab.goals import COLUMNS, DENSE, KERNEL, PEER, SMALL, findings
+from lab.decoding import (
+    Held,
+    Ours,
+    Transformers,
+    exhausted,
+    random_layers,
+    release,
+    torch_absent,
+    torch_version,
+)
+from lab.goals import COLUMNS, DENSE, KERNELS, PEER, SMALL, findings
 from lab.options import Record, command_line, start
 from lab.paper import THROUGHPUT
 from lab.publish import publish
+from lab.scoring import Scored
 
 PARTS = ("decode", "score", "largest")
 
@@ -124,11 +134,9 @@ def model_of(shape: str, cache: str, options: GpuOptions) -> Model:
 
 
 def decode_rows(options: GpuOptions) -> list[Record]:
-    """The three side by side; without transformers where it cannot be had or memory does not suffice for all."""
+    """All side by side; without transformers where it cannot be had or memory does not suffice for all."""
     shape = Shape(options.batch, options.start, options.steps)
     models = {cache: model_of(options.model, cache, options) for cache in (DENSE, SMALL)}
-    if jax.default_backend() == "gpu":
-        models[KERNEL] = models[SMALL]
     about = {"part": "decode", "model": options.model}
     peer, why = built_peer(models[DENSE], shape, options)
     first = probe_rates(compute_dtype())
@@ -163,66 +171,75 @@ def raced(
 ) -> list[Record]:
     """A row each, of laps in turn."""
     ready: dict[str, Any] = {}
-    for name, model in models.items():
-        with console.status(f"compiling {name}"), kernels.using("pallas" if name == KERNEL else "xla"):
-            ready[name] = Ours(model, shape, options.seed)
+    computes = {PEER: models[DENSE]}
+    for cache, model in models.items():
+        held = Held.of(model, shape, options.seed)
+        for name, attention in ((cache, "xla"), (KERNELS[cache], "pallas")):
+            if attention == "pallas" and jax.default_backend() != "gpu":
+                continue
+            computes[name] = model
+            with console.status(f"compiling {name}"), kernels.using(attention):
+                ready[name] = Ours(model, shape, options.seed, held)
     if peer is not None:
         ready[PEER] = peer
-    rounds = {
-        name: x[:, 0] for name, x in interleaved({n: one.lap for n, one in ready.items()}, options.rounds).items()
-    }
+    rounds = in_turn(ready, options)
     rates = before.best(probe_rates(compute_dtype()))
-    rows = []
-    for name, one in ready.items():
-        floor = works(models.get(name, models[DENSE]), shape, compute_dtype())["decode_ms_per_token"].floor(rates)
-        ms = spread(rounds[name])
-        rows.append(
-            {
-                "cache": name,
-                "framework": one.framework,
-                "batch": shape.batch,
-                "start": shape.prompt,
-                "steps": shape.new_tokens,
-                "n": options.rounds,
-                "ms": ms,
-                "rate": throughput(shape.batch, ms),
-                "times": {other: spread(rounds[other] / rounds[name]) for other in rounds if other != name},
-                "floor": floor,
-                "floor_fraction": floor["ms"] / ms["median"],
-                "bytes": one.bytes,
-                "compile_seconds": one.compile_seconds,
-                "probe": asdict(rates),
-            }
-        )
-    return rows
+    return [
+        {
+            **row_of(name, one, computes[name], rounds, "decode_ms_per_token", rates, shape.batch),
+            "start": shape.prompt,
+            "steps": shape.new_tokens,
+            "compile_seconds": one.compile_seconds,
+        }
+        for name, one in ready.items()
+    ]
 
 
 def score_rows(options: GpuOptions) -> list[Record]:
     """Questions a second, dense and compressed, at every batch."""
-    entrants = [ours(cache, model_of(options.score_model, cache, options)) for cache in (DENSE, SMALL)]
-    batches = numbers("score-batches", options.score_batches, int)
-    over = [Shape(batch, prompt=16, new_tokens=1, question=options.question) for batch in batches]
-    found = sweep(entrants, over, options.rounds, options.seed)
-    name, ends = "score_ms_per_example", {"median": "median", "p10": "p90", "p90": "p10"}
-    rows = []
-    for row in found["rows"]:
-        times = {end: 1 / row["ratio_to_first"][name][other] for end, other in ends.items()}
-        rows.append(
-            {
-                "part": "score",
-                "model": options.score_model,
-                "cache": row["model"],
-                **{key: row[key] for key in ("framework", "batch", "question", "n")},
-                "ms": row[name],
-                "rate": row["inferences_per_second"],
-                "times": {DENSE: times} if row["model"] == SMALL else {},
-                "floor": row["floor"][name],
-                "floor_fraction": row["floor_fraction"][name],
-                "bytes": row["bytes"],
-                "probe": found["probe"],
-            }
-        )
-    return rows
+    models = {cache: model_of(options.score_model, cache, options) for cache in (DENSE, SMALL)}
+    raced = []
+    first = probe_rates(compute_dtype())
+    for batch in numbers("score-batches", options.score_batches, int):
+        shape = Shape(batch, question=options.question)
+        with console.status(f"compiling {batch} questions"):
+            ready = {cache: Scored(model, shape, options.seed) for cache, model in models.items()}
+        raced.append((shape, ready, in_turn(ready, options)))
+    rates = first.best(probe_rates(compute_dtype()))
+    return [
+        {
+            "part": "score",
+            "model": options.score_model,
+            "question": shape.question,
+            **row_of(cache, one, models[cache], rounds, "score_ms_per_example", rates, 1),
+        }
+        for shape, ready, rounds in raced
+        for cache, one in ready.items()
+    ]
+
+
+def in_turn(ready: dict[str, Any], options: GpuOptions) -> dict[str, Any]:
+    """Milliseconds of every round."""
+    found = interleaved({name: one.lap for name, one in ready.items()}, options.rounds)
+    return {name: laps[:, 0] for name, laps in found.items()}
+
+
+def row_of(name: str, one: Any, model: Model, rounds: dict[str, Any], measure: str, rates: Rates, each: int) -> Record:
+    """What was timed of one, beside its floor and the others; `each` of the unit were made in a lap's milliseconds."""
+    floor, ms = works(model, one.shape, compute_dtype())[measure].floor(rates), spread(rounds[name])
+    return {
+        "cache": name,
+        "framework": one.framework,
+        "batch": one.shape.batch,
+        "n": len(rounds[name]),
+        "ms": ms,
+        "rate": throughput(each, ms),
+        "times": {other: spread(laps / rounds[name]) for other, laps in rounds.items() if other != name},
+        "floor": floor,
+        "floor_fraction": floor["ms"] / ms["median"],
+        "bytes": one.bytes,
+        "probe": asdict(rates),
+    }
 
 
 def largest_rows(options: GpuOptions) -> list[Record]:
@@ -230,6 +247,8 @@ def largest_rows(options: GpuOptions) -> list[Record]:
     config, layout = config_of(options.model), Layout(make_mesh(1))
     given = {"share": options.share, "clusters": options.clusters, "storage": options.storage}
     limit = memory_limit(options)
+    # Bytes do not depend on which of its kernels XLA finds fastest.
+    quick = {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
     rows = []
     for cache, choices in ((DENSE, {}), (SMALL, given)):
         row = {"part": "largest", "model": options.model, "cache": cache}
@@ -240,7 +259,8 @@ def largest_rows(options: GpuOptions) -> list[Record]:
 
         def account(batch: int, shapes: Shapes = shapes) -> Record:
             with console.status(f"compiling batch {batch}"):
-                needed = program_bytes(lower(Job("decode", batch, options.start + options.steps), shapes).compile())
+                lowered = lower(Job("decode", batch, options.start + options.steps), shapes)
+                needed = program_bytes(lowered.compile(compiler_options=quick))
             sizes = {"hbm": {"at_most": needed}, "hbm_needed": needed, "hbm_limit": limit}
             return {"fits": needed <= limit, **sizes}
 
@@ -261,9 +281,13 @@ def memory_limit(options: GpuOptions) -> int | None:
 def ran(model: Model, found: Record, options: GpuOptions) -> int:
     """The largest batch that really decoded the last two of the positions, from the one found, 5 % fewer each time."""
     batch, end = found["largest"], options.start + options.steps
+    held = Held.of(model, Shape(1, end - 2, 2), options.seed)
+    model = model.replace(params={})  # what was folded is in memory once
     while batch > found["largest"] // 2:
         try:
-            Ours(model, Shape(batch, end - 2, 2), options.seed).lap()
+            held.layers = None
+            held.layers = random_layers(model.spec, batch, end, options.seed)
+            Ours(model, Shape(batch, end - 2, 2), options.seed, held).lap()
         except jax.errors.JaxRuntimeError as error:
             if not exhausted(error):
                 raise

@@ -1,4 +1,7 @@
-"""Tests run on eight virtual CPU devices, under strict dtype promotion, offline, apart from the user's caches."""
+"""Tests run on eight virtual CPU devices, under strict dtype promotion, offline, apart from the user's caches.
+
+CHAI_JAX_TEST_PLATFORM=cuda (or tpu) runs them on a GPU instead, for the kernels: tests/model/test_decode_kernel.py.
+"""
 
 import os
 import tempfile
@@ -11,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 SETTINGS = {
-    "JAX_PLATFORMS": "cpu",
+    "JAX_PLATFORMS": os.environ.get("CHAI_JAX_TEST_PLATFORM", "cpu"),
     "JAX_NUM_CPU_DEVICES": "8",
     "JAX_NUMPY_DTYPE_PROMOTION": "strict",
     "HF_HUB_OFFLINE": "1",

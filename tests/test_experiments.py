@@ -237,7 +237,9 @@ def test_ratios_say_how_many_times_as_fast(bench_gpu: Any, small_model: Path, mo
     models = {
         name: bench_gpu.model_of(str(small_model), name, bench_gpu.GpuOptions()) for name in ("dense", "compressed")
     }
-    monkeypatch.setattr(bench_gpu, "Ours", lambda model, *rest: Laps(40.0 if model.spec.is_dense else 10.0))
+    monkeypatch.setattr(
+        bench_gpu, "Ours", lambda model, shape, *rest: Laps(40.0 if model.spec.is_dense else 10.0, shape)
+    )
     shape = bench_gpu.Shape(2, 20, 4)
     options = bench_gpu.GpuOptions(rounds=3)
     dense, small = bench_gpu.raced(models, None, shape, options, Rates(1e9, 1e10, "float32"))
@@ -251,8 +253,8 @@ class Laps:
 
     framework, compile_seconds, bytes = "none", 0.0, {}
 
-    def __init__(self, milliseconds: float) -> None:
-        self.milliseconds = milliseconds
+    def __init__(self, milliseconds: float, shape: Any) -> None:
+        self.milliseconds, self.shape = milliseconds, shape
 
     def lap(self) -> list[float]:
         return [self.milliseconds]
@@ -268,7 +270,7 @@ def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) 
     model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
     shape = bench_gpu.Shape(3, 20, 6)
     ours, theirs = Ours(model, shape, 0), Transformers(model, shape, "cpu", "float32", "eager")
-    for (mine,), layer in zip(ours.layers, theirs.cache.layers, strict=True):
+    for (mine,), layer in zip(ours.held.layers, theirs.cache.layers, strict=True):
         layer.keys.copy_(torch.from_numpy(np.array(mine.keys)))
         layer.values.copy_(torch.from_numpy(np.array(mine.values)))
     for _ in range(2):
@@ -278,9 +280,12 @@ def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) 
     assert ours.bytes["kv"] == theirs.bytes["kv"]
 
 
-def test_memory_that_runs_out_means_a_smaller_batch(bench_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_that_runs_out_means_a_smaller_batch(
+    bench_gpu: Any, small_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Full:
-        def __init__(self, model: Any, shape: Any, seed: int) -> None:
+        def __init__(self, model: Any, shape: Any, seed: int, held: Any) -> None:
+            assert held.layers[0][0].keys.shape[0] == shape.batch
             if shape.batch > 91:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
@@ -288,5 +293,7 @@ def test_memory_that_runs_out_means_a_smaller_batch(bench_gpu: Any, monkeypatch:
             pass
 
     monkeypatch.setattr(bench_gpu, "Ours", Full)
-    assert bench_gpu.ran(None, {"largest": 100}, bench_gpu.GpuOptions()) == 90
-    assert bench_gpu.ran(None, {"largest": 0}, bench_gpu.GpuOptions()) == 0
+    options = bench_gpu.GpuOptions(start=20, steps=4)
+    model = bench_gpu.model_of(str(small_model), "dense", options)
+    assert bench_gpu.ran(model, {"largest": 100}, options) == 90
+    assert bench_gpu.ran(model, {"largest": 0}, options) == 0

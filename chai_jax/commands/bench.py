@@ -48,9 +48,9 @@ class BenchCommand:
     """With --clusters: what the heads of a cluster share."""
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """With --clusters: format of the variants' cache (default: as the MODEL's)."""
-    attention: Literal["xla", "pallas"] = "xla"
+    attention: Literal["auto", "xla", "pallas"] = "auto"
     """How the models attend: XLA's own programs, or kernels (decoding on one NVIDIA GPU, or one TPU from v4 on; long
-    prompts on such a TPU)."""
+    prompts on such a TPU). auto: kernels where one GPU decodes."""
     peer: Annotated[UseAppendAction[tuple[Literal["hf", "ctranslate2"], ...]], arg(metavar="{hf,ctranslate2}")] = ()
     """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too; may be repeated."""
     threads: int | None = None

@@ -121,7 +121,9 @@ class Attention(nnx.Module):
         readable = at_columns(allowed, wanted, 1)
         in_order = past is None and wanted is None
         decoding, long = past is not None and x.shape[1] == 1, in_order and x.shape[1] >= SHORTEST
-        kernel = attend_one if decoding else attend_prompt if long else None
+        kernel = None
+        if (decoding and kernels.for_tokens()) or (long and kernels.for_prompts()):
+            kernel = attend_one if decoding else attend_prompt
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):
             before = None if past is None else past[index]
@@ -130,7 +132,7 @@ class Attention(nnx.Module):
             query = at_columns(query, wanted, 3)
             keys, values = of_rows(keys, wanted), of_rows(values, wanted)
             # What is read of int4 is made for this step, not stored: a kernel would save nothing.
-            if kernel is not None and kernels.chosen() and group.storage != "int4":
+            if kernel is not None and group.storage != "int4":
                 heads.append(kernel(query, keys, values, readable, self.scale, group.values))
                 continue
             how = attend_in_order if in_order else attend

@@ -106,7 +106,12 @@ def declare(config: OPTConfig, spec: Spec) -> Params:
     return tree
 
 
-@partial(jax.jit, static_argnums=(0, 1, 3))
+@partial(jax.jit, static_argnames=("std", "shape"))
+def _normal(key: Array, std: float, shape: tuple[int, ...]) -> Array:
+    """Compiled by itself, once a shape: on GPUs a draw takes XLA half a second, and a model has hundreds."""
+    return std * jax.random.normal(key, shape)
+
+
 def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params:
     """Random parameters as OPT's: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
     declared, treedef = jax.tree.flatten(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))
@@ -117,7 +122,7 @@ def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params
             return jnp.zeros(what.shape)
         if what.kind == "scale":
             return jnp.ones(what.shape)
-        return std * jax.random.normal(key, what.shape)
+        return _normal(key, std, what.shape)
 
     return jax.tree.unflatten(treedef, [leaf(what, key) for what, key in zip(declared, keys, strict=True)])
 

@@ -10,8 +10,9 @@ import importlib.util
 import inspect
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from chai_jax.measure.bench import Shape, clock, program_bytes
 from chai_jax.measure.peers import torch_model
 from chai_jax.model.cache import Cache, cache_bytes, empty
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import fold_projections
+from chai_jax.model.params import Params, fold_projections
 from chai_jax.serve.decode import NEVER, State, cast, decode
 from chai_jax.serve.sample import Sampling
 from chai_jax.spec import Spec
@@ -28,25 +29,43 @@ from chai_jax.spec import Spec
 FIRST = 4  # the token that every sequence goes on from
 
 
-@partial(jax.jit, static_argnames=("spec", "batch", "capacity"))
+@partial(jax.jit, static_argnames=("shape", "dtype"))
+def random_entries(shape: tuple[int, ...], dtype: Any, seed: int) -> Any:
+    """An array of a cache, [B, heads, S] or [B, heads, S, R]: random entries of one head, the same for all."""
+    key = jax.random.key(seed)
+    if jnp.issubdtype(dtype, jnp.integer):
+        row = jax.random.randint(key, shape[2:], -127, 128, dtype)
+    else:  # scales have no channels
+        row = jax.random.normal(key, shape[2:], dtype) if len(shape) == 4 else jnp.full(shape[2:], 0.02, dtype)
+    return jnp.broadcast_to(row, shape)
+
+
 def random_layers(spec: Spec, batch: int, capacity: int, seed: int) -> Any:
-    """Layers of a cache as `empty` makes them, but with random entries: those of one head, for all of an array."""
+    """Layers of a cache as `empty` makes them, but with random entries."""
     shapes = jax.eval_shape(partial(empty, spec, batch, capacity)).layers
-    leaves, tree = jax.tree.flatten(shapes)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.map(lambda x: random_entries(x.shape, x.dtype, seed), shapes)
 
-    def fill(x: Any, key: Any) -> Any:
-        if jnp.issubdtype(x.dtype, jnp.integer):
-            row = jax.random.randint(key, x.shape[2:], -127, 128, x.dtype)
-        else:  # scales have no channels
-            row = jax.random.normal(key, x.shape[2:], x.dtype) if x.ndim == 4 else jnp.full(x.shape[2:], 0.02, x.dtype)
-        return jnp.broadcast_to(row, x.shape)
 
-    return jax.tree.unflatten(tree, map(fill, leaves, keys))
+@dataclass
+class Held:
+    """What programs of one model and shape have in common: one lap after the other, they need it once.
+
+    Attributes:
+        layers: the cache's, with whatever the last lap left in it; each lap uses them up and makes them anew.
+    """
+
+    params: Params
+    layers: Any
+
+    @classmethod
+    def of(cls, model: Model, shape: Shape, seed: int) -> Self:
+        params = fold_projections(cast(model.params, compute_dtype()))
+        layers = random_layers(model.spec, shape.batch, shape.prompt + shape.new_tokens, seed)
+        return cls(*jax.block_until_ready((params, layers)))
 
 
 class Ours:
-    """This package's decoding program at one shape.
+    """This package's decoding program at one shape, as it attends where this is made (`chai_jax.model.kernels.using`).
 
     Attributes:
         tokens: what the last lap decoded, int32 [B, new tokens].
@@ -55,18 +74,16 @@ class Ours:
 
     framework = "chai_jax"
 
-    def __init__(self, model: Model, shape: Shape, seed: int) -> None:
+    def __init__(self, model: Model, shape: Shape, seed: int, held: Held | None = None) -> None:
         self.shape, self.until, self.seed = shape, shape.prompt + shape.new_tokens, seed
-        dtype = compute_dtype()
-        self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
-        self.layers = jax.block_until_ready(random_layers(model.spec, shape.batch, self.until, seed))
+        self.held = held or Held.of(model, shape, seed)
         self.rest = jnp.int32(self.until), Sampling.checked(), jnp.int32(NEVER)
         began, state = time.perf_counter(), self._state()
-        lowered = decode.lower(model.config, model.spec, self.params, state, *self.rest, dtype=dtype)
+        lowered = decode.lower(model.config, model.spec, self.held.params, state, *self.rest, dtype=compute_dtype())
         self.program = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
         self.bytes = {
-            "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)),
+            "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.held.params)),
             "kv": state.cache.nbytes,
             "kv_formula": cache_bytes(model.spec, shape.batch, self.until),
             "decode_peak": program_bytes(self.program),
@@ -78,13 +95,13 @@ class Ours:
         mask = jnp.tile(jnp.arange(self.until) < start, (batch, 1))
         tokens = jnp.full((batch, self.until + 1), FIRST, jnp.int32)
         keys = jax.random.split(jax.random.key(self.seed), batch)
-        return State(Cache(self.layers, mask, jnp.int32(start)), tokens, jnp.zeros(batch, bool), keys)
+        return State(Cache(self.held.layers, mask, jnp.int32(start)), tokens, jnp.zeros(batch, bool), keys)
 
     def lap(self) -> list[float]:
         """Milliseconds of one step of the batch, the mean over the lap."""
         state = jax.block_until_ready(self._state())
-        milliseconds, state = clock(lambda: self.program(self.params, state, *self.rest))
-        self.layers = state.cache.layers  # the old ones were donated
+        milliseconds, state = clock(lambda: self.program(self.held.params, state, *self.rest))
+        self.held.layers = state.cache.layers  # the old ones were donated
         self.tokens = state.tokens[:, self.shape.prompt + 1 :]
         return [milliseconds / self.shape.new_tokens]
 

@@ -7,7 +7,9 @@ from chai_jax.report.bench import spread
 from chai_jax.report.tables import Column, percent
 from lab.options import Record
 
-DENSE, SMALL, KERNEL, PEER = "dense", "compressed", "compressed, kernel", "transformers"
+DENSE, SMALL, PEER = "dense", "compressed", "transformers"
+KERNELS = {DENSE: "dense, kernel", SMALL: "compressed, kernel"}
+BOTH = {cache: (cache, kernel) for cache, kernel in KERNELS.items()}  # however it attends
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,14 @@ class Goal:
         return f"{asked}: {number} ({judged['cache']}, batch {judged['batch']})"
 
 
-def times(other: str) -> Callable[[Record], Record | None]:
-    return lambda row: row["times"].get(other)
+def times(*others: str) -> Callable[[Record], Record | None]:
+    """How many times as fast as the fastest of the others that were measured."""
+
+    def least(row: Record) -> Record | None:
+        found = [row["times"][other] for other in others if other in row["times"]]
+        return min(found, key=lambda ratio: ratio["median"], default=None)
+
+    return least
 
 
 def reached(row: Record) -> Record:
@@ -57,10 +65,10 @@ def reached(row: Record) -> Record:
 
 
 GOALS = (
-    Goal("compressed against dense, tokens/s as a ratio", 2.5, "decode", (SMALL, KERNEL), times(DENSE)),
-    Goal("fraction of its floor that dense decoding reaches", 0.7, "decode", (DENSE,), reached),
-    Goal("fraction of its floor that compressed decoding reaches", 0.7, "decode", (SMALL, KERNEL), reached),
-    Goal("compressed against transformers, tokens/s as a ratio", 2.0, "decode", (SMALL, KERNEL), times(PEER)),
+    Goal("compressed against dense, tokens/s as a ratio", 2.5, "decode", BOTH[SMALL], times(*BOTH[DENSE])),
+    Goal("fraction of its floor that dense decoding reaches", 0.7, "decode", BOTH[DENSE], reached),
+    Goal("fraction of its floor that compressed decoding reaches", 0.7, "decode", BOTH[SMALL], reached),
+    Goal("compressed against transformers, tokens/s as a ratio", 2.0, "decode", BOTH[SMALL], times(PEER)),
     Goal("inferences/s, the best batch", 20000, "score", (DENSE, SMALL), lambda row: row["rate"], 0),
 )
 
@@ -106,6 +114,6 @@ COLUMNS: tuple[Column, ...] = (
     ("tokens/s, or inferences/s", _when("rate", lambda row: spread(row["rate"], 0))),
     ("times", _when("times", _times)),
     ("floor, ms (reached, bound by)", _when("floor", _floor)),
-    ("cache bytes", _when("bytes", lambda row: f"{row['bytes']['kv']:,}")),
+    ("cache bytes", _when("bytes", lambda row: f"{row['bytes']['kv']:,}" if "kv" in row["bytes"] else "-")),
     ("", _note),
 )

@@ -1,7 +1,8 @@
 """Attention as Pallas kernels, which keep scores in fast memory: of one new token, and of a whole prompt.
 
-They compute what `chai_jax.model.attention` does. They are an option (`using`), since they have been timed on no
-accelerator so far. XLA cannot partition them: only programs of one device may be traced with them (`check`).
+They compute what `chai_jax.model.attention` does. On one NVIDIA GPU, where that was timed (experiments/bench_gpu.py),
+new tokens attend by their kernel unless `using` says otherwise; on TPUs, where nothing was, kernels are an option. XLA
+cannot partition them: only programs of one device may be traced with them (`check`).
 """
 
 from contextlib import AbstractContextManager
@@ -13,22 +14,39 @@ from chai_jax.errors import InputError
 
 LANES = 128  # of a TPU's vectors
 NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
-_choice = jax.make_user_context("xla")  # part of the key of jit's cache: programs of either kind do not mix
+OLDEST_GPU = 8.0  # compute capability: Ampere, the first with bfloat16
+_choice = jax.make_user_context("auto")  # part of the key of jit's cache: programs of either kind do not mix
 
 
 def using(attention: str) -> AbstractContextManager[None]:
-    """Within the block, programs that are traced attend with `attention`: "xla" (the default), or "pallas"."""
+    """Within the block, programs that are traced attend as it says: "xla", "pallas" (kernels), or "auto"."""
     return _choice(attention)
 
 
-def chosen() -> bool:
-    """Whether programs traced here attend with the kernels."""
+def for_tokens() -> bool:
+    """Whether programs traced here attend with a kernel where they decode: if asked, or on one NVIDIA GPU."""
+    return _choice.value == "pallas" or (_choice.value == "auto" and one_gpu(jax.devices()))
+
+
+def for_prompts() -> bool:
+    """Whether programs traced here attend with a kernel where they read long prompts: if asked."""
     return _choice.value == "pallas"
+
+
+def one_gpu(devices: Any) -> bool:
+    """Whether these are one NVIDIA GPU that is new enough for the kernel."""
+    device = devices[0]
+    return len(devices) == 1 and device.platform == "gpu" and _capability(device) >= OLDEST_GPU
+
+
+def _capability(device: Any) -> float:
+    """The compute capability of an NVIDIA GPU; 0 of others."""
+    return float(device.compute_capability) if device.device_kind.startswith("NVIDIA") else 0.0
 
 
 def check(attention: str, devices: Any) -> None:
     """Raise InputError unless programs for these devices can attend with `attention`."""
-    if attention == "xla":
+    if attention != "pallas":
         return
     kind = devices[0].device_kind
     expected = "expected xla, or one NVIDIA GPU, or one TPU from v4 on"

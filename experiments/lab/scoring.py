@@ -1,0 +1,34 @@
+"""Scoring questions of one length: ours alone."""
+
+from typing import Any
+
+import jax
+
+from chai_jax.measure.bench import Shape, clock, split_questions
+from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.params import fold_projections
+from chai_jax.score import target_logprobs
+from chai_jax.serve.decode import cast
+
+
+class Scored:
+    """This package's scoring program at one shape (see `Shape`), compiled, with its inputs.
+
+    Attributes:
+        bytes: `weights_resident` as they are multiplied.
+    """
+
+    framework = "chai_jax"
+
+    def __init__(self, model: Model, shape: Shape, seed: int) -> None:
+        self.shape, dtype = shape, compute_dtype()
+        self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
+        self.questions = split_questions(shape.inputs(model.config.vocab_size, seed)[1])
+        what = model.config, model.spec, dtype, self.params, self.questions[0]
+        self.program: Any = target_logprobs.lower(*what).compile()
+        self.bytes = {"weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))}
+
+    def lap(self) -> list[float]:
+        """Milliseconds a question."""
+        milliseconds, self.answers = clock(lambda: [self.program(self.params, piece) for piece in self.questions])
+        return [milliseconds / self.shape.batch]
