@@ -233,6 +233,7 @@ def test_choosing_a_stage() -> None:
     assert {select: pipeline.choose(select, records, cost.__getitem__) for select in wanted} == wanted
 
 
+@pytest.mark.slow
 def test_a_model_at_chance_is_tuned_first(
     small_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -234,7 +234,7 @@ def test_mixed_requests_share_a_few_programs(model: Model, monkeypatch: pytest.M
     assert len(traces) <= 4 * 2  # prefill and decode, greedy and sampled; a while loop may be traced twice
 
 
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize(
     ("dtype", "storage"),
     [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16")],
@@ -382,7 +382,7 @@ def test_refuses_texts_it_cannot_read(model: Model) -> None:
         generate(model, ["a", "b"], on_text=print)
 
 
-@pytest.mark.parametrize("storage", ["float32", "int8"])
+@pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
 def test_each_prompt_has_its_own_clusters_or_for_good_the_calibrated_ones(model: Model, storage: str) -> None:
     clusters = ClusterPlan((0, 2), 2, storage=storage), ClusterPlan((1, 3), 1, storage=storage)
     plan = Plan((LayerPlan(clusters),) * 2, "qk", warmup_tokens=5)

@@ -46,7 +46,15 @@ def drafts(model: Model) -> dict[str, Model]:
     }
 
 
-@pytest.mark.parametrize(("name", "count"), [("itself", 4), ("clustered", 1), ("clustered", 4), ("another", 4)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("itself", 4),
+        ("clustered", 4),
+        pytest.param("clustered", 1, marks=pytest.mark.slow),
+        pytest.param("another", 4, marks=pytest.mark.slow),
+    ],
+)
 def test_greedy_tokens_are_the_models_own(model: Model, drafts: dict[str, Model], name: str, count: int) -> None:
     for prompt in PROMPTS:
         (expected,) = generate_tokens(model, [prompt], 21, stop=False)
