@@ -36,7 +36,7 @@ CHIPS: Mapping[str, Peak] = {
     "TPU v6 lite": Peak(918e12, 1640e9, 400e9),
     "NVIDIA H200": Peak(989e12),
     "NVIDIA H100 PCIe": Peak(756e12),
-    "NVIDIA H100": Peak(989e12),
+    "NVIDIA H100": Peak(989e12, 3352e9, 450e9),
     "NVIDIA A100": Peak(312e12),
     "NVIDIA L4": Peak(121e12),
     "Tesla V100": Peak(125e12),

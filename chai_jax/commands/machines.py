@@ -13,12 +13,12 @@ from chai_jax.progress import console
 
 @dataclass(frozen=True)
 class AotCommand:
-    """Compile a job for a TPU that is not here: memory against its limit, and the least time it can take."""
+    """Compile a job for TPUs or a GPU that are not here: memory against its limit, and the least time it can take."""
 
     model: Positional[str]
     """facebook/opt-{125m,350m,1.3b,2.7b,6.7b,13b}, or a folder with a config.json; no weights are read."""
     topology: str = "v3:2x2"
-    """The slice: v3:2x2 (a v3-8), v5e:2x4, v6e:2x4, v4:2x2x1, ..."""
+    """The slice: v3:2x2 (a v3-8), v5e:2x4, v6e:2x4, v4:2x2x1, ...; or h100, one GPU (needs jax's CUDA plugin)."""
     job: Literal["distil", "finetune", "target", "prefill", "decode", "score"] = "distil"
     """What is compiled: one update, one prefill, one token of decoding, or one batch of scores."""
     batch: int = 128
@@ -50,12 +50,17 @@ class AotCommand:
     remat: bool = False
     """Compute each layer again in the backward pass."""
     attention: Literal["xla", "pallas"] = "xla"
-    """How decode and prefill attend: the compiler's own programs, or kernels (v4 and newer, with --mesh 1x1)."""
+    """How decode and prefill attend: the compiler's own programs, or kernels (one H100, or TPU from v4 on)."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 
     def run(self) -> Any:
-        os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, which would look for the TPU that libtpu is for
+        import jax
+
+        # Else jax would look for the TPU that libtpu is for, or the GPU.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        jax.config.update("jax_platforms", "cpu")
+        from chai_jax.measure import gpu
         from chai_jax.measure.aot import find_largest_batch, measure, report
         from chai_jax.measure.programs import Job, Shapes, config_of, spec_of
         from chai_jax.measure.tpu import mesh_of, topology
@@ -65,7 +70,8 @@ class AotCommand:
 
         config, plan = config_of(self.model), Plan.read(self.plan) if self.plan else None
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)
-        shapes = Shapes(config, spec, Layout(mesh_of(topology(self.topology), self.mesh), self.fsdp))
+        devices = (gpu.topology if self.topology in gpu.DESCRIPTIONS else topology)(self.topology)
+        shapes = Shapes(config, spec, Layout(mesh_of(devices, self.mesh), self.fsdp))
         sizes = self.batch, self.seq, self.targets, self.accumulation
         job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat, self.attention)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}

@@ -1,4 +1,4 @@
-"""What a job would need and take on a TPU, from the TPU's own compiler: nothing is run, no TPU and no weights needed.
+"""What a job would need and take on a TPU or GPU, from its own compiler: no device, no weights: nothing is run.
 
 `measure` compiles one job and accounts for it, `largest_batch` finds the largest batch that the compiler accepts.
 """
@@ -18,6 +18,8 @@ from rich import box
 from rich.table import Table
 
 from chai_jax.errors import InputError
+from chai_jax.measure import gpu
+from chai_jax.measure.bench import program_bytes
 from chai_jax.measure.cost import cost
 from chai_jax.measure.programs import Job, Shapes, lower
 from chai_jax.measure.tpu import roofline
@@ -59,20 +61,33 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
     began = time.perf_counter()
     try:
         with console.status(f"compiling {job.kind}, batch {job.batch}, for {mesh.size} x {device.device_kind}"):
-            compiled = lower(job, shapes, plan).compile()
+            compiled, hbm = _compiled(job, shapes, plan, record["hbm_limit"])
     except jax.errors.JaxRuntimeError as error:
         record |= {"fits": False, "hbm_needed": _needed(error), "message": str(error).splitlines()[0]}
     else:
         found = cost(compiled.as_text(), per_iteration=job.kind == "decode")
-        record |= {
-            "fits": True,
-            "hbm": _hbm(compiled.memory_analysis(), record["hbm_limit"]),
-            "roofline": roofline(found, device),
-        }
+        record |= {"fits": True, "hbm": hbm, "roofline": roofline(found, device)}
         record |= {name: getattr(found, name) for name in ("flops", "hbm_bytes", "open_loops")}
         record |= {"collective_bytes": found.collective_bytes, "sent_bytes": found.sent_bytes}
-    versions = {name: metadata.version(name) for name in ("jax", "libtpu")}
+    versions = {name: metadata.version(name) for name in ("jax", "jaxlib" if device.platform == "gpu" else "libtpu")}
     return record | {"compile_seconds": round(time.perf_counter() - began, 1), "versions": versions}
+
+
+def _compiled(job: Job, shapes: Shapes, plan: Plan | None, limit: int) -> tuple[Any, dict[str, int]]:
+    """The program and its account; XLA's compiler for GPUs takes what does not fit, which is refused here as libtpu's
+    refuses it."""
+    device = shapes.layout.mesh.devices.flat[0]
+    if device.platform != "gpu":
+        compiled = lower(job, shapes, plan).compile()
+        return compiled, _hbm(compiled.memory_analysis(), limit)
+    with gpu.targeted(device):
+        compiled = lower(job, shapes, plan).compile(compiler_options=gpu.OPTIONS)
+    needed = program_bytes(compiled)
+    if needed > limit:
+        raise jax.errors.JaxRuntimeError(
+            f"RESOURCE_EXHAUSTED: the program ({needed / GIB:.2f}G) exceeds available HBM ({limit / GIB:.2f}G)"
+        )
+    return compiled, _hbm(compiled.memory_analysis(), limit) | {"at_most": needed}
 
 
 def _hbm(memory: Any, limit: int) -> dict[str, int]:
@@ -100,7 +115,7 @@ def _needed(error: Exception) -> int:
     """
     found = _exhausted(error)
     if found is None:
-        raise InputError(f"the TPU compiler refuses the program ({str(error).splitlines()[0]})") from None
+        raise InputError(f"the compiler refuses the program ({str(error).splitlines()[0]})") from None
     return found[0]
 
 
@@ -114,7 +129,10 @@ def _exhausted(error: Exception) -> tuple[int, int] | None:
 
 @cache
 def hbm_limit(mesh: Mesh) -> int:
-    """Bytes of HBM that the compiler gives a program on one device: asked for a petabyte, it says what it has."""
+    """Bytes of HBM that a program gets on one device. Asked for a petabyte, libtpu's compiler says what it gives; of a
+    GPU it is what JAX may take."""
+    if mesh.devices.flat[0].platform == "gpu":
+        return gpu.limit(mesh.devices.flat[0])
     whole = NamedSharding(mesh, PartitionSpec())
     shape = jax.ShapeDtypeStruct((2**50,), jnp.int8, sharding=whole)
     try:

@@ -44,7 +44,7 @@ def topology(name: str) -> tuple[Any, ...]:
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"no topology {name!r} ({reason}); expected a name such as v3:2x2, v4:2x2x1, v5e:2x4 or v6e:2x4"
+            f"no topology {name!r} ({reason}); expected a name such as v3:2x2, v4:2x2x1, v5e:2x4, v6e:2x4 or h100"
         ) from None
     if peak(devices[0]) is None:
         raise InputError(f"{name} has devices {devices[0].device_kind!r}; expected one of {', '.join(CHIPS)}")

@@ -1,0 +1,66 @@
+"""Programs for a GPU that is not here; what needs jax's CUDA plugin is skipped without it."""
+
+from importlib.metadata import entry_points
+from typing import Any
+
+import pytest
+
+from chai_jax.cli import main
+from chai_jax.errors import InputError
+from chai_jax.measure import gpu
+from chai_jax.measure.aot import largest_batch, measure
+from chai_jax.measure.programs import Job, Shapes, dense_spec, spec_of
+from chai_jax.measure.tpu import mesh_of
+from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.params import OPTConfig
+from chai_jax.model.sharding import Layout
+from chai_jax.peaks import CHIPS
+from chai_jax.spec import Spec
+
+SMALL = OPTConfig(4096, 256, 1, 4, 512, 256, 256)
+PLUGINS = [entry.name for entry in entry_points(group="jax_plugins") if entry.name.startswith("xla_cuda")]
+needs_plugin = pytest.mark.skipif(not PLUGINS, reason="jax's CUDA plugin is not installed")
+
+
+def shapes(spec: Spec | None = None) -> Shapes:
+    return Shapes(SMALL, spec or dense_spec(SMALL), Layout(mesh_of(gpu.topology("h100"))))
+
+
+@needs_plugin
+@pytest.mark.parametrize("attention", ["xla", "pallas"])
+def test_a_token_of_decoding(attention: str) -> None:
+    """The compiler's bytes are those of weights and cache; the cache is updated in place; the kernel is accepted."""
+    for spec in (dense_spec(SMALL), spec_of(SMALL, None, "qkv", 0.5, "int8")):
+        record = measure(Job("decode", 256, 256, attention=attention), shapes(spec))
+        cache = 256 * 256 * bytes_per_token(spec)
+        weights = 2 * (4096 * 256 + 258 * 256 + (4 if spec.is_dense else 2) * 256 * 256 + 2 * 256 * 512)
+        assert record["fits"]
+        assert record["hbm"]["arguments"] == pytest.approx(cache + weights, rel=0.05)
+        assert cache <= record["hbm"]["aliased"] <= 1.05 * cache
+        assert record["roofline"]["memory_ms"] * 3352e6 == pytest.approx(record["hbm_bytes"])
+        assert record["hbm_bytes"] >= cache
+
+
+@needs_plugin
+def test_what_does_not_fit_is_refused_and_the_search_ends_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "limit", lambda device: 60 * 2**20)
+    found = largest_batch(lambda batch: measure(Job("decode", batch, 256), shapes()), 1, 64, tell=lambda line: None)
+    assert found["fitting"]["hbm"]["at_most"] <= 60 * 2**20 < found["failing"]["hbm_needed"]
+    assert found["too_large"] == found["largest"] + 1
+    assert found["largest"] * 256 * bytes_per_token(dense_spec(SMALL)) < 60 * 2**20
+
+
+def test_without_the_plugin_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(gpu, "entry_points", lambda group: [])
+    with pytest.raises(InputError, match=r"no compiler for NVIDIA's GPUs here; expected .*: pip install"):
+        gpu.topology("h100")
+    assert main(["aot", "facebook/opt-125m", "--topology", "h100"]) == 2
+    assert "pip install 'chai_jax[cuda]'" in capsys.readouterr().err
+
+
+def test_descriptions_agree_with_what_else_is_known_of_a_chip() -> None:
+    for text in gpu.DESCRIPTIONS.values():
+        (name,) = [name for name in gpu.MEMORY if f'name: "{name}"' in text]
+        peak = next(rates for chip, rates in CHIPS.items() if name.startswith(chip))
+        assert f"device_memory_size: {gpu.MEMORY[name]}" in text
+        assert float(text.split("memory_bandwidth: ")[1].split()[0]) == pytest.approx(peak.hbm, rel=1e-3)
