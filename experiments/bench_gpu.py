@@ -8,8 +8,8 @@ alone no other part has left its memory in pieces. Everything that is compared i
 `--rounds` rounds of one process; ratios are taken round by round; floors are at rates probed before and after.
 
 decode   opt-1.3b, batch 64, positions 1920 to 2048: the compressed cache (share qkv, half the clusters, int8: about a
-         quarter of the bytes), by XLA's programs and by this package's kernel, against our dense bfloat16 one and
-         against transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920
+         quarter of the bytes) and the dense bfloat16 one, each with XLA's attention and with this package's kernel,
+         and transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920
          columns in use and random entries, since no time depends on the numbers.
 score    inferences a second of opt-125m: questions of 48 tokens with two one-token answers, the shape of SST-2.
 largest  the largest batch that decodes at the same length: searched by compiling, each program's bytes by XLA's account
@@ -35,10 +35,10 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.devices import require_backend
 from chai_jax.errors import InputError
 from chai_jax.measure.aot import GIB, largest_batch
-from chai_jax.measure.bench import Shape, interleaved, program_bytes, spread
-from chai_jax.measure.floor import Rates, probe_rates, works
+from chai_jax.measure.bench import Shape, program_bytes
+from chai_jax.measure.floor import Rates, probe_rates
 from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
-from chai_jax.measure.sweep import random_model, throughput, variants
+from chai_jax.measure.sweep import random_model, variants
 from chai_jax.model import kernels
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh
@@ -59,6 +59,7 @@ from lab.goals import COLUMNS, DENSE, KERNELS, PEER, SMALL, findings
 from lab.options import Record, command_line, start
 from lab.paper import THROUGHPUT
 from lab.publish import publish
+from lab.race import in_turn, row_of
 from lab.scoring import Scored
 
 PARTS = ("decode", "score", "largest")
@@ -182,7 +183,7 @@ def raced(
                 ready[name] = Ours(model, shape, options.seed, held)
     if peer is not None:
         ready[PEER] = peer
-    rounds = in_turn(ready, options)
+    rounds = in_turn(ready, options.rounds)
     rates = before.best(probe_rates(compute_dtype()))
     return [
         {
@@ -204,7 +205,7 @@ def score_rows(options: GpuOptions) -> list[Record]:
         shape = Shape(batch, question=options.question)
         with console.status(f"compiling {batch} questions"):
             ready = {cache: Scored(model, shape, options.seed) for cache, model in models.items()}
-        raced.append((shape, ready, in_turn(ready, options)))
+        raced.append((shape, ready, in_turn(ready, options.rounds)))
     rates = first.best(probe_rates(compute_dtype()))
     return [
         {
@@ -216,30 +217,6 @@ def score_rows(options: GpuOptions) -> list[Record]:
         for shape, ready, rounds in raced
         for cache, one in ready.items()
     ]
-
-
-def in_turn(ready: dict[str, Any], options: GpuOptions) -> dict[str, Any]:
-    """Milliseconds of every round."""
-    found = interleaved({name: one.lap for name, one in ready.items()}, options.rounds)
-    return {name: laps[:, 0] for name, laps in found.items()}
-
-
-def row_of(name: str, one: Any, model: Model, rounds: dict[str, Any], measure: str, rates: Rates, each: int) -> Record:
-    """What was timed of one, beside its floor and the others; `each` of the unit were made in a lap's milliseconds."""
-    floor, ms = works(model, one.shape, compute_dtype())[measure].floor(rates), spread(rounds[name])
-    return {
-        "cache": name,
-        "framework": one.framework,
-        "batch": one.shape.batch,
-        "n": len(rounds[name]),
-        "ms": ms,
-        "rate": throughput(each, ms),
-        "times": {other: spread(laps / rounds[name]) for other, laps in rounds.items() if other != name},
-        "floor": floor,
-        "floor_fraction": floor["ms"] / ms["median"],
-        "bytes": one.bytes,
-        "probe": asdict(rates),
-    }
 
 
 def largest_rows(options: GpuOptions) -> list[Record]:

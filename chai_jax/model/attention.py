@@ -14,7 +14,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.blocks import Windowed
-from chai_jax.model.kernels.decode import decode_attention, gpu_takes
+from chai_jax.model.kernels import decode_gpu
+from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.kernels.prompt import prompt_attention
 from chai_jax.model.products import apart, product, side_by_side
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
@@ -140,7 +141,7 @@ def attend_one(
     of one device, and for TPUs from v4 on: `chai_jax.model.kernels.check`, since neither can be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
-    platforms = ["tpu", *(["cuda"] if gpu_takes(query, values, value_heads) else [])]
+    platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, values, value_heads) else [])]
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)

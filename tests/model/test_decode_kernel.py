@@ -15,8 +15,8 @@ import pytest
 from chai_jax.errors import InputError
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
-from chai_jax.model.kernels import check, decode, for_prompts, for_tokens, one_gpu, using
-from chai_jax.model.kernels.decode import decode_attention, gpu_takes
+from chai_jax.model.kernels import check, decode_gpu, decode_tpu, for_prompts, for_tokens, one_gpu, using
+from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
@@ -32,8 +32,8 @@ BOUNDS = {"float32": 2e-6 if INTERPRETED else 1e-5, "bfloat16": 2.0**-7}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Columns in several blocks, the last one not full, and on GPUs in several parts of more than one block."""
-    monkeypatch.setattr(decode, "TPU_BLOCK_BYTES", 1)  # 128 columns, the least
-    monkeypatch.setattr(decode, "GPU_PROGRAMS", 2 * BATCH * 3)
+    monkeypatch.setattr(decode_tpu, "TPU_BLOCK_BYTES", 1)  # 128 columns, the least
+    monkeypatch.setattr(decode_gpu, "GPU_PROGRAMS", 2 * BATCH * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +86,7 @@ def test_the_kernel_equals_attention(platform: str, dtype: str, storage: str, qu
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_cache_that_is_not_split_over_programs(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's program that reads all columns of its cluster divides its sums itself."""
-    monkeypatch.setattr(decode, "GPU_PROGRAMS", 1)
+    monkeypatch.setattr(decode_gpu, "GPU_PROGRAMS", 1)
     given = inputs("float32", storage, 3, 1, 3)
     rest = {"scale": 0.2, "value_heads": 3}
     expected = jax.jit(partial(attend, **rest))(*given)[0]
@@ -97,7 +97,7 @@ def test_a_cache_that_is_not_split_over_programs(storage: str, monkeypatch: pyte
 def test_columns_that_no_token_uses_are_not_read() -> None:
     """Blocks of columns before the first that may be read, and behind the last, may hold anything at all."""
     query, keys, values, allowed = inputs("float32", "float32", 3, 1, 2)
-    block = decode.GPU_SUMS // (32 * 2)  # ranks rounded up to powers of 2
+    block = decode_gpu.GPU_SUMS // (32 * 2)  # ranks rounded up to powers of 2
     unread = np.ones((BATCH, 1, COLUMNS, 1), bool)
     for row in range(BATCH):
         first, last = np.flatnonzero(allowed[row, 0])[[0, -1]] if allowed[row].any() else (0, COLUMNS - 1)
@@ -156,9 +156,9 @@ def test_gpus_leave_to_xla_what_is_no_gain() -> None:
     """Several query heads of one key, and sums beyond a program's registers."""
     assert "xla.gpu.triton" not in lowered_for_a_gpu("float32", "int8", 5, 1)
     query, values = jnp.zeros((1, 1, 1, 1, 64)), jnp.zeros((1, 8, 4, 64))
-    assert gpu_takes(query, values, 8)
-    assert not gpu_takes(query, values, 9)
-    assert not gpu_takes(query, jnp.zeros((1, 8, 4, 65)), 8)
+    assert decode_gpu.takes(query, values, 8)
+    assert not decode_gpu.takes(query, values, 9)
+    assert not decode_gpu.takes(query, jnp.zeros((1, 8, 4, 65)), 8)
 
 
 CONFIG = OPTConfig(32, 16, 1, 2, 32, 32, 16)
