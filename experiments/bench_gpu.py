@@ -34,28 +34,27 @@ from chai_jax.commands.bench import numbers
 from chai_jax.compress.quantize import with_storage
 from chai_jax.devices import require_backend
 from chai_jax.errors import InputError
-from chai_jax.measure.aot import GIB, largest_batch
-from chai_jax.measure.bench import Shape, program_bytes
+from chai_jax.measure.bench import Shape
 from chai_jax.measure.floor import Rates, probe_rates
-from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
+from chai_jax.measure.programs import config_of
 from chai_jax.measure.sweep import random_model, variants
 from chai_jax.model import kernels
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh
 from chai_jax.planning import parse_list
 from chai_jax.progress import console
-from chai_jax.serve.decode import cast
+from chai_jax.serve.decode import cast, serving_params
 from lab.decoding import (
     Held,
     Ours,
     Transformers,
     exhausted,
-    random_layers,
     release,
     torch_absent,
     torch_version,
 )
 from lab.goals import COLUMNS, DENSE, KERNELS, PEER, SMALL, findings
+from lab.largest import memory_limit, ran, searched
 from lab.options import Record, command_line, start
 from lab.paper import THROUGHPUT
 from lab.publish import publish
@@ -199,13 +198,14 @@ def raced(
 def score_rows(options: GpuOptions) -> list[Record]:
     """Questions a second, dense and compressed, at every batch."""
     models = {cache: model_of(options.score_model, cache, options) for cache in (DENSE, SMALL)}
-    raced = []
+    params = {cache: serving_params(model, Layout(make_mesh(1))) for cache, model in models.items()}
+    timed = []
     first = probe_rates(compute_dtype())
     for batch in numbers("score-batches", options.score_batches, int):
         shape = Shape(batch, question=options.question)
         with console.status(f"compiling {batch} questions"):
-            ready = {cache: Scored(model, shape, options.seed) for cache, model in models.items()}
-        raced.append((shape, ready, in_turn(ready, options.rounds)))
+            ready = {cache: Scored(model, params[cache], shape, options.seed) for cache, model in models.items()}
+        timed.append((shape, ready, in_turn(ready, options.rounds)))
     rates = first.best(probe_rates(compute_dtype()))
     return [
         {
@@ -214,71 +214,34 @@ def score_rows(options: GpuOptions) -> list[Record]:
             "question": shape.question,
             **row_of(cache, one, models[cache], rounds, "score_ms_per_example", rates, 1),
         }
-        for shape, ready, rounds in raced
+        for shape, ready, rounds in timed
         for cache, one in ready.items()
     ]
 
 
-def largest_rows(options: GpuOptions) -> list[Record]:
+def largest(options: GpuOptions) -> list[Record]:
     """The largest batch of either cache, by compiling, and whether it runs."""
-    config, layout = config_of(options.model), Layout(make_mesh(1))
     given = {"share": options.share, "clusters": options.clusters, "storage": options.storage}
-    limit = memory_limit(options)
-    # Bytes do not depend on which of its kernels XLA finds fastest.
-    quick = {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
+    limit = memory_limit(options.memory)
     rows = []
     for cache, choices in ((DENSE, {}), (SMALL, given)):
         row = {"part": "largest", "model": options.model, "cache": cache}
         if limit is None:
             rows.append({**row, "absent": "JAX does not say what it may take of this device: give --memory"})
             continue
-        shapes = Shapes(config, spec_of(config, **choices), layout)
-
-        def account(batch: int, shapes: Shapes = shapes) -> Record:
-            with console.status(f"compiling batch {batch}"):
-                lowered = lower(Job("decode", batch, options.start + options.steps), shapes)
-                needed = program_bytes(lowered.compile(compiler_options=quick))
-            sizes = {"hbm": {"at_most": needed}, "hbm_needed": needed, "hbm_limit": limit}
-            return {"fits": needed <= limit, **sizes}
-
-        found = largest_batch(account, 1, options.batch, tell=lambda line: console.print(line, highlight=False))
-        row |= {name: found[name] for name in ("largest", "too_large", "compiled")} | {"limit": limit}
-        needed = found["fitting"]["hbm_needed"] if found["fitting"] else None
-        rows.append({**row, "needed": needed, "batch": ran(model_of(options.model, cache, options), found, options)})
+        end = options.start + options.steps
+        found = searched(options.model, choices, end, options.batch, limit)
+        batch = ran(model_of(options.model, cache, options), found["largest"], end, options.seed)
+        rows.append({**row, **found, "limit": limit, "batch": batch})
     return rows
 
 
-def memory_limit(options: GpuOptions) -> int | None:
-    """Bytes that a program may hold; None where nobody says."""
-    if options.memory is not None:
-        return int(options.memory * GIB)
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-
-
-def ran(model: Model, found: Record, options: GpuOptions) -> int:
-    """The largest batch that really decoded the last two of the positions, from the one found, 5 % fewer each time."""
-    batch, end = found["largest"], options.start + options.steps
-    held = Held.of(model, Shape(1, end - 2, 2), options.seed)
-    model = model.replace(params={})  # what was folded is in memory once
-    while batch > found["largest"] // 2:
-        try:
-            held.layers = None
-            held.layers = random_layers(model.spec, batch, end, options.seed)
-            Ours(model, Shape(batch, end - 2, 2), options.seed, held).lap()
-        except jax.errors.JaxRuntimeError as error:
-            if not exhausted(error):
-                raise
-            batch = batch * 95 // 100
-        else:
-            return batch
-    return 0
-
-
 def bench_gpu(options: GpuOptions) -> Record:
-    """All parts that were asked for; the part that leaves memory in pieces last."""
+    """All parts that were asked for, written as they come; the part that leaves memory in pieces last."""
     options.check()
-    making = {"decode": decode_rows, "score": score_rows, "largest": largest_rows}
+    making = {"decode": decode_rows, "score": score_rows, "largest": largest}
     rows: list[Record] = []
+    record: Record = {}
     for part in parse_list("--parts", options.parts, PARTS):
         console.print(f"{part}:", highlight=False)
         try:
@@ -288,15 +251,21 @@ def bench_gpu(options: GpuOptions) -> Record:
                 raise InputError(f"memory ran out in part {part}; expected a larger GPU or a smaller batch") from None
             raise
         release()
-    goals, lines = findings(rows)
-    for line in lines:
+        record = written(rows, options)
+    for line in record["findings"]:
         console.print(line, highlight=False, markup=False)
-    title = "The compressed cache on one device"
+    return record
+
+
+def written(rows: list[Record], options: GpuOptions) -> Record:
+    """Publish what has been measured so far."""
+    goals, lines = findings(rows)
     beside = {
         "goals": goals,
         "asked": {name: value for name, value in asdict(options).items() if name != "out"},
         "torch": torch_version(),
     }
+    title = "The compressed cache on one device"
     return publish(options, "bench_gpu", title, rows, COLUMNS, (THROUGHPUT,), lines, **beside)
 
 

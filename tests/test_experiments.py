@@ -292,8 +292,7 @@ def test_memory_that_runs_out_means_a_smaller_batch(
         def lap(self) -> None:
             pass
 
-    monkeypatch.setattr(bench_gpu, "Ours", Full)
-    options = bench_gpu.GpuOptions(start=20, steps=4)
-    model = bench_gpu.model_of(str(small_model), "dense", options)
-    assert bench_gpu.ran(model, {"largest": 100}, options) == 90
-    assert bench_gpu.ran(model, {"largest": 0}, options) == 0
+    monkeypatch.setattr(sys.modules["lab.largest"], "Ours", Full)
+    model = bench_gpu.model_of(str(small_model), "dense", bench_gpu.GpuOptions())
+    assert bench_gpu.ran(model, 100, 24, 0) == 90
+    assert bench_gpu.ran(model, 0, 24, 0) == 0

@@ -74,7 +74,7 @@ class BenchCommand:
         from chai_jax.report.tables import terminal
 
         options = self._checked()
-        kernels.check(self.attention, jax.devices()[:1])
+        attention = kernels.resolved(self.attention, jax.devices()[:1])
         for name in self.peer:
             check_peer(name)
         if self.out is not None:
@@ -85,12 +85,13 @@ class BenchCommand:
                 f"XLA computes on {threads['xla']} CPUs, the peers on {threads['peers']}: use taskset for equals"
             )
         entrants, over = self._entrants(options, threads["peers"])
-        with kernels.using(self.attention):
+        with kernels.using(attention):
             found = sweep(entrants, over, self.trials, self.seed, self.tokens)
         record = {
             "options": options,
             **where_computed(),
             "devices_used": 1,
+            "attention": attention,
             "threads": threads,
             "versions": versions() | {name: metadata.version(name) for name in peer_packages(self.peer)},
             **found,

@@ -49,8 +49,9 @@ class AotCommand:
     """Dtype of AdamW's first moment."""
     remat: bool = False
     """Compute each layer again in the backward pass."""
-    attention: Literal["xla", "pallas"] = "xla"
-    """How decode and prefill attend: the compiler's own programs, or kernels (one H100, or TPU from v4 on)."""
+    attention: Literal["auto", "xla", "pallas"] = "auto"
+    """How decode and prefill attend: the compiler's own programs, or kernels (one H100, or TPU from v4 on). auto:
+    kernels where one GPU decodes."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 
@@ -64,6 +65,7 @@ class AotCommand:
         from chai_jax.measure.aot import find_largest_batch, measure, report
         from chai_jax.measure.programs import Job, Shapes, config_of, spec_of
         from chai_jax.measure.tpu import mesh_of, topology
+        from chai_jax.model import kernels
         from chai_jax.model.sharding import Layout
         from chai_jax.pipeline import print_table
         from chai_jax.plans import Plan
@@ -71,9 +73,11 @@ class AotCommand:
         config, plan = config_of(self.model), Plan.read(self.plan) if self.plan else None
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)
         devices = (gpu.topology if self.topology in gpu.DESCRIPTIONS else topology)(self.topology)
-        shapes = Shapes(config, spec, Layout(mesh_of(devices, self.mesh), self.fsdp))
+        mesh = mesh_of(devices, self.mesh)
+        shapes = Shapes(config, spec, Layout(mesh, self.fsdp))
         sizes = self.batch, self.seq, self.targets, self.accumulation
-        job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat, self.attention)
+        attention = kernels.resolved(self.attention, mesh.devices.flatten())
+        job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat, attention)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}
         if not self.largest_batch:
             record = measure(job, shapes, plan)

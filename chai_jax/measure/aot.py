@@ -39,8 +39,8 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
 
     Returns:
         `fits`, `hbm_limit`, and `hbm` in bytes: arguments, outputs, temporaries, aliased (outputs that take an
-        argument's place), code, and what all need at once, `at_most`; or, where it does not fit, `hbm_needed` and the
-        compiler's `message`.
+        argument's place), code, and what all need at once, `at_most`; or, where it does not fit, `hbm_needed` and a
+        `message`, which is the compiler's where that says so.
         `flops` (not those within kernels), `hbm_bytes`, `collective_bytes` (of operands), `sent_bytes`, `open_loops`
         (loops that the data end, counted as one iteration) and `roofline` (see `chai_jax.measure.tpu.roofline`).
 
@@ -61,33 +61,40 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
     began = time.perf_counter()
     try:
         with console.status(f"compiling {job.kind}, batch {job.batch}, for {mesh.size} x {device.device_kind}"):
-            compiled, hbm = _compiled(job, shapes, plan, record["hbm_limit"])
+            compiled = _compiled(job, shapes, plan)
     except jax.errors.JaxRuntimeError as error:
         record |= {"fits": False, "hbm_needed": _needed(error), "message": str(error).splitlines()[0]}
     else:
+        record |= _account(compiled, record["hbm_limit"], device)
+    if record["fits"]:
         found = cost(compiled.as_text(), per_iteration=job.kind == "decode")
-        record |= {"fits": True, "hbm": hbm, "roofline": roofline(found, device)}
+        record["roofline"] = roofline(found, device)
         record |= {name: getattr(found, name) for name in ("flops", "hbm_bytes", "open_loops")}
         record |= {"collective_bytes": found.collective_bytes, "sent_bytes": found.sent_bytes}
-    versions = {name: metadata.version(name) for name in ("jax", "jaxlib" if device.platform == "gpu" else "libtpu")}
+    compiler = (gpu.compiler() if device.platform == "gpu" else None) or "libtpu"
+    versions = {name: metadata.version(name) for name in ("jax", compiler)}
     return record | {"compile_seconds": round(time.perf_counter() - began, 1), "versions": versions}
 
 
-def _compiled(job: Job, shapes: Shapes, plan: Plan | None, limit: int) -> tuple[Any, dict[str, int]]:
-    """The program and its account; XLA's compiler for GPUs takes what does not fit, which is refused here as libtpu's
-    refuses it."""
+def _compiled(job: Job, shapes: Shapes, plan: Plan | None) -> Any:
+    """The program; libtpu's compiler refuses one that does not fit."""
     device = shapes.layout.mesh.devices.flat[0]
     if device.platform != "gpu":
-        compiled = lower(job, shapes, plan).compile()
-        return compiled, _hbm(compiled.memory_analysis(), limit)
+        return lower(job, shapes, plan).compile()
     with gpu.targeted(device):
-        compiled = lower(job, shapes, plan).compile(compiler_options=gpu.OPTIONS)
+        return lower(job, shapes, plan).compile(compiler_options=gpu.OPTIONS)
+
+
+def _account(compiled: Any, limit: int, device: Any) -> Record:
+    """`fits` and `hbm` of a program; `hbm_needed` and `message` of one that does not fit, which XLA's compiler for GPUs
+    does not mind."""
+    if device.platform != "gpu":
+        return {"fits": True, "hbm": _hbm(compiled.memory_analysis(), limit)}
     needed = program_bytes(compiled)
     if needed > limit:
-        raise jax.errors.JaxRuntimeError(
-            f"RESOURCE_EXHAUSTED: the program ({needed / GIB:.2f}G) exceeds available HBM ({limit / GIB:.2f}G)"
-        )
-    return compiled, _hbm(compiled.memory_analysis(), limit) | {"at_most": needed}
+        message = f"the program needs {needed:,} bytes; JAX may take {limit:,}"
+        return {"fits": False, "hbm_needed": needed, "message": message}
+    return {"fits": True, "hbm": _hbm(compiled.memory_analysis(), limit) | {"at_most": needed}}
 
 
 def _hbm(memory: Any, limit: int) -> dict[str, int]:

@@ -62,7 +62,7 @@ def mesh_of(devices: tuple[Any, ...], shape: str | None = None) -> Mesh:
     if len(sizes) != 2 or sizes[0] * sizes[1] != len(devices):
         raise InputError(
             f"a mesh of {shape!r} is not one of {len(devices)} devices; expected DATAxMODEL, such as "
-            f"{len(devices) // 2}x2"
+            f"{f'{len(devices) // 2}x2' if len(devices) > 1 else '1x1'}"
         )
     return Mesh(np.array(devices).reshape(sizes), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 

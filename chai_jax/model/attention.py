@@ -137,11 +137,12 @@ def attend_one(
 ) -> Float[Array, "B heads 1 Rv"]:
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
-    Keys and values are plain or int8 arrays. Where there is no kernel (CPUs) it is `attend`. The kernel is for programs
+    Keys and values are plain or int8 arrays. Where there is no kernel (CPUs; on GPUs for
+    what `decode_gpu.takes` refuses) it is `attend`. The kernel is for programs
     of one device, and for TPUs from v4 on: `chai_jax.model.kernels.check`, since neither can be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
-    platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, values, value_heads) else [])]
+    platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)

@@ -6,23 +6,24 @@ import jax
 
 from chai_jax.measure.bench import Shape, clock, split_questions
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import fold_projections
+from chai_jax.model.params import Params
 from chai_jax.score import target_logprobs
-from chai_jax.serve.decode import cast
 
 
 class Scored:
     """This package's scoring program at one shape (see `Shape`), compiled, with its inputs.
 
+    Args:
+        params: the model's, as they are multiplied (`serving_params`).
+
     Attributes:
-        bytes: `weights_resident` as they are multiplied.
+        bytes: `weights_resident`.
     """
 
     framework = "chai_jax"
 
-    def __init__(self, model: Model, shape: Shape, seed: int) -> None:
-        self.shape, dtype = shape, compute_dtype()
-        self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
+    def __init__(self, model: Model, params: Params, shape: Shape, seed: int) -> None:
+        self.shape, self.params, dtype = shape, params, compute_dtype()
         self.questions = split_questions(shape.inputs(model.config.vocab_size, seed)[1])
         what = model.config, model.spec, dtype, self.params, self.questions[0]
         self.program: Any = target_logprobs.lower(*what).compile()

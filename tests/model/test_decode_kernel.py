@@ -15,7 +15,7 @@ import pytest
 from chai_jax.errors import InputError
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
-from chai_jax.model.kernels import check, decode_gpu, decode_tpu, for_prompts, for_tokens, one_gpu, using
+from chai_jax.model.kernels import check, decode_gpu, decode_tpu, for_prompts, for_tokens, one_gpu, resolved, using
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, init
@@ -31,7 +31,7 @@ BOUNDS = {"float32": 2e-6 if INTERPRETED else 1e-5, "bfloat16": 2.0**-7}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Columns in several blocks, the last one not full, and on GPUs in several parts of more than one block."""
+    """Columns in several blocks, the last one not full, and on GPUs in two parts."""
     monkeypatch.setattr(decode_tpu, "TPU_BLOCK_BYTES", 1)  # 128 columns, the least
     monkeypatch.setattr(decode_gpu, "GPU_PROGRAMS", 2 * BATCH * 3)
 
@@ -83,6 +83,7 @@ def test_the_kernel_equals_attention(platform: str, dtype: str, storage: str, qu
     np.testing.assert_allclose(found, expected, rtol=0, atol=BOUNDS[dtype] * np.abs(expected).max())
 
 
+@pytest.mark.skipif("cuda" not in PLATFORMS, reason="a GPU's kernel")
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_cache_that_is_not_split_over_programs(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's program that reads all columns of its cluster divides its sums itself."""
@@ -94,6 +95,7 @@ def test_a_cache_that_is_not_split_over_programs(storage: str, monkeypatch: pyte
     np.testing.assert_allclose(found, expected, rtol=0, atol=BOUNDS["float32"] * np.abs(expected).max())
 
 
+@pytest.mark.skipif("cuda" not in PLATFORMS, reason="a GPU's kernel")
 def test_columns_that_no_token_uses_are_not_read() -> None:
     """Blocks of columns before the first that may be read, and behind the last, may hold anything at all."""
     query, keys, values, allowed = inputs("float32", "float32", 3, 1, 2)
@@ -155,10 +157,21 @@ def test_the_gpu_kernel_is_lowered_to_triton(dtype: str, storage: str, value_hea
 def test_gpus_leave_to_xla_what_is_no_gain() -> None:
     """Several query heads of one key, and sums beyond a program's registers."""
     assert "xla.gpu.triton" not in lowered_for_a_gpu("float32", "int8", 5, 1)
-    query, values = jnp.zeros((1, 1, 1, 1, 64)), jnp.zeros((1, 8, 4, 64))
-    assert decode_gpu.takes(query, values, 8)
-    assert not decode_gpu.takes(query, values, 9)
-    assert not decode_gpu.takes(query, jnp.zeros((1, 8, 4, 65)), 8)
+    query, keys, values = jnp.zeros((1, 1, 1, 1, 64)), jnp.zeros((1, 1, 4, 64)), jnp.zeros((1, 8, 4, 64))
+    assert decode_gpu.takes(query, keys, values, 8)
+    assert not decode_gpu.takes(query, keys, values, 9)
+    assert not decode_gpu.takes(query, keys, jnp.zeros((1, 8, 4, 65)), 8)
+
+
+@pytest.mark.parametrize(("batch", "dtype", "taken"), [
+    (2730, "int8", True), (2731, "int8", False), (5461, "int8", False), (5462, "int8", True), (2731, "bfloat16", True),
+])  # fmt: skip
+def test_gpus_leave_to_xla_what_pallas_would_miscount(batch: int, dtype: str, taken: bool) -> None:
+    """Pallas counts by int64 from 4 GiB on: arrays of more than 2^31 entries that are smaller would be read wrongly."""
+    shapes = jax.ShapeDtypeStruct((1, 6, 1, 1, 64), "float32"), jax.ShapeDtypeStruct((batch, 6, 2048, 64), dtype)
+    found = []
+    jax.eval_shape(lambda query, stored: found.append(decode_gpu.takes(query, stored, stored, 1)), *shapes)
+    assert found == [taken]
 
 
 CONFIG = OPTConfig(32, 16, 1, 2, 32, 32, 16)
@@ -179,11 +192,13 @@ def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str) -> None:
     def kernels_of(rows: int) -> int:
         return str(run.trace(jax.ShapeDtypeStruct((1, rows), jnp.int32), cache).jaxpr).count("pallas_call")
 
-    assert kernels_of(1) == 0
+    with using("xla"):
+        assert kernels_of(1) == 0
     with using("pallas"):
         assert kernels_of(2) == 0
         assert kernels_of(1) == (2 if storage == "int8" else 0)  # of either platform
-    assert kernels_of(1) == 0
+    with using("xla"):
+        assert kernels_of(1) == 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is a kernel")
@@ -221,12 +236,14 @@ def test_where_kernels_are_chosen(devices: list[Device], tokens: bool, monkeypat
 
 
 def test_devices_without_a_kernel_are_refused() -> None:
-    check("xla", jax.devices())
-    check("auto", jax.devices())
-    check("pallas", [Device("tpu", "TPU v5 lite")])
-    check("pallas", [Device("gpu", "NVIDIA L4")])
-    for device in (jax.devices()[0], Device("tpu", "TPU v3"), Device("tpu", "TPU v2")):
-        with pytest.raises(InputError, match=f"no kernel for {device.device_kind}; expected xla, or one NVIDIA GPU"):
+    here = [Device("cpu", "cpu")]
+    assert (resolved("xla", here), resolved("auto", here)) == ("xla", "xla")
+    for devices in ([Device("tpu", "TPU v5 lite")], [Device("gpu", "NVIDIA L4", "8.9")]):
+        assert resolved("pallas", devices) == "pallas"
+        assert resolved("auto", devices) == ("pallas" if devices[0].platform == "gpu" else "xla")
+    others = Device("gpu", "NVIDIA V100", "7.0"), Device("gpu", "AMD Instinct MI300X", "gfx942")
+    for device in (*here, Device("tpu", "TPU v3"), Device("tpu", "TPU v2"), *others):
+        with pytest.raises(InputError, match=f"no kernel for {device.device_kind}; expected auto or xla, or one"):
             check("pallas", [device])
     with pytest.raises(InputError, match="for one device, not for 4"):
         check("pallas", [Device("tpu", "TPU v5 lite")] * 4)

@@ -35,8 +35,17 @@ def for_prompts() -> bool:
 
 def one_gpu(devices: Any) -> bool:
     """Whether these are one NVIDIA GPU that is new enough for the kernel."""
-    device = devices[0]
-    return len(devices) == 1 and device.platform == "gpu" and _capability(device) >= OLDEST_GPU
+    return len(devices) == 1 and devices[0].platform == "gpu" and _capability(devices[0]) >= OLDEST_GPU
+
+
+def resolved(attention: str, devices: Any) -> str:
+    """ "xla" or "pallas": what `attention` means for programs of these devices.
+
+    Raises:
+        InputError: see `check`.
+    """
+    check(attention, devices)
+    return ("pallas" if one_gpu(devices) else "xla") if attention == "auto" else attention
 
 
 def _capability(device: Any) -> float:
@@ -48,9 +57,10 @@ def check(attention: str, devices: Any) -> None:
     """Raise InputError unless programs for these devices can attend with `attention`."""
     if attention != "pallas":
         return
-    kind = devices[0].device_kind
-    expected = "expected xla, or one NVIDIA GPU, or one TPU from v4 on"
-    if devices[0].platform not in ("tpu", "gpu", "cuda") or kind.startswith(NO_MOSAIC):
+    kind, platform = devices[0].device_kind, devices[0].platform
+    expected = "expected auto or xla, or one NVIDIA GPU from Ampere on, or one TPU from v4 on"
+    old = _capability(devices[0]) < OLDEST_GPU if platform == "gpu" else kind.startswith(NO_MOSAIC)
+    if platform not in ("tpu", "gpu") or old:
         raise InputError(f"--attention pallas has no kernel for {kind}; {expected}")
     if len(devices) > 1:
         raise InputError(f"--attention pallas is for one device, not for {len(devices)}; {expected}")

@@ -17,22 +17,32 @@ from chai_jax.model.kernels.columns import MASKED, masked, stored_parts
 from chai_jax.model.quantized import Leaf
 
 # On an H100, opt-1.3b's heads, 64 sequences of 2,048 columns: of 14 choices of sums, warps and programs the fastest for
-# int8, and within 2 % of it for bfloat16.
-GPU_SUMS = 4096  # float32 of a program's sums so far; half as many for int8
+# int8; for bfloat16 less than 2 % slower than its fastest.
+GPU_SUMS = 4096  # float32 of a program's sums so far, or twice that with `GPU_LEAST` columns; half as many for int8
 GPU_LEAST = 16  # columns at once
 GPU_WARPS = 4
 GPU_PROGRAMS = 512  # a few for each of a GPU's hundred or so processors
 
 
-def takes(query: Float[Array, "B C q 1 R"], values: Leaf, value_heads: int) -> bool:
+def takes(query: Float[Array, "B C q 1 R"], keys: Leaf, values: Leaf, value_heads: int) -> bool:
     """Whether the kernel of GPUs is for such clusters: one query head, and few and short enough values for its sums to
-    stay in registers. XLA serves what is left about as fast."""
+    stay in registers (8 heads of 64 entries, 4 of 128). XLA serves what is left about as fast.
+
+    Nor is it for arrays that Pallas would count by int32 though they have more entries than that: it goes by bytes.
+    """
     widest = pl.next_power_of_2(max(query.shape[-1], values.shape[-1]))
-    return query.shape[2] == 1 and GPU_LEAST * widest * pl.next_power_of_2(value_heads) <= 2 * GPU_SUMS
+    small = GPU_LEAST * widest * pl.next_power_of_2(value_heads) <= 2 * GPU_SUMS
+    stored = (stored_parts(leaf)[0] for leaf in (keys, values))
+    return query.shape[2] == 1 and small and all(x.size < 2**31 or x.nbytes > 2**32 for x in stored)
 
 
 def attend_on_gpu(
-    query: Float[Array, "B C 1 R"], keys: Leaf, values: Leaf, allowed: Bool[Array, "B S"], value_heads: int, test: bool
+    query: Float[Array, "B C 1 R"],
+    keys: Leaf,
+    values: Leaf,
+    allowed: Bool[Array, "B S"],
+    value_heads: int,
+    interpret: bool,
 ) -> Float[Array, "B C v Rv"]:
     """A program for each cluster of each sequence, and for each of the parts that its columns are split into.
 
@@ -60,7 +70,9 @@ def attend_on_gpu(
     results = [result(query.dtype if parts == 1 else jnp.float32, value_heads, value_wide)]
     results += [result(jnp.float32)] * (2 if parts > 1 else 0)
     sums, *softmax = pl.pallas_call(
-        partial(_body, block=block, columns=columns, ranks=(rank, value_rank), scaled=bool(scales), test=test),
+        partial(
+            _body, block=block, columns=columns, ranks=(rank, value_rank), scaled=bool(scales), interpret=interpret
+        ),
         grid=(batch, clusters, parts),
         in_specs=[
             pl.BlockSpec((None, 2), lambda b, c, s: (b, 0)),
@@ -73,7 +85,7 @@ def attend_on_gpu(
         out_specs=[spec for spec, _ in results],
         out_shape=[shape for _, shape in results],
         compiler_params=plgpu.CompilerParams(num_warps=GPU_WARPS, num_stages=1),
-        interpret=test,
+        interpret=interpret,
         name="decode_attention",
     )(
         _used(allowed),
@@ -99,7 +111,7 @@ def _used(allowed: Bool[Array, "B S"]) -> Int32[Array, "B 2"]:
 
 def _body(
     used: Any, mask: Any, query: Any, keys: Any, values: Any, *rest: Any,
-    block: int, columns: int, ranks: tuple[int, int], scaled: bool, test: bool,
+    block: int, columns: int, ranks: tuple[int, int], scaled: bool, interpret: bool,
 ) -> None:  # fmt: skip
     """References of one part: used [2], mask [span], query [R], keys [1, span, R], values [v, span, Rv], if `scaled`
     int8's scales [1, span] and [v, span]; outputs: sums [v, Rv], and of several parts the highest score and the sum of
@@ -134,13 +146,13 @@ def _body(
     def step(index: Array, carried: Any) -> Any:
         highest, total, sums, (allowed, stored, scales) = carried
         ahead = read(index + 1)
-        (key, *value), by = ([_float32(x, test) for x in some] for some in (stored, scales))
+        (key, *value), by = ([_float32(x, interpret) for x in some] for some in (stored, scales))
         scores = jnp.sum(key * row, axis=1)
         scores = masked(scores * by[0] if scaled else scores, allowed > 0, allowed >= 0)
         new = jnp.maximum(highest, scores)
         kept, weights = jnp.exp(highest - new), jnp.exp(scores - new)
         own = [weights * by[1 + head] if scaled else weights for head in heads]
-        mixed = [_fma(sums[head], kept[:, None], own[head][:, None] * value[head], test) for head in heads]
+        mixed = [_fma(sums[head], kept[:, None], own[head][:, None] * value[head], interpret) for head in heads]
         return new, total * kept + weights, mixed, ahead
 
     lowest, nothing = jnp.full((block,), MASKED, jnp.float32), jnp.zeros((block,), jnp.float32)
@@ -156,12 +168,13 @@ def _body(
         sums_out[head] = (mixed if softmax_out else mixed / whole).astype(sums_out.dtype)
 
 
-def _float32(x: Array, test: bool) -> Array:
+def _float32(x: Array, interpret: bool) -> Array:
     """In float32. Of int8 the byte of x + 128 behind the exponent of 2^23 reads 2^23 + 128 + x.
 
-    Triton's own conversion takes four bytes apart one by one and uses one of the slowest instructions.
+    Triton's own conversion takes four bytes apart one by one and uses one of the slowest instructions. What is
+    interpreted knows no assembly: this and `_fma` are tested on GPUs alone (tests/conftest.py).
     """
-    if x.dtype != jnp.int8 or test:
+    if x.dtype != jnp.int8 or interpret:
         return x.astype(jnp.float32)
     code = "{.reg .b32 u; xor.b32 u, $4, 0x80808080;"
     code += " ".join(f"prmt.b32 ${byte}, u, 0x4B000000, 0x744{byte};" for byte in range(4)) + "}"
@@ -172,10 +185,10 @@ def _float32(x: Array, test: bool) -> Array:
     return bits - (2.0**23 + 128)
 
 
-def _fma(x: Array, y: Array, z: Array, test: bool) -> Array:
+def _fma(x: Array, y: Array, z: Array, interpret: bool) -> Array:
     """x * y + z in one instruction, which neither XLA nor Triton makes of two."""
     y = jnp.broadcast_to(y, x.shape)
-    if test:
+    if interpret:
         return x * y + z
     shape = jax.ShapeDtypeStruct(x.shape, jnp.float32)
     code, constraints = "fma.rn.f32 $0, $1, $2, $3;", "=f,f,f,f"

@@ -1,0 +1,66 @@
+"""The largest batch that decodes on this device: found by compiling, then run."""
+
+from typing import Any
+
+import jax
+
+from chai_jax.measure import gpu
+from chai_jax.measure.aot import GIB, largest_batch
+from chai_jax.measure.bench import Shape, program_bytes
+from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
+from chai_jax.model import kernels
+from chai_jax.model.model import Model
+from chai_jax.model.sharding import Layout, make_mesh
+from chai_jax.progress import console
+from lab.decoding import Held, Ours, exhausted, random_layers
+from lab.options import Record
+
+
+def memory_limit(given: float | None) -> int | None:
+    """Bytes that a program may hold: GiB as given, or what JAX may take of the device; None where nobody says."""
+    if given is not None:
+        return int(given * GIB)
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def searched(shape: str, choices: dict[str, Any], end: int, first: int, limit: int) -> Record:
+    """`largest`, `too_large`, how many programs were `compiled`, and the bytes `needed` by the largest.
+
+    Args:
+        choices: of `spec_of`.
+        end: columns of the cache.
+        first: batch to begin with.
+    """
+    config, on_gpu = config_of(shape), jax.default_backend() == "gpu"
+    shapes = Shapes(config, spec_of(config, **choices), Layout(make_mesh(1)))
+    attention = kernels.resolved("auto", jax.devices()[:1])
+
+    def account(batch: int) -> Record:
+        with console.status(f"compiling batch {batch}"):
+            lowered = lower(Job("decode", batch, end, attention=attention), shapes)
+            needed = program_bytes(lowered.compile(compiler_options=gpu.OPTIONS if on_gpu else None))
+        return {"fits": needed <= limit, "hbm": {"at_most": needed}, "hbm_needed": needed, "hbm_limit": limit}
+
+    found = largest_batch(account, 1, first, tell=lambda line: console.print(line, highlight=False))
+    needed = found["fitting"]["hbm_needed"] if found["fitting"] else None
+    return {name: found[name] for name in ("largest", "too_large", "compiled")} | {"needed": needed}
+
+
+def ran(model: Model, largest: int, end: int, seed: int) -> int:
+    """The largest batch that really decoded the last two of `end` positions: from `largest` on, 5 % fewer each time."""
+    batch, held = largest, Held.of(model, Shape(1, end - 2, 2), seed)
+    model = model.replace(params={})  # what was folded is in memory once
+    attention = kernels.resolved("auto", jax.devices()[:1])
+    while batch > largest // 2:
+        try:
+            held.layers = None
+            held.layers = random_layers(model.spec, batch, end, seed)
+            with kernels.using(attention):
+                Ours(model, Shape(batch, end - 2, 2), seed, held).lap()
+        except jax.errors.JaxRuntimeError as error:
+            if not exhausted(error):
+                raise
+            batch = batch * 95 // 100
+        else:
+            return batch
+    return 0
