@@ -44,15 +44,7 @@ from chai_jax.model.sharding import Layout, make_mesh
 from chai_jax.planning import parse_list
 from chai_jax.progress import console
 from chai_jax.serve.decode import cast, serving_params
-from lab.decoding import (
-    Held,
-    Ours,
-    Transformers,
-    exhausted,
-    release,
-    torch_absent,
-    torch_version,
-)
+from lab.decoding import Held, Ours, Transformers, exhausted, release, torch_absent, torch_version
 from lab.goals import COLUMNS, DENSE, KERNELS, PEER, SMALL, findings
 from lab.largest import memory_limit, ran, searched
 from lab.options import Record, command_line, start
@@ -219,7 +211,7 @@ def score_rows(options: GpuOptions) -> list[Record]:
     ]
 
 
-def largest(options: GpuOptions) -> list[Record]:
+def largest_rows(options: GpuOptions) -> list[Record]:
     """The largest batch of either cache, by compiling, and whether it runs."""
     given = {"share": options.share, "clusters": options.clusters, "storage": options.storage}
     limit = memory_limit(options.memory)
@@ -239,7 +231,7 @@ def largest(options: GpuOptions) -> list[Record]:
 def bench_gpu(options: GpuOptions) -> Record:
     """All parts that were asked for, written as they come; the part that leaves memory in pieces last."""
     options.check()
-    making = {"decode": decode_rows, "score": score_rows, "largest": largest}
+    making = {"decode": decode_rows, "score": score_rows, "largest": largest_rows}
     rows: list[Record] = []
     record: Record = {}
     for part in parse_list("--parts", options.parts, PARTS):

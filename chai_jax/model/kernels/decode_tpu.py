@@ -17,7 +17,12 @@ TPU_BLOCK_BYTES = 2**20  # of keys or values; each lies in fast memory twice, th
 
 
 def attend_on_tpu(
-    query: Float[Array, "B C q R"], keys: Leaf, values: Leaf, allowed: Bool[Array, "B S"], value_heads: int, test: bool
+    query: Float[Array, "B C q R"],
+    keys: Leaf,
+    values: Leaf,
+    allowed: Bool[Array, "B S"],
+    value_heads: int,
+    interpret: bool,
 ) -> Float[Array, "B values q Rv"]:
     """One sequence after the other, all clusters at once, block after block of columns.
 
@@ -41,7 +46,7 @@ def attend_on_tpu(
     scales = [x for x in (key_scale, value_scale) if x is not None]
     shape = heads, queries, rank
     return pl.pallas_call(
-        partial(_tpu_body, value_heads=value_heads, columns=columns, minor=minor),
+        partial(_body, value_heads=value_heads, columns=columns, minor=minor),
         grid=(batch, pl.cdiv(columns, block)),
         in_specs=[
             pl.BlockSpec((None, *query.shape[1:]), lambda b, s: (b, 0, 0, 0)),
@@ -57,7 +62,7 @@ def attend_on_tpu(
             pltpu.VMEM(shape, jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-        interpret=test,
+        interpret=interpret,
         name="decode_attention",
     )(query, mask, *stored, *scales)
 
@@ -68,7 +73,7 @@ def _as_pinned(x: Shaped[Array, "B heads S R"]) -> tuple[Array, bool]:
     return (jnp.swapaxes(x, 2, 3) if minor else x), minor
 
 
-def _tpu_body(
+def _body(
     query: Any, mask: Any, keys: Any, values: Any, *rest: Any, value_heads: int, columns: int, minor: Any
 ) -> None:
     """References: query [C, q, R], mask [1, block], keys and values [heads, R, block] (or [heads, block, R] if not
