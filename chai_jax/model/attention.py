@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model import kernels
 from chai_jax.model.blocks import Windowed
 from chai_jax.model.kernels import decode_gpu
 from chai_jax.model.kernels.decode import decode_attention
@@ -137,12 +138,13 @@ def attend_one(
 ) -> Float[Array, "B heads 1 Rv"]:
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
-    Keys and values are plain or int8 arrays. Where there is no kernel (CPUs; on GPUs for
-    what `decode_gpu.takes` refuses) it is `attend`. The kernel is for programs
-    of one device, and for TPUs from v4 on: `chai_jax.model.kernels.check`, since neither can be seen from here.
+    Keys and values are plain or int8 arrays. Where there is no kernel (on GPUs for what `decode_gpu.takes` refuses, on
+    CPUs unless `kernels.on_cpu()`) it is `attend`. The kernel is for programs of one device, and for TPUs from v4 on:
+    `chai_jax.model.kernels.check`, since neither can be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
     platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
+    platforms = ["cpu"] if kernels.on_cpu() else platforms
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)

@@ -1,37 +1,68 @@
 """Matrix products accumulated in float32, and value heads laid out for them."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from chai_jax.model import kernels
+from chai_jax.model.kernels import few_rows
+
 
 def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..."]:
     """`jnp.einsum(equation, one, two)` of arrays of one dtype, float32.
-
-    XLA for CPUs takes five to seven times as long for one row of bfloat16 as for two, which take its matrix unit (AMX)
-    or its instructions for bfloat16 where there are any: there a single row is multiplied twice.
 
     Args:
         row: the letter of the rows, in the operand that is no weight and nothing stored.
     """
     plain = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+    on_cpu = _on_cpu(equation, (one, two), row, plain)
+    return plain(one, two) if on_cpu is None else jax.lax.platform_dependent(one, two, cpu=on_cpu, default=plain)
+
+
+def _on_cpu(
+    equation: str, operands: tuple[Array, Array], row: str, plain: Callable[..., Array]
+) -> Callable[..., Array] | None:
+    """How CPUs multiply these, if not as all do: a few rows and a matrix by a kernel where there are kernels.
+
+    Elsewhere XLA takes five to seven times as long for one row of bfloat16 as for two, which take the CPU's matrix unit
+    (AMX) or its instructions for bfloat16 where there are any: there a single row is multiplied twice.
+    """
     terms, result = equation.split("->")
     names = terms.split(",")
     at = next(place for place, letters in enumerate(names) if row in letters)
-    shape = dict(zip(names[at], (one, two)[at].shape, strict=True))
-    rows = math.prod(size for letter, size in shape.items() if letter not in names[1 - at])
-    if rows > 1 or one.dtype != jnp.bfloat16:
-        return plain(one, two)
+    free, shared, others = (
+        "".join(letter for letter in letters if keep(letter))
+        for letters, keep in (
+            (names[at], lambda letter: letter not in names[1 - at]),
+            (names[1 - at], lambda letter: letter in names[at]),
+            (names[1 - at], lambda letter: letter not in names[at]),
+        )
+    )
+    size = dict(zip("".join(names), (*operands[0].shape, *operands[1].shape), strict=True))
+    rows, summed, columns = (math.prod(size[letter] for letter in letters) for letters in (free, shared, others))
+    turned = names[1 - at] == others + shared
+    lies = not set(shared) & set(result) and names[1 - at] in (others + shared, shared + others)  # as a matrix
+    if kernels.on_cpu() and lies and few_rows.takes(rows, summed, columns, operands[1 - at].dtype.name, turned):
+
+        def by_kernel(*operands: Array) -> Array:
+            flat = jnp.einsum(f"{names[at]}->{free}{shared}", operands[at]).reshape(rows, summed)
+            found = few_rows.times(
+                flat, operands[1 - at].reshape((columns, summed) if turned else (summed, columns)), turned
+            )
+            return jnp.einsum(f"{free}{others}->{result}", found.reshape([size[x] for x in free + others]))
+
+        return by_kernel
 
     def doubled(*operands: Array) -> Array:
         pair = list(operands)
         pair[at] = jnp.repeat(pair[at], 2, axis=names[at].index(row))
         return jax.lax.slice_in_dim(plain(*pair), 0, 1, axis=result.index(row))
 
-    return jax.lax.platform_dependent(one, two, cpu=doubled, default=plain)
+    return doubled if rows == 1 and operands[0].dtype == jnp.bfloat16 else None
 
 
 def side_by_side(values: Float[Array, "B values S R"], count: int) -> Float[Array, "B C S cR"]:

@@ -1,12 +1,15 @@
-"""Attention of one new token over a stored cache as a Pallas kernel, for TPUs and NVIDIA GPUs.
+"""Attention of one new token over a stored cache as a kernel, for TPUs, NVIDIA GPUs and CPUs.
 
 XLA runs a decoding step's attention as several programs with the scores of all columns between them. The kernel reads
 each stored key and value once, as it is stored, and keeps everything in between in fast memory: the scores of a block
 of columns, the softmax so far (Milakov & Gimelshein 2018, arXiv 1805.02867), and the weighted sums.
 """
 
+from functools import partial
+
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.kernels.decode_cpu import attend_on_cpu
 from chai_jax.model.kernels.decode_gpu import attend_on_gpu
 from chai_jax.model.kernels.decode_tpu import attend_on_tpu
 from chai_jax.model.quantized import Leaf
@@ -25,11 +28,12 @@ def decode_attention(
     """What `attend` returns first, for one query row a sequence; keys and values are plain or int8 arrays.
 
     Args:
-        platform: whose kernel, "tpu" or "cuda"; of "cuda" see `decode_gpu.takes`.
-        interpret: run it on the CPU, for tests.
+        platform: whose kernel, "tpu", "cuda" or "cpu"; of "cuda" see `decode_gpu.takes`.
+        interpret: run those of accelerators on the CPU, for tests.
     """
     batch, clusters, queries = query.shape[:3]
     scaled = (query * scale)[:, :, :, 0]
-    kernel = {"tpu": attend_on_tpu, "cuda": attend_on_gpu}[platform]
-    mixed = kernel(scaled, keys, values, allowed[:, 0], value_heads, interpret)
+    pallas = {"tpu": attend_on_tpu, "cuda": attend_on_gpu}
+    kernel = partial(pallas[platform], interpret=interpret) if platform in pallas else attend_on_cpu
+    mixed = kernel(scaled, keys, values, allowed[:, 0], value_heads)
     return mixed.reshape(batch, clusters * queries * value_heads, 1, -1).astype(query.dtype)

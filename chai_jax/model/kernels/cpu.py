@@ -1,0 +1,91 @@
+"""cpu.cc for this machine: compiled once by the C++ compiler that is there, kept, and registered with XLA.
+
+XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
+products are made for many rows (measured: README.md). Where no C++ compiler is found they are what decodes.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import warnings
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import jax
+
+SOURCE = Path(__file__).with_suffix(".cc")
+COMPILERS = ("c++", "g++", "clang++")
+# Not -ffast-math, which would change how the whole process rounds.
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
+         "-shared", "-fPIC", "-w")  # fmt: skip
+TARGETS = ("chai_jax_attention", "chai_jax_few_rows")
+SECONDS = 120  # that compiling may take
+
+
+def compiler() -> str | None:
+    """The C++ compiler: what CXX names, or the first of `COMPILERS` that is there."""
+    named = os.environ.get("CXX")
+    return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
+
+
+def available() -> bool:
+    """Whether programs traced here may use the kernels: they are compiled, and XLA knows them."""
+    return not why_not()
+
+
+@cache
+def why_not() -> str:
+    """Why there are no kernels, one line; empty where there are. The first call compiles them, a few seconds."""
+    found = compiler()
+    if found is None:
+        return f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names)"
+    try:
+        library = ctypes.CDLL(str(_built(found)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in said if "error" in line), said[0] if said else type(error).__name__)
+        warnings.warn(f"{found} made no kernels for this CPU, XLA decodes: {reason}", stacklevel=2)
+        return f"{found} failed: {reason}"
+    for name in TARGETS:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return ""
+
+
+def _built(compiler: str) -> Path:
+    """The library, from the user's cache where it is there: of this source, compiler, jaxlib and kind of CPU.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it could not be made.
+    """
+    flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+    told = SOURCE.read_text(encoding="utf-8"), compiler, *flags, metadata.version("jaxlib"), _processor()
+    name = f"cpu-{hashlib.sha256('|'.join(told).encode()).hexdigest()[:16]}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chai_jax"
+    if (folder / name).is_file():
+        return folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        place = Path(tempfile.mkdtemp(dir=folder))
+    except OSError:  # a home that cannot be written to: for this process alone
+        folder = Path(tempfile.mkdtemp(prefix="chai_jax_"))
+        place = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(place / name)]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
+        return (place / name).replace(folder / name)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _processor() -> str:
+    """What -march=native goes by: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())

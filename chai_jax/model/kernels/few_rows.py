@@ -1,0 +1,35 @@
+"""Products of a few rows with a matrix on a CPU (cpu.cc), which reads the matrix once, as it lies."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+MOST = 8  # rows: one vector of sums for each stays in registers
+STORED = ("float32", "bfloat16")
+COLUMNS, TERMS = 32, 16  # of which the matrix has a multiple: two of the widest vectors, and one
+
+
+def takes(rows: int, terms: int, columns: int, dtype: str, turned: bool) -> bool:
+    """Whether the kernel is for `rows` rows times a matrix [terms, columns] of `dtype`, or `turned` [columns, terms]."""
+    fits = terms % TERMS == 0 and (turned or columns % COLUMNS == 0)
+    return 1 <= rows <= MOST and dtype in STORED and fits
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2,))
+def times(rows: Float[Array, "M K"], matrix: Float[Array, "K N"], turned: bool) -> Float[Array, "M N"]:
+    """rows @ matrix, or @ matrix.T where it is `turned` [N, K]; float32. Of what `takes` accepts."""
+    columns = matrix.shape[0 if turned else 1]
+    shape = jax.ShapeDtypeStruct((len(rows), columns), jnp.float32)
+    call = jax.ffi.ffi_call("chai_jax_few_rows", shape, vmap_method="sequential")
+    out: Array = call(rows.astype(jnp.float32), matrix, turned=turned)
+    return out
+
+
+@times.defjvp
+def _(turned: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """A product is linear in either operand; XLA multiplies here, which can transpose it for a gradient."""
+    (rows, matrix), (new_rows, new_matrix) = primals, tangents
+    plain = partial(jnp.einsum, "mk,nk->mn" if turned else "mk,kn->mn", preferred_element_type=jnp.float32)
+    return times(rows, matrix, turned), plain(new_rows, matrix) + plain(rows, new_matrix)
