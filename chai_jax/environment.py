@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from chai_jax.model import kernels
+from chai_jax.model.kernels import cpu
 from chai_jax.model.model import compute_dtype
 from chai_jax.model.sharding import current_layout
 from chai_jax.serve.decode import expands_weights
@@ -38,5 +40,8 @@ def where_computed() -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    """All of it, for `chai-jax env`."""
-    return {"versions": versions(), **where_computed(), "machine": platform.machine(), "system": platform.system()}
+    """All of it, for `chai-jax env`, with what new tokens are attended by, and what keeps a CPU from its kernels."""
+    attention = kernels.resolved("auto", jax.devices())
+    missing = {"no_kernels": cpu.why_not()} if kernels.one_cpu(jax.devices()) and attention == "xla" else {}
+    system = {"machine": platform.machine(), "system": platform.system()}
+    return {"versions": versions(), **where_computed(), "attention": attention, **missing, **system}

@@ -48,9 +48,10 @@ class BenchCommand:
     """With --clusters: what the heads of a cluster share."""
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """With --clusters: format of the variants' cache (default: as the MODEL's)."""
-    attention: Literal["auto", "xla", "pallas"] = "auto"
-    """How the models attend: XLA's own programs, or kernels (decoding on one NVIDIA GPU, or one TPU from v4 on; long
-    prompts on such a TPU). auto: kernels where one GPU decodes."""
+    attention: Literal["auto", "xla", "pallas", "native"] = "auto"
+    """How the models attend: XLA's own programs, or kernels (pallas: decoding on one NVIDIA GPU, or one TPU from v4 on,
+    and long prompts on such a TPU; native: decoding on one CPU, and its products). auto: kernels where one GPU decodes,
+    or one CPU that has a C++ compiler."""
     peer: Annotated[UseAppendAction[tuple[Literal["hf", "ctranslate2"], ...]], arg(metavar="{hf,ctranslate2}")] = ()
     """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too; may be repeated."""
     threads: int | None = None

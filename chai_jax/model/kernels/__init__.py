@@ -1,9 +1,9 @@
 """Kernels, which keep scores in fast memory: attention of one new token, and of a whole prompt.
 
 They compute what `chai_jax.model.attention` does: in Pallas for TPUs and GPUs, in C++ for CPUs, where products of a few
-rows are kernels as well. On one NVIDIA GPU or one CPU, where that was timed (experiments/bench_gpu.py, `chai-jax bench`),
-new tokens use them unless `using` says otherwise; on TPUs, where nothing was, kernels are an option. XLA cannot split
-them: only programs of one device may be traced with them (`check`).
+rows are kernels as well. On one NVIDIA GPU or one CPU, where that was timed (experiments/bench_gpu.py, `chai-jax
+bench`), new tokens use them unless `using` says otherwise; on TPUs, where nothing was, they are an option. XLA cannot
+split them: only programs of one device may be traced with them (`check`).
 """
 
 from contextlib import AbstractContextManager
@@ -78,7 +78,7 @@ def check(attention: str, devices: Any) -> None:
             raise InputError(f"--attention native is for one CPU, not for {count} x {kind}; expected auto or xla")
         if not cpu.available():
             raise InputError(
-                f"--attention native has no kernels: {cpu.why_not()}; install one, or expected auto or xla"
+                f"--attention native has no kernels: {cpu.why_not()}; expected auto or xla"
             )
     if attention != "pallas":
         return

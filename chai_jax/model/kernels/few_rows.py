@@ -12,14 +12,14 @@ COLUMNS, TERMS = 32, 16  # of which the matrix has a multiple: two of the widest
 
 
 def takes(rows: int, terms: int, columns: int, dtype: str, turned: bool) -> bool:
-    """Whether the kernel is for `rows` rows times a matrix [terms, columns] of `dtype`, or `turned` [columns, terms]."""
+    """Whether the kernel is for so many rows times a matrix [terms, columns], or `turned` [columns, terms]."""
     fits = terms % TERMS == 0 and (turned or columns % COLUMNS == 0)
     return 1 <= rows <= MOST and dtype in STORED and fits
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def times(rows: Float[Array, "M K"], matrix: Float[Array, "K N"], turned: bool) -> Float[Array, "M N"]:
-    """rows @ matrix, or @ matrix.T where it is `turned` [N, K]; float32. Of what `takes` accepts."""
+def times(rows: Float[Array, "M K"], matrix: Float[Array, "_ _"], turned: bool) -> Float[Array, "M N"]:
+    """rows @ matrix [K, N], or @ matrix.T where it is `turned` [N, K]; float32. Of what `takes` accepts."""
     columns = matrix.shape[0 if turned else 1]
     shape = jax.ShapeDtypeStruct((len(rows), columns), jnp.float32)
     call = jax.ffi.ffi_call("chai_jax_few_rows", shape, vmap_method="sequential")

@@ -1,0 +1,242 @@
+"""The kernels of CPUs: products of a few rows against numpy in float64, when they are used, and what happens without a
+compiler. Their attention is tested beside that of the accelerators (test_decode_kernel.py)."""
+
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.errors import InputError
+from chai_jax.model import kernels
+from chai_jax.model.attention import attend, attend_one
+from chai_jax.model.cache import store
+from chai_jax.model.kernels import cpu, few_rows, using
+from chai_jax.model.opt import forward
+from chai_jax.model.params import OPTConfig, fold_projections, init
+from chai_jax.model.products import product
+from chai_jax.serve import decode as serve
+from chai_jax.spec import Group, LayerSpec, Spec
+
+pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler")
+CONFIG = OPTConfig(64, 32, 2, 4, 64, 64, 32)
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    assert not cpu.why_not()
+    with using("native"):
+        yield
+
+
+def normal(*shape: int, dtype: str = "float32") -> jax.Array:
+    # A mean, so that what is left out does not average out.
+    return jnp.asarray(1 + np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", range(1, few_rows.MOST + 1))
+@pytest.mark.parametrize(("terms", "columns", "turned"), [
+    (48, 1120, False),  # several panels of columns, the last one not full
+    (16, 32, False),
+    (48, 37, True),  # an odd number, split over threads
+    (16, 1, True),
+])  # fmt: skip
+def test_a_few_rows_times_a_matrix(rows: int, terms: int, columns: int, turned: bool, dtype: str) -> None:
+    assert few_rows.takes(rows, terms, columns, dtype, turned)
+    given = normal(rows, terms), normal(*((columns, terms) if turned else (terms, columns)), dtype=dtype)
+    found = jax.jit(partial(few_rows.times, turned=turned))(*given)
+    one, two = (np.asarray(x, np.float64) for x in given)
+    expected = one @ (two.T if turned else two)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+def test_what_the_kernel_of_products_is_not_for() -> None:
+    assert few_rows.takes(8, 16, 32, "float32", False)
+    assert not few_rows.takes(9, 16, 32, "float32", False)
+    assert not few_rows.takes(8, 24, 32, "float32", False)
+    assert not few_rows.takes(8, 16, 48, "float32", False)
+    assert few_rows.takes(8, 16, 48, "float32", True)
+    assert not few_rows.takes(8, 16, 32, "float16", False)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_of_a_few_rows(turned: bool) -> None:
+    """Whoever trains on a handful of tokens: the gradients of a product are those of XLA's."""
+    rows, matrix = normal(3, 16), normal(*((32, 16) if turned else (16, 32)))
+
+    def loss(multiply, rows, matrix):  # type: ignore[no-untyped-def]
+        return jnp.sum(jnp.sin(multiply(rows, matrix) / 16))
+
+    def plain(rows: jax.Array, matrix: jax.Array) -> jax.Array:
+        return rows @ (matrix.T if turned else matrix)
+
+    found, expected = (
+        jax.jit(jax.grad(partial(loss, multiply), argnums=(0, 1)))(rows, matrix)
+        for multiply in (partial(few_rows.times, turned=turned), plain)
+    )
+    for one, two in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize(
+    ("equation", "row", "shapes", "kernel"),
+    [
+        ("btd,df->btf", "t", ((2, 3, 32), (32, 64)), True),
+        ("btd,dhr->bthr", "t", ((2, 1, 32), (32, 4, 8)), True),
+        ("bhtr,hrd->btd", "t", ((2, 4, 1, 8), (4, 8, 32)), True),
+        ("ve,bte->vbt", "t", ((7, 32), (2, 1, 32)), True),
+        ("btd,df->btf", "t", ((2, 5, 32), (32, 64)), False),  # ten rows
+        ("bcmk,bcsk->bcms", "m", ((1, 2, 1, 32), (1, 2, 32, 32)), False),  # a matrix for each cluster
+    ],
+)
+def test_which_products_are_kernels(equation: str, row: str, shapes: tuple[tuple[int, ...], ...], kernel: bool) -> None:
+    """Those of a few rows with one matrix, however their axes are called."""
+    one, two = (normal(*shape) for shape in shapes)
+    run = jax.jit(lambda one, two: product(equation, one, two, row))
+    assert ("ffi_call" in str(run.trace(one, two).jaxpr)) == kernel
+    expected = np.einsum(equation, np.asarray(one, np.float64), np.asarray(two, np.float64))
+    np.testing.assert_allclose(run(one, two), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("rank", [64, 40])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+def test_attention_over_a_cache_of_usual_and_of_other_ranks(storage: str, rank: int) -> None:
+    """The rank that the kernel is compiled for, and one whose last entries fill no vector."""
+    query = normal(2, 3, 1, 1, rank)
+    keys, values = (store(normal(2, heads, 45, rank), storage) for heads in (3, 6))
+    allowed = jnp.ones((2, 1, 45), bool).at[0, 0, :7].set(False).at[1, 0, 20:].set(False)
+    rest = {"scale": rank**-0.5, "value_heads": 2}
+    expected = jax.jit(partial(attend, **rest))(query, keys, values, allowed)[0]
+    run = jax.jit(partial(attend_one, **rest))
+    assert "chai_jax_attention" in str(run.trace(query, keys, values, allowed).jaxpr)
+    np.testing.assert_allclose(run(query, keys, values, allowed), expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+
+
+@pytest.mark.usefixtures("native")
+def test_columns_that_no_token_uses_are_not_read() -> None:
+    query, keys = normal(2, 1, 1, 1, 16), normal(2, 1, 24, 16)
+    allowed = jnp.zeros((2, 1, 24), bool).at[0, 0, 3:9].set(True).at[1, 0, 20:].set(True)
+    spoiled = jnp.where(allowed[:, :, :, None], keys, jnp.nan)
+    run = jax.jit(partial(attend_one, scale=0.3, value_heads=1))
+    found = run(query, spoiled, spoiled, allowed)
+    assert bool(jnp.isfinite(found).all())
+    np.testing.assert_array_equal(found, run(query, keys, keys, allowed))
+
+
+@pytest.mark.parametrize("storage", ["float32", "int8"])
+def test_decoding_by_kernels_makes_the_same_tokens_in_place(storage: str) -> None:
+    """Clusters of one key and several values; the program holds no second cache."""
+    group = Group(clusters=2, queries=1, values=2, storage=storage)
+    spec = Spec((LayerSpec("qk", ((0, 1), (2, 3)), (group,), 8, 8),) * 2)
+    params = fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3))
+    tokens, mask = serve.pad_left([[2, 9, 4], [2, 5]], 1)
+    keys, rule = jax.random.split(jax.random.key(0), 2), (serve.Sampling.checked(), jnp.int32(serve.NEVER))
+
+    def completed(attention: str) -> tuple[np.ndarray, str]:
+        with using(attention):
+            state = serve.prefill(CONFIG, spec, params, tokens, mask, keys, *rule, capacity=64, dtype=jnp.float32)
+            lowered = serve.decode.lower(CONFIG, spec, params, state, jnp.int32(40), *rule, dtype=jnp.float32)
+            program = lowered.compile()
+            assert program.memory_analysis().alias_size_in_bytes >= state.cache.nbytes
+            return np.asarray(program(params, state, jnp.int32(40), *rule).tokens), lowered.as_text()
+
+    (found, program), (expected, plain) = completed("native"), completed("xla")
+    np.testing.assert_array_equal(found, expected)
+    assert all(name in program and name not in plain for name in cpu.TARGETS)
+
+
+def test_one_cpu_uses_its_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = jax.devices("cpu")[:1]
+    assert kernels.resolved("auto", here) == "native"
+    assert kernels.resolved("auto", jax.devices("cpu")) == "xla"
+    assert not kernels.on_cpu()  # of eight devices
+    eight = jax.devices("cpu")
+    monkeypatch.setattr(jax, "devices", lambda: here)
+    assert (kernels.on_cpu(), kernels.for_tokens(), kernels.for_prompts()) == (True, True, False)
+    with using("xla"):
+        assert (kernels.on_cpu(), kernels.for_tokens()) == (False, False)
+    with pytest.raises(InputError, match="native is for one CPU, not for 8 x cpu; expected auto or xla"):
+        kernels.check("native", eight)
+
+
+def test_what_is_shown_or_branched_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`observe` wants scores; and a layer that is trained is multiplied by XLA from nine rows on."""
+    spec = Spec.dense(2, 4, 8)
+    params, mask = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 4), bool)
+
+    def ran(observe):  # type: ignore[no-untyped-def]
+        run = jax.jit(
+            lambda params: forward(CONFIG, spec, params, mask.astype(jnp.int32), mask, observe=observe).hidden
+        )
+        return str(run.trace(params).jaxpr).count("ffi_call")
+
+    with using("native"):
+        assert ran(None) > 0
+        assert ran(lambda layer, seen, params: seen.x) == 0
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """Nothing compiled yet, in this process or on disk."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpu.why_not.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    cpu.why_not.cache_clear()
+
+
+def test_without_a_compiler_xla_decodes(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    here = jax.devices("cpu")[:1]
+    assert kernels.resolved("auto", here) == "xla"
+    with using("native"):
+        assert not kernels.on_cpu()
+    with pytest.raises(InputError, match=r"no kernels: no C\+\+ compiler was found .*; expected auto or xla"):
+        kernels.check("native", here)
+    assert not list(anew.rglob("*.so"))
+
+
+def test_a_compiler_that_fails_is_told_of_and_xla_decodes(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = anew / "c++"
+    broken.write_text("#!/bin/sh\necho 'cpu.cc:1: error: no such flag' >&2\nexit 1\n", encoding="utf-8")
+    broken.chmod(0o700)
+    monkeypatch.setenv("CXX", str(broken))
+    with pytest.warns(UserWarning, match=r"made no kernels for this CPU, XLA decodes: cpu\.cc:1: error: no such flag"):
+        assert not cpu.available()
+    assert sorted(path.name for path in (anew / "chai_jax").iterdir()) == []  # nothing half made
+
+
+def test_the_library_is_compiled_once(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next process finds it, and another kind of CPU does not."""
+    monkeypatch.setattr(cpu.subprocess, "run", lambda command, **_: Path(command[-1]).write_bytes(b"made"))
+    compiler = cpu.compiler()
+    assert compiler is not None
+    made = cpu._built(compiler)
+    assert (made.read_bytes(), made.parent) == (b"made", anew / "chai_jax")
+    monkeypatch.setattr(cpu.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert cpu._built(compiler) == made
+    monkeypatch.setattr(cpu, "_processor", lambda: "another")
+    with pytest.raises(pytest.fail.Exception, match="compiled again"):
+        cpu._built(compiler)
+
+
+def test_a_home_that_cannot_be_written_to(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library is made for this process alone."""
+    (anew / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(anew / "file"))
+    monkeypatch.setenv("TMPDIR", str(anew))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(cpu.subprocess, "run", lambda command, **_: Path(command[-1]).write_bytes(b"made"))
+    made = cpu._built("c++")
+    assert made.read_bytes() == b"made"
+    assert made.is_relative_to(anew)
