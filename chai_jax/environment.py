@@ -10,8 +10,9 @@ import numpy as np
 from chai_jax.model import kernels
 from chai_jax.model.kernels import cpu
 from chai_jax.model.model import compute_dtype
+from chai_jax.model.quantized import Int4Array, QuantizedArray
 from chai_jax.model.sharding import current_layout
-from chai_jax.serve.decode import expands_weights
+from chai_jax.serve.decode import expands
 
 PACKAGES = ("chai_jax", "jax", "jaxlib", "flax", "optax", "transformers", "datasets", "scikit-learn", "kneed")
 
@@ -35,8 +36,16 @@ def where_computed() -> dict[str, Any]:
         "processes": jax.process_count(),
         "mesh": {**layout.mesh.shape, "fsdp": layout.fsdp},
         "compute_dtype": str(np.dtype(compute_dtype())),
-        "quantized_weights": "expanded before the first token" if expands_weights() else "read as stored",
+        "quantized_weights": _quantized_weights(),
     }
+
+
+def _quantized_weights() -> str:
+    """What becomes of them where tokens are made (`chai_jax.serve.decode.expands`)."""
+    int8, int4 = (expands(kind, compute_dtype()) for kind in (QuantizedArray, Int4Array))
+    if int8 == int4:
+        return "expanded before the first token" if int8 else "read as stored"
+    return "int8 read as stored, int4 expanded before the first token"
 
 
 def environment() -> dict[str, Any]:

@@ -87,10 +87,10 @@ class BenchCommand:
             )
         entrants, over = self._entrants(options, threads["peers"])
         with kernels.using(attention):
-            found = sweep(entrants, over, self.trials, self.seed, self.tokens)
+            found, where = sweep(entrants, over, self.trials, self.seed, self.tokens), where_computed()
         record = {
             "options": options,
-            **where_computed(),
+            **where,
             "devices_used": 1,
             "attention": attention,
             "threads": threads,

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,16 @@ from chai_jax.model.kernels import few_rows
 
 
 def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..."]:
-    """`jnp.einsum(equation, one, two)` of arrays of one dtype, float32.
+    """`jnp.einsum(equation, one, two)` of arrays of one dtype, float32. A weight may be int8.
 
     Args:
         row: the letter of the rows, in the operand that is no weight and nothing stored.
     """
-    plain = partial(jnp.einsum, equation, preferred_element_type=jnp.float32)
+
+    def plain(one: Array, two: Array) -> Array:
+        one, two = (x if x.dtype != jnp.int8 else x.astype(y.dtype) for x, y in ((one, two), (two, one)))
+        return jnp.einsum(equation, one, two, preferred_element_type=jnp.float32)
+
     on_cpu = _on_cpu(equation, (one, two), row, plain)
     return plain(one, two) if on_cpu is None else jax.lax.platform_dependent(one, two, cpu=on_cpu, default=plain)
 
@@ -34,35 +37,31 @@ def _on_cpu(
     terms, result = equation.split("->")
     names = terms.split(",")
     at = next(place for place, letters in enumerate(names) if row in letters)
-    free, shared, others = (
-        "".join(letter for letter in letters if keep(letter))
-        for letters, keep in (
-            (names[at], lambda letter: letter not in names[1 - at]),
-            (names[1 - at], lambda letter: letter in names[at]),
-            (names[1 - at], lambda letter: letter not in names[at]),
-        )
+    mine, other, dtype = names[at], names[1 - at], operands[1 - at].dtype.name
+    free, shared, own = (
+        "".join(filter(part.__contains__, letters))
+        for part, letters in ((set(mine) - set(other), mine), (set(mine), other), (set(other) - set(mine), other))
     )
-    size = dict(zip("".join(names), (*operands[0].shape, *operands[1].shape), strict=True))
-    rows, summed, columns = (math.prod(size[letter] for letter in letters) for letters in (free, shared, others))
-    turned = names[1 - at] == others + shared
-    lies = not set(shared) & set(result) and names[1 - at] in (others + shared, shared + others)  # as a matrix
-    if kernels.on_cpu() and lies and few_rows.takes(rows, summed, columns, operands[1 - at].dtype.name, turned):
+    size = dict(zip(mine + other, operands[at].shape + operands[1 - at].shape, strict=True))
+    rows, summed, columns = (math.prod(size[letter] for letter in letters) for letters in (free, shared, own))
+    turned = other == own + shared
+    matrix = not set(shared) & set(result) and (turned or other == shared + own)
+    if kernels.on_cpu() and matrix and few_rows.takes(rows, summed, columns, dtype, turned):
 
         def by_kernel(*operands: Array) -> Array:
-            flat = jnp.einsum(f"{names[at]}->{free}{shared}", operands[at]).reshape(rows, summed)
-            found = few_rows.times(
-                flat, operands[1 - at].reshape((columns, summed) if turned else (summed, columns)), turned
-            )
-            return jnp.einsum(f"{free}{others}->{result}", found.reshape([size[x] for x in free + others]))
+            x = jnp.einsum(f"{mine}->{free}{shared}", operands[at]).reshape(rows, summed)
+            weights = operands[1 - at].reshape((columns, summed) if turned else (summed, columns))
+            found = few_rows.times(x, weights, turned).reshape([size[letter] for letter in free + own])
+            return jnp.einsum(f"{free}{own}->{result}", found)
 
         return by_kernel
 
     def doubled(*operands: Array) -> Array:
         pair = list(operands)
-        pair[at] = jnp.repeat(pair[at], 2, axis=names[at].index(row))
+        pair[at] = jnp.repeat(pair[at], 2, axis=mine.index(row))
         return jax.lax.slice_in_dim(plain(*pair), 0, 1, axis=result.index(row))
 
-    return doubled if rows == 1 and operands[0].dtype == jnp.bfloat16 else None
+    return doubled if rows == 1 and operands[at].dtype == jnp.bfloat16 else None
 
 
 def side_by_side(values: Float[Array, "B values S R"], count: int) -> Float[Array, "B C S cR"]:

@@ -175,7 +175,7 @@ def einsum(equation: str, x: Float[Array, "..."], kernel: Leaf) -> Float[Array, 
     int4 kernel has scales along the contracted axis and is read back first.
     """
     weights = kernel.values if isinstance(kernel, QuantizedArray) else dequantize(kernel, x.dtype)
-    y = product(equation, x, weights.astype(x.dtype), row="t")
+    y = product(equation, x, weights, row="t")
     if isinstance(kernel, QuantizedArray):
         y = y * kernel.scale.astype(jnp.float32)
     return y.astype(x.dtype)

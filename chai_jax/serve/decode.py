@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
 from chai_jax.data.questions import most_rows
+from chai_jax.model import kernels
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import Output, forward, unembed
 from chai_jax.model.params import OPTConfig, Params, fold_projections
-from chai_jax.model.quantized import Leaf, Quantized, dequantize, is_leaf
+from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray, dequantize, is_leaf
 from chai_jax.model.sharding import Layout
 from chai_jax.serve.sample import Sampling, sample
 from chai_jax.spec import Spec
@@ -53,23 +54,25 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
-def expands_weights() -> bool:
-    """Whether quantized weights are expanded once, before the first token: on CPUs, where int8 products are slower than
-    float32 ones. Accelerators read them as they are stored, a quarter or a half of the bytes."""
-    return jax.default_backend() == "cpu"
+def expands(weights: type[Quantized], dtype: Any) -> bool:
+    """Whether weights of this kind are expanded to `dtype` once, before the first token: on CPUs, where XLA's products
+    of int8 are slower than those of float32. With kernels int8 is read as it is, a quarter of float32's bytes; bfloat16
+    is as fast, and prompts are read faster. Accelerators read what is stored.
+    """
+    read = weights is QuantizedArray and dtype == jnp.float32 and kernels.on_cpu()
+    return jax.default_backend() == "cpu" and not read
 
 
 def cast(params: Params, dtype: Any, expand: bool | None = None) -> Params:
     """Matrices and embeddings in the dtype they are multiplied in, once instead of at every token.
 
-    Vectors (norms, biases) are cast where they are used. What is quantized is expanded where `expands_weights()`, if
-    `expand` does not say otherwise.
+    Vectors (norms, biases) are cast where they are used. What is quantized is expanded where it is faster (`expands`),
+    if `expand` does not say otherwise.
     """
-    expand = expands_weights() if expand is None else expand
 
     def leaf(x: Leaf) -> Leaf:
         if isinstance(x, Quantized):
-            return dequantize(x, dtype) if expand else x
+            return dequantize(x, dtype) if (expands(type(x), dtype) if expand is None else expand) else x
         return x.astype(dtype) if x.ndim > 1 else x
 
     return jax.tree.map(leaf, params, is_leaf=is_leaf)

@@ -19,6 +19,7 @@ from chai_jax.model.kernels import cpu, few_rows, using
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, fold_projections, init
 from chai_jax.model.products import product
+from chai_jax.model.quantized import QuantizedArray, dequantize, einsum, quantize, quantize_int4
 from chai_jax.serve import decode as serve
 from chai_jax.spec import Group, LayerSpec, Spec
 
@@ -35,11 +36,12 @@ def native() -> Iterator[None]:
 
 def normal(*shape: int, dtype: str = "float32") -> jax.Array:
     # A mean, so that what is left out does not average out.
-    return jnp.asarray(1 + np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
+    spread = 20 if dtype == "int8" else 1
+    return jnp.asarray(1 + spread * np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", range(1, few_rows.MOST + 1))
 @pytest.mark.parametrize(("terms", "columns", "turned"), [
     (48, 1120, False),  # several panels of columns, the last one not full
@@ -84,6 +86,31 @@ def test_gradients_of_a_few_rows(turned: bool) -> None:
     )
     for one, two in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
+
+
+@pytest.mark.usefixtures("native")
+def test_the_gradient_of_rows_times_int8() -> None:
+    rows, matrix = normal(3, 16), normal(16, 32, dtype="int8")
+    found = jax.grad(lambda rows: jnp.sum(few_rows.times(rows, matrix, False)))(rows)
+    np.testing.assert_allclose(found, jnp.broadcast_to(matrix.astype(jnp.float32).sum(1), (3, 16)), rtol=1e-6)
+
+
+def test_int8_weights_are_read_as_they_are_stored_where_there_are_kernels() -> None:
+    """By few rows and by many; int4 is expanded, and without kernels so is int8."""
+    x, few = normal(2, 3, 32), slice(0, 1)
+    weights = {"int8": quantize(normal(32, 64), (-2,), jnp.float32), "int4": quantize_int4(normal(32, 64), -2, 8)}
+    with using("xla"):
+        assert all(isinstance(leaf, jax.Array) for leaf in serve.cast(weights, jnp.float32).values())
+    with using("native"):
+        kept = serve.cast(weights, jnp.float32)
+        assert isinstance(kept["int8"], QuantizedArray)
+        assert isinstance(kept["int4"], jax.Array)
+        run = jax.jit(partial(einsum, "btd,df->btf"))
+        assert "chai_jax_few_rows" in str(run.trace(x[:, few], kept["int8"]).jaxpr)
+        many = jnp.concatenate([x] * 4, axis=1)
+        expected = x @ dequantize(weights["int8"])
+        for rows, each in ((x, expected), (many, jnp.concatenate([expected] * 4, axis=1))):
+            np.testing.assert_allclose(run(rows, kept["int8"]), each, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.usefixtures("native")

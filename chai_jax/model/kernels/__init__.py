@@ -77,9 +77,7 @@ def check(attention: str, devices: Any) -> None:
         if platform != "cpu" or count > 1:
             raise InputError(f"--attention native is for one CPU, not for {count} x {kind}; expected auto or xla")
         if not cpu.available():
-            raise InputError(
-                f"--attention native has no kernels: {cpu.why_not()}; expected auto or xla"
-            )
+            raise InputError(f"--attention native has no kernels: {cpu.why_not()}; expected auto or xla")
     if attention != "pallas":
         return
     expected = "expected auto or xla, or one NVIDIA GPU from Ampere on, or one TPU from v4 on"

@@ -207,8 +207,9 @@ struct Group {
   void Attend(int64_t sequence, int64_t cluster) const {
     const bool* readable = allowed + sequence * columns;
     int64_t first = std::find(readable, readable + columns, true) - readable, end = columns;
-    if (first == columns) first = 0;  // nothing may be read: all alike
-    else while (!readable[end - 1]) --end;
+    const bool none = first == columns;  // then it reads all alike
+    if (none) first = 0;
+    while (!none && !readable[end - 1]) --end;
     const int64_t count = end - first, at = sequence * clusters + cluster;
     std::vector<float> scores(count), weights(count);
     for (int64_t row = 0; row < queries; ++row) {
@@ -263,14 +264,15 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::Any
 
 constexpr int kDeep = 8;  // rows of the matrix read at once
 constexpr int kWide = 2;  // vectors of its columns read at once
-constexpr int64_t kPanel = 1536;  // columns whose sums stay in the first cache
+constexpr int64_t kPanel = 1536;  // columns whose sums stay in the nearest caches
 
 // out [M, N] = rows [M, K] matrix [K, N], of columns begin ... end - 1.
 template <int M, typename T>
 void TimesMatrix(const float* rows, const T* matrix, float* out, int64_t K, int64_t N, int64_t begin, int64_t end) {
-  // Side by side here: rows of `out` and `rows` may lie a multiple of 4,096 bytes apart, and push each other out of the
-  // first cache.
-  float sums[M][kPanel + kLanes], terms[kDeep][M];
+  // Copies side by side: rows of `out` and of `rows` may lie a multiple of 4,096 bytes apart, and push each other out of
+  // the first cache.
+  alignas(64) float sums[M][kPanel + kLanes];
+  float terms[kDeep][M];
   for (int64_t panel = begin; panel < end; panel += kPanel) {
     const int64_t width = std::min(kPanel, end - panel);
     std::memset(sums, 0, sizeof sums);
@@ -331,7 +333,8 @@ void Times(bool turned, const float* rows, const T* matrix, float* out, int64_t 
 }
 
 template <typename T>
-void Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, const T* matrix, float* out, int64_t N, bool turned) {
+void Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, const void* matrix, float* out, int64_t N,
+              bool turned) {
   const int64_t M = rows.dimensions()[0], K = rows.dimensions()[1], step = kWide * kLanes;
   using Product = void (*)(bool, const float*, const T*, float*, int64_t, int64_t, int64_t, int64_t);
   constexpr Product products[] = {Times<1, T>, Times<2, T>, Times<3, T>, Times<4, T>,
@@ -339,17 +342,16 @@ void Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, const T* matrix,
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), parts = threads * (turned ? 8 : 1);
   const int64_t each = (N + parts * step - 1) / (parts * step) * step;
   InParallel(pool, (N + each - 1) / each, [&](int64_t part) {
-    products[M - 1](turned, rows.typed_data(), matrix, out, K, N, part * each, std::min(N, (part + 1) * each));
+    products[M - 1](turned, rows.typed_data(), static_cast<const T*>(matrix), out, K, N, part * each,
+                    std::min(N, (part + 1) * each));
   });
 }
 
 ffi::Error FewRows(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, ffi::AnyBuffer matrix,
                    ffi::ResultBuffer<ffi::F32> out, bool turned) {
-  const int64_t N = out->dimensions()[1];
-  if (matrix.element_type() == ffi::F32)
-    Multiply(pool, rows, static_cast<const float*>(matrix.untyped_data()), out->typed_data(), N, turned);
-  else
-    Multiply(pool, rows, static_cast<const BFloat16*>(matrix.untyped_data()), out->typed_data(), N, turned);
+  auto multiply = matrix.element_type() == ffi::F32 ? Multiply<float>
+                  : matrix.element_type() == ffi::BF16 ? Multiply<BFloat16> : Multiply<int8_t>;
+  multiply(pool, rows, matrix.untyped_data(), out->typed_data(), out->dimensions()[1], turned);
   return ffi::Error::Success();
 }
 

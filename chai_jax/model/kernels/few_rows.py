@@ -1,13 +1,14 @@
 """Products of a few rows with a matrix on a CPU (cpu.cc), which reads the matrix once, as it lies."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 MOST = 8  # rows: one vector of sums for each stays in registers
-STORED = ("float32", "bfloat16")
+STORED = ("float32", "bfloat16", "int8")
 COLUMNS, TERMS = 32, 16  # of which the matrix has a multiple: two of the widest vectors, and one
 
 
@@ -18,7 +19,7 @@ def takes(rows: int, terms: int, columns: int, dtype: str, turned: bool) -> bool
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
-def times(rows: Float[Array, "M K"], matrix: Float[Array, "_ _"], turned: bool) -> Float[Array, "M N"]:
+def times(rows: Float[Array, "M K"], matrix: Num[Array, "_ _"], turned: bool) -> Float[Array, "M N"]:
     """rows @ matrix [K, N], or @ matrix.T where it is `turned` [N, K]; float32. Of what `takes` accepts."""
     columns = matrix.shape[0 if turned else 1]
     shape = jax.ShapeDtypeStruct((len(rows), columns), jnp.float32)
@@ -28,8 +29,11 @@ def times(rows: Float[Array, "M K"], matrix: Float[Array, "_ _"], turned: bool) 
 
 
 @times.defjvp
-def _(turned: bool, primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+def _(turned: bool, primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     """A product is linear in either operand; XLA multiplies here, which can transpose it for a gradient."""
     (rows, matrix), (new_rows, new_matrix) = primals, tangents
     plain = partial(jnp.einsum, "mk,nk->mn" if turned else "mk,kn->mn", preferred_element_type=jnp.float32)
-    return times(rows, matrix, turned), plain(new_rows, matrix) + plain(rows, new_matrix)
+    change = plain(new_rows, matrix.astype(rows.dtype))
+    if matrix.dtype != jnp.int8:  # of which there are no small changes
+        change += plain(rows, new_matrix)
+    return times(rows, matrix, turned), change
