@@ -44,7 +44,7 @@ def normal(*shape: int, dtype: str = "float32") -> jax.Array:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("rows", range(1, few_rows.MOST + 1))
 @pytest.mark.parametrize(("terms", "columns", "turned"), [
-    (48, 1120, False),  # several panels of columns, the last one not full
+    (16, 12320, False),  # several panels of columns, of up to eight threads, the last one not full
     (16, 32, False),
     (48, 37, True),  # an odd number, split over threads
     (16, 1, True),
