@@ -27,6 +27,11 @@ pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler"
 CONFIG = OPTConfig(64, 32, 2, 4, 64, 64, 32)
 
 
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "LEAST", 1)
+
+
 @pytest.fixture
 def native() -> Iterator[None]:
     assert not cpu.why_not()
@@ -59,13 +64,17 @@ def test_a_few_rows_times_a_matrix(rows: int, terms: int, columns: int, turned: 
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-def test_what_the_kernel_of_products_is_not_for() -> None:
+def test_what_the_kernel_of_products_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert few_rows.takes(8, 16, 32, "float32", False)
     assert not few_rows.takes(9, 16, 32, "float32", False)
     assert not few_rows.takes(8, 24, 32, "float32", False)
     assert not few_rows.takes(8, 16, 48, "float32", False)
     assert few_rows.takes(8, 16, 48, "float32", True)
     assert not few_rows.takes(8, 16, 32, "float16", False)
+    monkeypatch.setattr(few_rows, "LEAST", 2 * 16 * 32)
+    assert few_rows.takes(2, 16, 32, "float32", False)
+    assert not few_rows.takes(1, 16, 32, "float32", False)
+    assert few_rows.takes(1, 16, 32, "int8", False)  # XLA would expand it at every token
 
 
 @pytest.mark.usefixtures("native")

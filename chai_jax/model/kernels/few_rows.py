@@ -9,13 +9,18 @@ from jaxtyping import Array, Float, Num
 
 MOST = 8  # rows: one vector of sums for each stays in registers
 STORED = ("float32", "bfloat16", "int8")
+LEAST = 2**20  # products of a row's entry and a weight: of fewer XLA makes no threads, and is done sooner
 COLUMNS, TERMS = 32, 16  # of which the matrix has a multiple: two of the widest vectors, and one
 
 
 def takes(rows: int, terms: int, columns: int, dtype: str, turned: bool) -> bool:
-    """Whether the kernel is for so many rows times a matrix [terms, columns], or `turned` [columns, terms]."""
+    """Whether the kernel is for so many rows times a matrix [terms, columns], or `turned` [columns, terms].
+
+    int8, which XLA would expand first, is for it however small.
+    """
     fits = terms % TERMS == 0 and (turned or columns % COLUMNS == 0)
-    return 1 <= rows <= MOST and dtype in STORED and fits
+    enough = dtype == "int8" or rows * terms * columns >= LEAST
+    return 1 <= rows <= MOST and dtype in STORED and fits and enough
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(2,))
