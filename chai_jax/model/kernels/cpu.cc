@@ -96,9 +96,12 @@ inline float Exp(float x) {
 }
 
 // run(0) ... run(count - 1) on XLA's threads and this one. Helpers that come too late find nothing left to do, and are
-// not waited for: all threads may be here, each with helpers that no thread is free for.
+// not waited for: all threads may be here, each with helpers that no thread is free for. Few bytes are read sooner than
+// a helper is awake.
+constexpr int64_t kWorth = 1 << 18;  // bytes to read for each thread
+
 template <typename Run>
-void InParallel(ffi::ThreadPool pool, int64_t count, const Run& run) {
+void InParallel(ffi::ThreadPool pool, int64_t count, int64_t bytes, const Run& run) {
   struct Shared {
     std::atomic<int64_t> next{0};
     int64_t done = 0;
@@ -113,7 +116,7 @@ void InParallel(ffi::ThreadPool pool, int64_t count, const Run& run) {
     std::lock_guard<std::mutex> lock(shared->mutex);
     if ((shared->done += mine) == count) shared->all_done.notify_one();
   };
-  int64_t helpers = std::min<int64_t>(count, pool.num_threads()) - 1;
+  int64_t helpers = std::min<int64_t>({count, pool.num_threads(), bytes / kWorth}) - 1;
   for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule([work] { work(); });
   work();
   std::unique_lock<std::mutex> lock(shared->mutex);
@@ -243,7 +246,8 @@ void AttendAll(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ffi::AnyBuffer
                  key_scale, value_scale, allowed.typed_data(), out,
                  key[0], key[1], asked[2], value[1] / key[1], key[2], key[3], value[3]};
   bool usual = group.rank == 64 && group.value_rank == 64;  // every OPT up to 1.3b, but for what was cut
-  InParallel(pool, group.batch * group.clusters, [&](int64_t task) {
+  const int64_t bytes = keys.size_bytes() + values.size_bytes();
+  InParallel(pool, group.batch * group.clusters, bytes, [&](int64_t task) {
     int64_t sequence = task / group.clusters, cluster = task % group.clusters;
     usual ? group.template Attend<64>(sequence, cluster) : group.template Attend<0>(sequence, cluster);
   });
@@ -341,7 +345,7 @@ void Multiply(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> rows, const void* matr
                                   Times<5, T>, Times<6, T>, Times<7, T>, Times<8, T>};
   const int64_t threads = std::max<int64_t>(1, pool.num_threads()), parts = threads * (turned ? 8 : 1);
   const int64_t each = (N + parts * step - 1) / (parts * step) * step;
-  InParallel(pool, (N + each - 1) / each, [&](int64_t part) {
+  InParallel(pool, (N + each - 1) / each, K * N * static_cast<int64_t>(sizeof(T)), [&](int64_t part) {
     products[M - 1](turned, rows.typed_data(), static_cast<const T*>(matrix), out, K, N, part * each,
                     std::min(N, (part + 1) * each));
   });
