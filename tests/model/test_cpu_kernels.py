@@ -205,8 +205,8 @@ def test_one_cpu_uses_its_kernels_unless_told_otherwise(monkeypatch: pytest.Monk
         kernels.check("native", eight)
 
 
-def test_what_is_shown_or_branched_is_left_to_xla(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`observe` wants scores; and a layer that is trained is multiplied by XLA from nine rows on."""
+def test_what_is_observed_is_left_to_xla() -> None:
+    """It has scores to show, and is probed by many rows at once anyway."""
     spec = Spec.dense(2, 4, 8)
     params, mask = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 4), bool)
 

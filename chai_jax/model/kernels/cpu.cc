@@ -1,7 +1,8 @@
 // What decoding does at every token, for CPUs: attention of one new token, and products of a few rows with a matrix.
 //
 // Both are bound by memory: each key, value and weight is read once, from several places of an array at a time, since
-// one stream does not fill a core's queue of loads. Compiled and registered by cpu.py; shapes are checked there.
+// one stream does not fill a core's queue of loads. Compiled and registered by cpu.py; called by decode_cpu.py and
+// few_rows.py, which see to shapes and types.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
