@@ -143,8 +143,8 @@ def attend_one(
     `chai_jax.model.kernels.check`, since neither can be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
-    platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
-    platforms = ["cpu"] if kernels.on_cpu() else platforms
+    accelerators = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
+    platforms = ["cpu"] if kernels.on_cpu() else accelerators
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)

@@ -14,7 +14,6 @@ import jax
 from chai_jax.errors import InputError
 from chai_jax.model.kernels import cpu
 
-CHOICES = ("auto", "xla", "pallas", "native")
 LANES = 128  # of a TPU's vectors
 NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
 OLDEST_GPU = 8.0  # compute capability: Ampere, the first with bfloat16

@@ -18,7 +18,7 @@ def attend_on_cpu(
     allowed: Bool[Array, "B S"],
     value_heads: int,
 ) -> Float[Array, "B C qv Rv"]:
-    """For keys and values of float32, bfloat16 or int8; float32, or what bfloat16 reads of it."""
+    """Outputs in float32, of keys and values of one type: float32, bfloat16 or int8; the query is already scaled."""
     (stored_keys, key_scale), (stored_values, value_scale) = map(stored_parts, (keys, values))
     batch, clusters, queries, _ = query.shape
     shape = batch, clusters, queries * value_heads, stored_values.shape[-1]
