@@ -1,9 +1,9 @@
-"""What the compressed cache buys on one GPU: decoding, beside transformers too; the largest batch; inferences a second.
+"""What one GPU does: decoding and prompts, beside transformers; inferences a second; the largest batch.
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python experiments/bench_gpu.py --out runs/gpu
 
 On one H100 or its like, with jax[cuda12]; random weights, no files, no network. For the row of transformers also torch
-with CUDA. `--parts decode`, `score` or `largest` does one part alone, where a command may not take long; of `largest`
+with CUDA. `--parts decode` (or another) does one part alone, where a command may not take long; of `largest`
 alone no other part has left its memory in pieces. Everything that is compared is timed in turn within each of
 `--rounds` rounds of one process; ratios are taken round by round; floors are at rates probed before and after.
 
@@ -11,16 +11,20 @@ decode   opt-1.3b, batch 64, positions 1920 to 2048: the compressed cache (share
          quarter of the bytes) and the dense bfloat16 one, each with XLA's attention and with this package's kernel,
          and transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920
          columns in use and random entries, since no time depends on the numbers.
+prompt   the same two models read prompts of 1920 tokens, 8 at once, with XLA's attention and with cuDNN's, and
+         transformers with scaled_dot_product_attention.
 score    inferences a second of opt-125m: questions of 48 tokens with two one-token answers, the shape of SST-2.
 largest  the largest batch that decodes at the same length: searched by compiling, each program's bytes by XLA's account
-         held against what JAX may take of the device (`--memory` says another limit); what is found then decodes two
-         steps, and where memory runs out 5 % fewer are tried.
+         held against what JAX may take of the device (`--memory` says another limit, `--found` what was found
+         elsewhere); it then decodes two steps, and where memory runs out 5 % fewer are tried. Set
+         XLA_PYTHON_CLIENT_PREALLOCATE=true for this part alone, so that memory is one piece.
 
 Writes bench_gpu.json, .csv and .md; the Markdown ends with a line a goal. Without a GPU it stops with status 2, or with
 `--anywhere` measures what is there.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,9 +55,10 @@ from lab.options import Record, command_line, start
 from lab.paper import THROUGHPUT
 from lab.publish import publish
 from lab.race import in_turn, row_of
+from lab.reading import Read, TransformersReads
 from lab.scoring import Scored
 
-PARTS = ("decode", "score", "largest")
+PARTS = ("decode", "prompt", "score", "largest")
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,8 @@ class GpuOptions:
     """Columns of the cache that are in use when decoding begins."""
     steps: int = 128
     """Decoding steps of a round."""
+    prompt_batch: int = 8
+    """Prompts, of as many tokens, that are read at once."""
     score_batches: str = "64,128,256,512,1024"
     """Questions answered at once, with commas."""
     question: int = 48
@@ -86,6 +93,9 @@ class GpuOptions:
     """Time transformers beside ours."""
     memory: float | None = None
     """GiB that the largest batch may take (default: what JAX may take of the device)."""
+    found: str | None = None
+    """The largest batches, dense and compressed, that `chai-jax aot --largest-batch` found elsewhere by compiling: they
+    are run without another search."""
     anywhere: bool = False
     """Measure on whatever JAX finds, a GPU or not."""
     seed: int = 0
@@ -108,9 +118,9 @@ class GpuOptions:
                 require_backend("gpu")
             except InputError as error:
                 raise InputError(f"{str(error).partition('; ')[2]}, or give --anywhere") from None
-        for name in ("batch", "start", "steps", "question", "rounds"):
+        for name in ("batch", "start", "steps", "prompt_batch", "question", "rounds"):
             if getattr(self, name) < 1:
-                raise InputError(f"--{name} is {getattr(self, name)}; expected at least 1")
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
         positions = config_of(self.model).max_positions
         if self.start + self.steps > positions:
             raise InputError(f"--start {self.start} and --steps {self.steps} do not fit {positions} positions")
@@ -162,16 +172,8 @@ def raced(
     models: dict[str, Model], peer: Transformers | None, shape: Shape, options: GpuOptions, before: Rates
 ) -> list[Record]:
     """A row each, of laps in turn."""
-    ready: dict[str, Any] = {}
-    computes = {PEER: models[DENSE]}
-    for cache, model in models.items():
-        held = Held.of(model, shape, options.seed)
-        for name, attention in ((cache, "xla"), (KERNELS[cache], "pallas")):
-            if attention == "pallas" and jax.default_backend() != "gpu":
-                continue
-            computes[name] = model
-            with console.status(f"compiling {name}"), kernels.using(attention):
-                ready[name] = Ours(model, shape, options.seed, held)
+    held = {cache: Held.of(model, shape, options.seed) for cache, model in models.items()}
+    ready, computes = built(models, lambda cache: Ours(models[cache], shape, options.seed, held[cache]))
     if peer is not None:
         ready[PEER] = peer
     rounds = in_turn(ready, options.rounds)
@@ -185,6 +187,41 @@ def raced(
         }
         for name, one in ready.items()
     ]
+
+
+def built(models: dict[str, Model], build: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, Model]]:
+    """What `build` makes of either cache, with XLA's attention and on a GPU with kernels; and the model of each."""
+    ready: dict[str, Any] = {}
+    computes = {PEER: models[DENSE]}
+    for cache, model in models.items():
+        for name, attention in ((cache, "xla"), (KERNELS[cache], "pallas")):
+            if attention == "pallas" and jax.default_backend() != "gpu":
+                continue
+            computes[name] = model
+            with console.status(f"compiling {name}"), kernels.using(attention):
+                ready[name] = build(cache)
+    return ready, computes
+
+
+def prompt_rows(options: GpuOptions) -> list[Record]:
+    """Prompts of `start` tokens, read by both models and by transformers where it can be had."""
+    shape = Shape(options.prompt_batch, options.start)
+    models = {cache: model_of(options.model, cache, options) for cache in (DENSE, SMALL)}
+    params = {cache: serving_params(model, Layout(make_mesh(1))) for cache, model in models.items()}
+    about = {"part": "prompt", "model": options.model}
+    first = probe_rates(compute_dtype())
+    ready, computes = built(models, lambda cache: Read(models[cache], params[cache], shape, options.seed))
+    why = torch_absent() if options.peer else "--no-peer"
+    if why is None:
+        ready[PEER] = TransformersReads(models[DENSE], shape, options.seed)
+    rounds = in_turn(ready, options.rounds)
+    rates = first.best(probe_rates(compute_dtype()))
+    rows = [
+        row_of(name, one, computes[name], rounds, "prefill_ms", rates, shape.batch * shape.prompt)
+        for name, one in ready.items()
+    ]
+    absent = [] if why is None else [{"cache": PEER, "absent": why}]
+    return [{**about, "prompt": shape.prompt, **row} for row in rows + absent]
 
 
 def score_rows(options: GpuOptions) -> list[Record]:
@@ -214,15 +251,18 @@ def score_rows(options: GpuOptions) -> list[Record]:
 def largest_rows(options: GpuOptions) -> list[Record]:
     """The largest batch of either cache, by compiling, and whether it runs."""
     given = {"share": options.share, "clusters": options.clusters, "storage": options.storage}
-    limit = memory_limit(options.memory)
+    limit, end = memory_limit(options.memory), options.start + options.steps
+    known = dict(zip((DENSE, SMALL), numbers("found", options.found or "", int), strict=False))
     rows = []
     for cache, choices in ((DENSE, {}), (SMALL, given)):
         row = {"part": "largest", "model": options.model, "cache": cache}
         if limit is None:
             rows.append({**row, "absent": "JAX does not say what it may take of this device: give --memory"})
             continue
-        end = options.start + options.steps
-        found = searched(options.model, choices, end, options.batch, limit)
+        if cache in known:
+            found = {"largest": known[cache], "too_large": None, "compiled": 0, "needed": None}
+        else:
+            found = searched(options.model, choices, end, options.batch, limit)
         batch = ran(model_of(options.model, cache, options), found["largest"], end, options.seed)
         rows.append({**row, **found, "limit": limit, "batch": batch})
     return rows
@@ -231,7 +271,7 @@ def largest_rows(options: GpuOptions) -> list[Record]:
 def bench_gpu(options: GpuOptions) -> Record:
     """All parts that were asked for, written as they come; the part that leaves memory in pieces last."""
     options.check()
-    making = {"decode": decode_rows, "score": score_rows, "largest": largest_rows}
+    making = {"decode": decode_rows, "prompt": prompt_rows, "score": score_rows, "largest": largest_rows}
     rows: list[Record] = []
     record: Record = {}
     for part in parse_list("--parts", options.parts, PARTS):

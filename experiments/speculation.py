@@ -67,13 +67,16 @@ class SpeculationOptions(Common):
 
 def drafts_of(model: Model, text: Sequence[Encoded], options: SpeculationOptions) -> dict[str, Model]:
     """By name."""
-    found = {"itself": model}
+    found = {"itself": model} | {Path(source).name: load(source) for source in options.drafts}
+    parts = [float(part) for part in options.clusters.split(",") if part]
+    if not parts:
+        return found
     looked = probe(model, [window.tokens for window in text])
-    for part in map(float, filter(None, options.clusters.split(","))):
+    for part in parts:
         merges = {"score_merge": "low_rank", "value_merge": "fit", "sensitivity": "attention"}
         wanted = plan(model, looked, layers=1.0, clusters=part, seed=options.seed_numbers[0], **merges)
         found[f"clusters {part:g}"] = cluster(model, wanted, looked)
-    return found | {Path(source).name: load(source) for source in options.drafts}
+    return found
 
 
 def timed(model: Model, draft: Model | None, prompt: list[int], count: int, new: int) -> Timing:

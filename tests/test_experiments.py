@@ -280,6 +280,23 @@ def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) 
     assert ours.bytes["kv"] == theirs.bytes["kv"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
+def test_transformers_reads_what_we_read(bench_gpu: Any, torch: ModuleType) -> None:
+    """The same prompts, lap after lap, to the same first new tokens."""
+    from lab.reading import Read, TransformersReads
+
+    config = OPTConfig(64, 32, 2, 4, 64, 48, embed_dim=32)
+    spec = Spec.dense(2, 4, 8)
+    model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
+    shape = bench_gpu.Shape(24, 20)
+    ours, theirs = Read(model, model.params, shape, 0), TransformersReads(model, shape, 0, "cpu", "float32")
+    for _ in range(2):
+        assert min(*ours.lap(), *theirs.lap()) > 0
+        assert np.asarray(ours.first).tolist() == theirs.first.tolist()
+    assert len(np.unique(np.asarray(ours.first))) > 2
+    assert ours.bytes["kv"] == cache_bytes(spec, 24, 21)
+
+
 def test_memory_that_runs_out_means_a_smaller_batch(
     bench_gpu: Any, small_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

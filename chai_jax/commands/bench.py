@@ -49,9 +49,9 @@ class BenchCommand:
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
     """With --clusters: format of the variants' cache (default: as the MODEL's)."""
     attention: Literal["auto", "xla", "pallas", "native"] = "auto"
-    """How the models attend: XLA's own programs, or kernels (pallas: decoding on one NVIDIA GPU, or one TPU from v4 on,
-    and long prompts on such a TPU; native: decoding on one CPU, and its products). auto: kernels where one GPU decodes,
-    or one CPU that has a C++ compiler."""
+    """How the models attend: XLA's own programs, or kernels (pallas: decoding and long prompts on one NVIDIA GPU, or
+    one TPU from v4 on; native: decoding on one CPU, and its products). auto: kernels on one GPU, or one CPU that has a
+    C++ compiler."""
     peer: Annotated[UseAppendAction[tuple[Literal["hf", "ctranslate2"], ...]], arg(metavar="{hf,ctranslate2}")] = ()
     """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too; may be repeated."""
     threads: int | None = None

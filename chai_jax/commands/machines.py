@@ -51,7 +51,7 @@ class AotCommand:
     """Compute each layer again in the backward pass."""
     attention: Literal["auto", "xla", "pallas"] = "auto"
     """How decode and prefill attend: the compiler's own programs, or kernels (one H100, or TPU from v4 on). auto:
-    kernels where one GPU decodes."""
+    kernels on one GPU."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 

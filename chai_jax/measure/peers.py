@@ -54,8 +54,9 @@ def torch_model(model: Model) -> Any:
         name: torch.from_numpy(np.array(stored.read(), np.float32))
         for name, stored in to_hf(dense.config, dense.params).items()
     }
-    twin = OPTForCausalLM(OPTConfig(**config_fields(dense.config))).eval()
-    left = twin.load_state_dict(weights, strict=False)
+    with torch.device("meta"):  # random weights, which are replaced, would take a minute for opt-1.3b
+        twin = OPTForCausalLM(OPTConfig(**config_fields(dense.config))).eval()
+    left = twin.load_state_dict(weights, strict=False, assign=True)
     tied = {"lm_head.weight"} if dense.config.tied else set()
     assert not left.unexpected_keys
     assert set(left.missing_keys) <= tied

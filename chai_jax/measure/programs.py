@@ -212,8 +212,7 @@ def lower(job: Job, shapes: Shapes, plan: Plan | None = None) -> Any:
             f"a batch of {job.batch} does not divide over {shapes.layout.ways} data-parallel devices: choose a multiple"
         )
     if job.kind in TRAINING:
-        with kernels.using("xla"):
-            return _lower_update(job, shapes, plan)
+        return _lower_update(job, shapes, plan)
     kernels.check(job.attention, shapes.layout.mesh.devices.flatten())
     with kernels.using(job.attention):
         return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, shapes)

@@ -15,9 +15,8 @@ from jaxtyping import Array, Bool, Float
 
 from chai_jax.model import kernels
 from chai_jax.model.blocks import Windowed
-from chai_jax.model.kernels import decode_gpu
+from chai_jax.model.kernels import decode_gpu, prompt_gpu, prompt_tpu
 from chai_jax.model.kernels.decode import decode_attention
-from chai_jax.model.kernels.prompt import prompt_attention
 from chai_jax.model.products import apart, product, side_by_side
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 
@@ -158,13 +157,19 @@ def attend_prompt(
     scale: float,
     value_heads: int,
 ) -> Float[Array, "B heads T Rv"]:
-    """What `attend_in_order` returns first, by a TPU's kernel where the program is compiled for one (see `attend_one`).
+    """What `attend_in_order` returns first, by the kernel of the device that the program is compiled for (see
+    `attend_one`), or where it has none for such a prompt (`prompt_tpu.takes`, `prompt_gpu.takes`) as XLA does.
 
-    Rows of the kernel may read every real column up to their own: `allowed` has no branches.
+    Rows of a kernel may read every real column up to their own: `allowed` has no branches.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
-    default, kernel = partial(_heads, attend_in_order, **rest), partial(prompt_attention, **rest)
-    return jax.lax.platform_dependent(query, keys, values, allowed, default=default, tpu=kernel)
+    lowered = {}
+    if prompt_tpu.takes(query):
+        lowered["tpu"] = partial(prompt_tpu.prompt_on_tpu, **rest)
+    if prompt_gpu.takes(query, keys, values):
+        lowered["cuda"] = partial(prompt_gpu.prompt_on_gpu, **rest)
+    default = partial(_heads, attend_in_order, **rest)
+    return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)
 
 
 def _heads(attention: Callable[..., tuple[Array, Array, Array]], *stored: Any, **rest: Any) -> Array:

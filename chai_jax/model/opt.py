@@ -22,7 +22,6 @@ from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_in_order, attend_one, attend_prompt
 from chai_jax.model.blocks import of_rows
 from chai_jax.model.cache import Cache, GroupCache, remember
-from chai_jax.model.kernels.prompt import SHORTEST
 from chai_jax.model.layers import Heads, Norm, Projection, at_columns, value_of
 from chai_jax.model.params import POSITION_OFFSET, PROJECTIONS, OPTConfig, Params
 from chai_jax.model.products import product
@@ -120,9 +119,9 @@ class Attention(nnx.Module):
             return self.output(at_columns(joined, wanted, 2)), (new,), Seen(x, score, probability, allowed, joined)
         readable = at_columns(allowed, wanted, 1)
         in_order = past is None and wanted is None
-        decoding, long = past is not None and x.shape[1] == 1, in_order and x.shape[1] >= SHORTEST
+        decoding = past is not None and x.shape[1] == 1
         kernel = None
-        if (decoding and kernels.for_tokens()) or (long and kernels.for_prompts()):
+        if (decoding and kernels.for_tokens()) or (in_order and kernels.for_prompts()):
             kernel = attend_one if decoding else attend_prompt
         heads, scores, probabilities, caches = [], [], [], []
         for index, (group, query, key, value) in enumerate(self._groups(x)):

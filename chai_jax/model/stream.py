@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from chai_jax.model import kernels
 from chai_jax.model.model import Model
 from chai_jax.model.opt import OPT, Block, Seen, visible
 from chai_jax.model.params import OPTConfig, Params
@@ -65,7 +66,8 @@ def seen_through(
 ) -> tuple[Float[Array, "N W D"], Seen]:
     """What leaves a layer when `x` enters it, and what its attention sees and does; to be called inside jit."""
     _, allowed, start, _ = visible(mask, None)
-    after, _, seen = Block(config, layer, params)(x, allowed, None, start)
+    with kernels.using("xla"):  # kernels have nothing to show
+        after, _, seen = Block(config, layer, params)(x, allowed, None, start)
     return after, seen
 
 

@@ -93,6 +93,8 @@ def _note(row: Record) -> str:
         return f"absent: {row['absent']}"
     if row["part"] == "largest":
         needed = "-" if row["needed"] is None else f"{row['needed']:,}"
+        if not row["compiled"]:
+            return f"{row['largest']:,} were found elsewhere; {row['limit']:,} bytes"
         return f"found {row['largest']:,} by {row['compiled']} compilations: {needed} of {row['limit']:,} bytes"
     return f"n = {row['n']}"
 
@@ -110,7 +112,7 @@ COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"].rstrip("/").split("/")[-1]),
     ("cache", lambda row: row["cache"]),
     ("batch", _when("batch", lambda row: f"{row['batch']:,}")),
-    ("ms a step, or a question", _when("ms", lambda row: spread(row["ms"], 3))),
+    ("ms a step, a batch of prompts, or a question", _when("ms", lambda row: spread(row["ms"], 3))),
     ("tokens/s, or inferences/s", _when("rate", lambda row: spread(row["rate"], 0))),
     ("times", _when("times", _times)),
     ("floor, ms (reached, bound by)", _when("floor", _floor)),

@@ -60,7 +60,9 @@ def ran(model: Model, largest: int, end: int, seed: int) -> int:
         except jax.errors.JaxRuntimeError as error:
             if not exhausted(error):
                 raise
+            console.print(f"batch {batch}: memory ran out", highlight=False)
             batch = batch * 95 // 100
         else:
+            console.print(f"batch {batch}: decoded", highlight=False)
             return batch
     return 0

@@ -1,5 +1,6 @@
 """Programs for a GPU that is not here; what needs jax's CUDA plugin is skipped without it."""
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -42,6 +43,16 @@ def test_a_token_of_decoding(attention: str) -> None:
         moved.append(record["hbm_bytes"])
         caches.append(cache)
     assert moved[0] - moved[1] == pytest.approx(caches[0] - caches[1], rel=0.2)
+
+
+@needs_plugin
+def test_a_prompt() -> None:
+    """With cuDNN no scores of pairs go to memory and back; the last layer has none for the newest token alone."""
+    config = dataclasses.replace(SMALL, num_layers=2)
+    two = Shapes(config, dense_spec(config), shapes().layout)
+    moved = [measure(Job("prefill", 8, 256, attention=how), two)["hbm_bytes"] for how in ("xla", "pallas")]
+    pairs = 8 * SMALL.num_heads * 256 * 256
+    assert moved[0] - moved[1] > 4 * pairs
 
 
 @needs_plugin

@@ -224,7 +224,7 @@ class Device:
 
 
 @pytest.mark.parametrize(
-    ("devices", "tokens"),
+    ("devices", "chosen"),
     [
         ([Device("gpu", "NVIDIA H100 80GB HBM3")], True),
         ([Device("gpu", "NVIDIA H100 80GB HBM3")] * 2, False),
@@ -234,11 +234,11 @@ class Device:
         ([Device("tpu", "TPU v5 lite")], False),
     ],
 )
-def test_where_kernels_are_chosen(devices: list[Device], tokens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unasked: on one GPU, where they were seen to be faster, for new tokens."""
-    assert one_gpu(devices) == tokens
+def test_where_kernels_are_chosen(devices: list[Device], chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unasked: on one GPU, where they were seen to be faster, for new tokens and prompts."""
+    assert one_gpu(devices) == chosen
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    assert (for_tokens(), for_prompts()) == (tokens, False)
+    assert (for_tokens(), for_prompts()) == (chosen, chosen)
     for attention, kernel in (("xla", False), ("pallas", True)):
         with using(attention):
             assert (for_tokens(), for_prompts()) == (kernel, kernel)

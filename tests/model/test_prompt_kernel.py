@@ -1,4 +1,4 @@
-"""The kernel that reads prompts on TPUs, interpreted on the CPU, against attention as XLA computes it."""
+"""The kernels that read prompts, against attention as XLA computes it: TPUs' interpreted on the CPU; GPUs' on one."""
 
 from functools import partial
 
@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from chai_jax.model.attention import attend_in_order, attend_prompt
-from chai_jax.model.kernels import prompt, using
-from chai_jax.model.kernels.prompt import prompt_attention
+from chai_jax.model.kernels import prompt_gpu, prompt_tpu, using
+from chai_jax.model.kernels.prompt_tpu import prompt_on_tpu
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, init
+from chai_jax.model.stream import seen_through
 from chai_jax.spec import Spec
 
 BATCH, KEY_RANK, VALUE_RANK = 2, 24, 16
@@ -22,7 +23,7 @@ BOUNDS = {"float32": 2e-6, "bfloat16": 2.0**-7}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows and of columns."""
-    monkeypatch.setattr(prompt, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(prompt_tpu, "LARGEST_BLOCK", 128)
 
 
 def inputs(dtype: str, length: int, clusters: int, queries: int, value_heads: int) -> tuple[jax.Array, ...]:
@@ -44,6 +45,10 @@ def heads_of(clusters: int, value_heads: int) -> tuple[tuple[int, int], tuple[in
     return (clusters, KEY_RANK), (clusters * value_heads, VALUE_RANK)
 
 
+on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpreted on CPUs")
+
+
+@on_cpu
 @pytest.mark.parametrize(
     ("dtype", "length", "clusters", "queries", "value_heads"),
     [("float32", 300, 3, 2, 1), ("float32", 256, 2, 1, 3), ("bfloat16", 300, 2, 1, 3), ("bfloat16", 256, 3, 2, 1)],
@@ -53,7 +58,7 @@ def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, que
     given = inputs(dtype, length, clusters, queries, value_heads)
     rest = {"scale": 0.2, "value_heads": value_heads}
     expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
-    found = jax.jit(partial(prompt_attention, **rest, interpret=True))(*given)
+    found = jax.jit(partial(prompt_on_tpu, **rest, interpret=True))(*given)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
     expected, found = (np.asarray(x, np.float32) for x in (expected, found))
     assert np.isfinite(found).all()
@@ -68,13 +73,14 @@ def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, que
 )
 def test_blocks_divide_the_columns(monkeypatch: pytest.MonkeyPatch, columns: int, blocks: tuple[int, int]) -> None:
     monkeypatch.undo()
-    sizes = prompt._blocks(columns)
+    sizes = prompt_tpu._blocks(columns)
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (blocks[0], *blocks)
 
 
 CONFIG = OPTConfig(32, 16, 2, 2, 32, 512, 16)
 
 
+@on_cpu
 def test_prompts_have_the_kernel_where_it_is_asked_for() -> None:
     """Long ones without branches, in all layers but the last one, which attends for what is wanted alone."""
     spec = Spec.dense(2, 2, 8, "int8")
@@ -106,3 +112,62 @@ def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     rest = {"scale": 0.2, "value_heads": 3}
     expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
     np.testing.assert_array_equal(jax.jit(partial(attend_prompt, **rest))(*given), expected)
+
+
+@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1)])
+@pytest.mark.parametrize("length", [256, 300])
+def test_cudnn_equals_attention(
+    length: int, clusters: int, queries: int, value_heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the rows that are read, with padding on either side; the others hold something finite.
+
+    Where there is no NVIDIA GPU, XLA does what cuDNN is asked for.
+    """
+    dtype, kernel = "bfloat16", attend_prompt
+    if jax.default_backend() != "gpu":
+        dtype, kernel = "float32", prompt_gpu.prompt_on_gpu
+        monkeypatch.setattr(prompt_gpu, "_cudnn", partial(prompt_gpu._cudnn, implementation="xla"))
+    query, keys, values, allowed = inputs(dtype, length, clusters, queries, value_heads)
+    values = jnp.tile(values, (1, 1, 1, 2))[..., :KEY_RANK]
+    rest = {"scale": 0.2, "value_heads": value_heads}
+    assert dtype == "float32" or prompt_gpu.takes(query, keys, values)
+    expected = jax.jit(partial(attend_in_order, **rest))(query, keys, values, allowed)[0]
+    found = jax.jit(partial(kernel, **rest))(query, keys, values, allowed)
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    expected, found = (np.asarray(x, np.float32) for x in (expected, found))
+    assert np.isfinite(found).all()
+    for row, real in enumerate((slice(150, None), slice(0, -20))):
+        bound = BOUNDS[dtype] * np.abs(expected).max()
+        np.testing.assert_allclose(found[row, :, real], expected[row, :, real], rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "length", "rank", "value_rank", "there", "taken"),
+    [
+        ("bfloat16", 256, 64, 64, True, True),
+        ("float16", 2048, 128, 128, True, True),
+        ("bfloat16", 256, 64, 64, False, False),
+        ("float32", 256, 64, 64, True, False),
+        ("bfloat16", 255, 64, 64, True, False),
+        ("bfloat16", 256, 136, 136, True, False),
+        ("bfloat16", 256, 60, 60, True, False),
+        ("bfloat16", 256, 64, 32, True, False),
+    ],
+)
+def test_what_cudnn_takes(
+    dtype: str, length: int, rank: int, value_rank: int, there: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_gpu, "_available", lambda: there)
+    query, keys, values = (
+        jnp.zeros(shape, dtype) for shape in [(1, 2, 1, length, rank), (1, 2, length, rank), (1, 2, length, value_rank)]
+    )
+    assert prompt_gpu.takes(query, keys, values) == taken
+
+
+def test_what_is_looked_at_is_computed_by_xla() -> None:
+    """Kernels have no scores to show: neither layer by layer, nor to an observer."""
+    spec = Spec.dense(2, 2, 8)
+    params, x = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 256, 16))
+    with using("pallas"):
+        _, seen = seen_through(CONFIG, spec.layers[0], params["layers"]["0"], x, jnp.ones((1, 256), bool))
+    assert seen.scores.shape == seen.probabilities.shape == (1, 2, 256, 256)

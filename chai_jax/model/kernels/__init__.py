@@ -1,9 +1,10 @@
 """Kernels, which keep scores in fast memory: attention of one new token, and of a whole prompt.
 
-They compute what `chai_jax.model.attention` does: in Pallas for TPUs and GPUs, in C++ for CPUs, where products of a few
-rows are kernels as well. On one NVIDIA GPU or one CPU, where that was timed (experiments/bench_gpu.py, `chai-jax
-bench`), new tokens use them unless `using` says otherwise; on TPUs, where nothing was, they are an option. XLA cannot
-split them: only programs of one device may be traced with them (`check`).
+They compute what `chai_jax.model.attention` does: in Pallas for TPUs and GPUs, by cuDNN for prompts on GPUs, in C++ for
+CPUs, which have none for prompts and where products of a few rows are kernels as well. On one NVIDIA GPU or one CPU,
+where that was timed (experiments/bench_gpu.py, `chai-jax bench`), they are used unless `using` says otherwise; on TPUs,
+where nothing was, they are an option. XLA cannot split them: only programs of one device may be traced with them
+(`check`).
 """
 
 from contextlib import AbstractContextManager
@@ -28,7 +29,7 @@ def using(attention: str) -> AbstractContextManager[None]:
 
 def for_tokens() -> bool:
     """Whether programs traced here attend with a kernel where they decode: if asked, or on one NVIDIA GPU or CPU."""
-    return _choice.value == "pallas" or (_choice.value == "auto" and one_gpu(jax.devices())) or on_cpu()
+    return for_prompts() or on_cpu()
 
 
 def on_cpu() -> bool:
@@ -38,8 +39,9 @@ def on_cpu() -> bool:
 
 
 def for_prompts() -> bool:
-    """Whether programs traced here attend with a kernel where they read long prompts: if asked."""
-    return _choice.value == "pallas"
+    """Whether programs traced here attend with a kernel where they read long prompts: if asked, or on one NVIDIA
+    GPU."""
+    return _choice.value == "pallas" or (_choice.value == "auto" and one_gpu(jax.devices()))
 
 
 def one_gpu(devices: Any) -> bool:

@@ -18,7 +18,12 @@ LARGEST_BLOCK = 896  # rows and columns, whose scores fit fast memory: 3 MB
 LARGEST_STEP = 512  # columns of a block that are computed at once
 
 
-def prompt_attention(
+def takes(query: Float[Array, "B C q T R"]) -> bool:
+    """Whether the prompt is long enough."""
+    return query.shape[3] >= SHORTEST
+
+
+def prompt_on_tpu(
     query: Float[Array, "B C q T R"],
     keys: Float[Array, "B C T R"],
     values: Float[Array, "B values T Rv"],
