@@ -30,6 +30,7 @@ from chai_jax.adapt.flops import cost, spared
 from chai_jax.measure.bench import Shape
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
+from chai_jax.model.products import product
 from chai_jax.serve.decode import cast
 
 
@@ -50,20 +51,23 @@ class Rates:
 def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float = 1.0) -> Rates:
     """The best rates of a short probe of the first device: those of the machine when nothing else disturbs it.
 
-    Bytes: a square matrix times a vector, and its sum, whichever is faster; FLOPs: the product of two squares.
+    Bytes: a square matrix times a vector, and its sum, whichever is faster; FLOPs: the product of two squares of random
+    numbers, by XLA and as the model multiplies (`chai_jax.model.products`), whichever is faster.
 
     Args:
         sides: of the two kinds of squares; the first must be too large for any cache. Not given, 8,192 (268 MB of
             float32) and 1,024 on CPUs, four and eight times as much elsewhere.
-        seconds: for which each of the three is repeated.
+        seconds: for which each of the four is repeated.
     """
     cpu = jax.default_backend() == "cpu"
     large, small = sides or ((8192, 1024) if cpu else (32768, 8192))
-    wide, square = jnp.ones((large, large), dtype), jnp.ones((small, small), dtype)
+    wide, square = jnp.ones((large, large), dtype), jax.random.normal(jax.random.key(0), (small, small), dtype)
     vector = jnp.ones((large,), dtype)
     times = partial(jax.lax.dot, preferred_element_type=jnp.float32)
     reading = min(_best(times, seconds, wide, vector), _best(jnp.sum, seconds, wide))
-    return Rates(wide.nbytes / reading, 2 * small**3 / _best(times, seconds, square, square), np.dtype(dtype).name)
+    ways = times, partial(product, "mk,kn->mn", row="m")
+    multiplying = min(_best(way, seconds, square, square) for way in ways)
+    return Rates(wide.nbytes / reading, 2 * small**3 / multiplying, np.dtype(dtype).name)
 
 
 def _best(function: Callable[..., Any], seconds: float, *args: Any) -> float:

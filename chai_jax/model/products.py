@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from chai_jax.model import kernels
-from chai_jax.model.kernels import few_rows
+from chai_jax.model.kernels import products_cpu
 
 
 def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..."]:
@@ -29,7 +29,7 @@ def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..
 def _on_cpu(
     equation: str, operands: tuple[Array, Array], row: str, plain: Callable[..., Array]
 ) -> Callable[..., Array] | None:
-    """How CPUs multiply these, if not as all do: a few rows and a matrix by a kernel where there are kernels.
+    """How CPUs multiply these, if not as all do: rows and a matrix by a kernel where there is one for so many.
 
     Elsewhere XLA takes five to seven times as long for one row of bfloat16 as for two, which take the CPU's matrix unit
     (AMX) or its instructions for bfloat16 where there are any: there a single row is multiplied twice.
@@ -46,12 +46,12 @@ def _on_cpu(
     rows, summed, columns = (math.prod(size[letter] for letter in letters) for letters in (free, shared, own))
     turned = other == own + shared
     matrix = not set(shared) & set(result) and (turned or other == shared + own)
-    if kernels.on_cpu() and matrix and few_rows.takes(rows, summed, columns, dtype, turned):
+    if kernels.on_cpu() and matrix and products_cpu.takes(rows, summed, columns, dtype, turned):
 
         def by_kernel(*operands: Array) -> Array:
             x = jnp.einsum(f"{mine}->{free}{shared}", operands[at]).reshape(rows, summed)
             weights = operands[1 - at].reshape((columns, summed) if turned else (summed, columns))
-            found = few_rows.times(x, weights, turned).reshape([size[letter] for letter in free + own])
+            found = products_cpu.times(x, weights, turned).reshape([size[letter] for letter in free + own])
             return jnp.einsum(f"{free}{own}->{result}", found)
 
         return by_kernel

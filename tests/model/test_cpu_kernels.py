@@ -1,4 +1,4 @@
-"""The kernels of CPUs: products of a few rows against numpy in float64, when they are used, and what happens without a
+"""The kernels of CPUs: products against numpy in float64, when they are used, and what happens without a
 compiler. Their attention is tested beside that of the accelerators (test_decode_kernel.py)."""
 
 import tempfile
@@ -11,15 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chai_jax.data.questions import Questions
 from chai_jax.errors import InputError
 from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
-from chai_jax.model.kernels import cpu, few_rows, using
+from chai_jax.model.kernels import cpu, products_cpu, using
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, fold_projections, init
 from chai_jax.model.products import product
 from chai_jax.model.quantized import QuantizedArray, dequantize, einsum, quantize, quantize_int4
+from chai_jax.score import target_logprobs
 from chai_jax.serve import decode as serve
 from chai_jax.spec import Group, LayerSpec, Spec
 
@@ -29,7 +31,8 @@ CONFIG = OPTConfig(64, 32, 2, 4, 64, 64, 32)
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_rows, "LEAST", 1)
+    monkeypatch.setattr(products_cpu, "LEAST", 1)
+    monkeypatch.setattr(products_cpu, "MANY_LEAST", 1)
 
 
 @pytest.fixture
@@ -37,6 +40,12 @@ def native() -> Iterator[None]:
     assert not cpu.why_not()
     with using("native"):
         yield
+
+
+@pytest.fixture
+def unit(native: None) -> None:
+    if not cpu.matrix_unit():
+        pytest.skip("no matrix unit for bfloat16 in this CPU")
 
 
 def normal(*shape: int, dtype: str = "float32") -> jax.Array:
@@ -47,7 +56,7 @@ def normal(*shape: int, dtype: str = "float32") -> jax.Array:
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("rows", range(1, few_rows.MOST + 1))
+@pytest.mark.parametrize("rows", range(1, products_cpu.MOST + 1))
 @pytest.mark.parametrize(("terms", "columns", "turned"), [
     (16, 12320, False),  # several panels of columns, of up to eight threads, the last one not full
     (16, 32, False),
@@ -55,33 +64,110 @@ def normal(*shape: int, dtype: str = "float32") -> jax.Array:
     (16, 1, True),
 ])  # fmt: skip
 def test_a_few_rows_times_a_matrix(rows: int, terms: int, columns: int, turned: bool, dtype: str) -> None:
-    assert few_rows.takes(rows, terms, columns, dtype, turned)
+    assert products_cpu.takes(rows, terms, columns, dtype, turned)
     given = normal(rows, terms), normal(*((columns, terms) if turned else (terms, columns)), dtype=dtype)
-    found = jax.jit(partial(few_rows.times, turned=turned))(*given)
+    found = jax.jit(partial(products_cpu.times, turned=turned))(*given)
     one, two = (np.asarray(x, np.float64) for x in given)
     expected = one @ (two.T if turned else two)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.usefixtures("unit")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "int8"])
+@pytest.mark.parametrize(("rows", "terms", "columns"), [
+    (32, 32, 32),
+    (45, 416, 96),  # a panel of rows that is not full; terms in two blocks, of unlike size
+    (1550, 64, 32),  # more than are packed at once
+    (33, 32, 6272),  # several blocks of columns for each of up to eight threads, the last ones smaller or none
+])  # fmt: skip
+def test_many_rows_times_a_matrix(rows: int, terms: int, columns: int, stored: str, dtype: str) -> None:
+    """As exact as float32, weights that were rounded to fewer bits too, which take fewer products."""
+    if dtype == "bfloat16" and stored != "int8":
+        pytest.skip("left to XLA")
+    x, weights = normal(rows, terms, dtype=dtype), normal(terms, columns, dtype=stored)
+    weights = weights if stored == "int8" else weights.astype(jnp.float32)
+    assert products_cpu.takes(rows, terms, columns, weights.dtype.name, False)
+    found = jax.jit(partial(products_cpu.times, turned=False))(x, weights)
+    one, two = (np.asarray(each, np.float64) for each in (x, weights))
+    assert (found.shape, found.dtype) == ((rows, columns), jnp.float32)
+    error = np.abs(found - one @ two) / (np.abs(one) @ np.abs(two))
+    assert error.max() < 4e-7
+    assert np.sqrt(np.mean(error**2)) < 1e-7  # less than float32's last bit, of sums of one sign
+
+
+@pytest.mark.usefixtures("unit")
+def test_every_bit_of_a_float32_counts() -> None:
+    """Parts that are far smaller than the number: 1 + 2^-12 + 2^-23 times columns of the identity is itself."""
+    x = jnp.full((32, 32), 1 + 2.0**-12 + 2.0**-23) * jnp.arange(1, 33)[:, None].astype(jnp.float32)
+    for one, two in ((x, jnp.eye(32)), (jnp.eye(32), x)):
+        np.testing.assert_array_equal(products_cpu.times(one, two, False), x)
+
+
+@pytest.mark.usefixtures("unit")
+def test_what_is_scored_by_kernels_is_what_xla_scores() -> None:
+    """Among them the head, which is left to XLA."""
+    spec = Spec.dense(2, 4, 8)
+    params = fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3))
+    tokens, targets = np.random.default_rng(0).integers(4, 60, (2, 40, 1, 16), np.int32)
+    questions = Questions(tokens[:, 0], np.full(40, 16, np.int32), np.full(40, 15, np.int32), targets[:, :, :2])
+
+    def scored(attention: str) -> tuple[np.ndarray, str]:
+        with using(attention):
+            run = target_logprobs.lower(CONFIG, spec, jnp.float32, params, jax.tree.map(jnp.asarray, questions))
+            return np.asarray(run.compile()(params, jax.tree.map(jnp.asarray, questions))[0]), run.as_text()
+
+    (found, program), (expected, plain) = scored("native"), scored("xla")
+    assert "chai_jax_many_rows" in program
+    assert "chai_jax_many_rows" not in plain
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "taken"),
+    [
+        ((32, 32, 32, "float32", False), True),
+        ((32, 32, 32, "int8", False), True),
+        ((31, 32, 32, "float32", False), False),
+        ((32, 48, 32, "float32", False), False),
+        ((32, 32, 48, "float32", False), False),
+        ((32, 32, 32, "bfloat16", False), False),
+        ((32, 32, 32, "float32", True), False),
+    ],
+)
+def test_what_the_kernel_of_many_rows_is_for(
+    shape: tuple[int, int, int, str, bool], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "matrix_unit", lambda: True)
+    assert products_cpu.takes(*shape) == taken
+    monkeypatch.setattr(products_cpu, "MANY_LEAST", 32**3 + 1)
+    assert not products_cpu.takes(*shape)
+    monkeypatch.undo()
+    monkeypatch.setattr(cpu, "matrix_unit", lambda: False)
+    assert not products_cpu.takes(*shape)
+
+
 def test_what_the_kernel_of_products_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert few_rows.takes(8, 16, 32, "float32", False)
-    assert not few_rows.takes(9, 16, 32, "float32", False)
-    assert not few_rows.takes(8, 24, 32, "float32", False)
-    assert not few_rows.takes(8, 16, 48, "float32", False)
-    assert few_rows.takes(8, 16, 48, "float32", True)
-    assert not few_rows.takes(8, 16, 32, "float16", False)
-    monkeypatch.setattr(few_rows, "LEAST", 2 * 16 * 32)
-    assert few_rows.takes(2, 16, 32, "float32", False)
-    assert not few_rows.takes(1, 16, 32, "float32", False)
-    assert few_rows.takes(1, 16, 32, "int8", False)  # XLA would expand it at every token
+    assert products_cpu.takes(8, 16, 32, "float32", False)
+    assert not products_cpu.takes(9, 16, 32, "float32", False)
+    assert not products_cpu.takes(8, 24, 32, "float32", False)
+    assert not products_cpu.takes(8, 16, 48, "float32", False)
+    assert products_cpu.takes(8, 16, 48, "float32", True)
+    assert not products_cpu.takes(8, 16, 32, "float16", False)
+    monkeypatch.setattr(products_cpu, "LEAST", 2 * 16 * 32)
+    assert products_cpu.takes(2, 16, 32, "float32", False)
+    assert not products_cpu.takes(1, 16, 32, "float32", False)
+    assert products_cpu.takes(1, 16, 32, "int8", False)  # XLA would expand it at every token
 
 
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("turned", [False, True])
-def test_gradients_of_a_few_rows(turned: bool) -> None:
-    """Whoever trains on a handful of tokens: the gradients of a product are those of XLA's."""
-    rows, matrix = normal(3, 16), normal(*((32, 16) if turned else (16, 32)))
+@pytest.mark.parametrize(("rows", "turned"), [(3, False), (3, True), (32, False)])
+def test_gradients_of_products(rows: int, turned: bool, request: pytest.FixtureRequest) -> None:
+    """Whoever takes one: the gradients of a product are those of XLA's."""
+    if rows > products_cpu.MOST:
+        request.getfixturevalue("unit")
+    rows, matrix = normal(rows, 32), normal(*((64, 32) if turned else (32, 64)))
 
     def loss(multiply, rows, matrix):  # type: ignore[no-untyped-def]
         return jnp.sum(jnp.sin(multiply(rows, matrix) / 16))
@@ -91,7 +177,7 @@ def test_gradients_of_a_few_rows(turned: bool) -> None:
 
     found, expected = (
         jax.jit(jax.grad(partial(loss, multiply), argnums=(0, 1)))(rows, matrix)
-        for multiply in (partial(few_rows.times, turned=turned), plain)
+        for multiply in (partial(products_cpu.times, turned=turned), plain)
     )
     for one, two in zip(found, expected, strict=True):
         np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
@@ -100,7 +186,7 @@ def test_gradients_of_a_few_rows(turned: bool) -> None:
 @pytest.mark.usefixtures("native")
 def test_the_gradient_of_rows_times_int8() -> None:
     rows, matrix = normal(3, 16), normal(16, 32, dtype="int8")
-    found = jax.grad(lambda rows: jnp.sum(few_rows.times(rows, matrix, False)))(rows)
+    found = jax.grad(lambda rows: jnp.sum(products_cpu.times(rows, matrix, False)))(rows)
     np.testing.assert_allclose(found, jnp.broadcast_to(matrix.astype(jnp.float32).sum(1), (3, 16)), rtol=1e-6)
 
 

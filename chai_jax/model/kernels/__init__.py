@@ -1,7 +1,7 @@
 """Kernels, which keep scores in fast memory: attention of one new token, and of a whole prompt.
 
 They compute what `chai_jax.model.attention` does: in Pallas for TPUs and GPUs, by cuDNN for prompts on GPUs, in C++ for
-CPUs, which have none for prompts and where products of a few rows are kernels as well. On one NVIDIA GPU or one CPU,
+CPUs, which have none for prompts and where products with weights are kernels as well. On one NVIDIA GPU or one CPU,
 where that was timed (experiments/bench_gpu.py, `chai-jax bench`), they are used unless `using` says otherwise; on TPUs,
 where nothing was, they are an option. XLA cannot split them: only programs of one device may be traced with them
 (`check`).

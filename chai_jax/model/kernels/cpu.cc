@@ -4,17 +4,14 @@
 // one stream does not fill a core's queue of loads. Compiled and registered by cpu.py; called by decode_cpu.py and
 // few_rows.py, which see to shapes and types.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
+#include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -94,34 +91,6 @@ inline float Exp(float x) {
   float two_to_power;
   std::memcpy(&two_to_power, &bits, sizeof bits);
   return x < -87.0f ? 0.0f : found * two_to_power;
-}
-
-// run(0) ... run(count - 1) on XLA's threads and this one. Helpers that come too late find nothing left to do, and are
-// not waited for: all threads may be here, each with helpers that no thread is free for. Few bytes are read sooner than
-// a helper is awake.
-constexpr int64_t kWorth = 1 << 18;  // bytes to read for each thread
-
-template <typename Run>
-void InParallel(ffi::ThreadPool pool, int64_t count, int64_t bytes, const Run& run) {
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
-    std::mutex mutex;
-    std::condition_variable all_done;
-  };
-  auto shared = std::make_shared<Shared>();
-  auto work = [shared, count, &run] {
-    int64_t mine = 0;
-    for (int64_t task; (task = shared->next.fetch_add(1)) < count; ++mine) run(task);
-    if (mine == 0) return;
-    std::lock_guard<std::mutex> lock(shared->mutex);
-    if ((shared->done += mine) == count) shared->all_done.notify_one();
-  };
-  int64_t helpers = std::min<int64_t>({count, pool.num_threads(), bytes / kWorth}) - 1;
-  for (int64_t helper = 0; helper < helpers; ++helper) pool.Schedule([work] { work(); });
-  work();
-  std::unique_lock<std::mutex> lock(shared->mutex);
-  shared->all_done.wait(lock, [&] { return shared->done == count; });
 }
 
 // ---- Attention of one new token -------------------------------------------------------------------------------------

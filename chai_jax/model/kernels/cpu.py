@@ -1,7 +1,8 @@
-"""cpu.cc for this machine: compiled once by the C++ compiler that is there, kept, and registered with XLA.
+"""cpu.cc and matrix_unit.cc for this machine: compiled once by the C++ compiler that is there, kept, known to XLA.
 
 XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
-products are made for many rows (measured: README.md). Where no C++ compiler is found they are what decodes.
+products are made for many rows, and multiply float32 without the matrix unit (measured: README.md). Where no C++
+compiler is found they are what computes.
 """
 
 import ctypes
@@ -18,13 +19,15 @@ from pathlib import Path
 
 import jax
 
-SOURCE = Path(__file__).with_suffix(".cc")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "matrix_unit.cc", "parallel.h")]
 COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math, which would change how the whole process rounds.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-w")  # fmt: skip
 TARGETS = ("chai_jax_attention", "chai_jax_few_rows")
+UNIT_TARGETS = ("chai_jax_many_rows",)  # on CPUs with a matrix unit alone
 SECONDS = 120  # that compiling may take
+_registered: set[str] = set()
 
 
 def compiler() -> str | None:
@@ -36,6 +39,11 @@ def compiler() -> str | None:
 def available() -> bool:
     """Whether programs traced here may use the kernels: they are compiled, and XLA knows them."""
     return not why_not()
+
+
+def matrix_unit() -> bool:
+    """Whether there are the kernels of CPUs with a matrix unit for bfloat16 (Intel's AMX)."""
+    return available() and _registered.issuperset(UNIT_TARGETS)
 
 
 @cache
@@ -51,7 +59,8 @@ def why_not() -> str:
         reason = next((line for line in said if "error" in line), said[0] if said else type(error).__name__)
         warnings.warn(f"{found} made no kernels for this CPU, XLA decodes: {reason}", stacklevel=2)
         return f"{found} failed: {reason}"
-    for name in TARGETS:
+    for name in (*TARGETS, *(UNIT_TARGETS if library.chai_jax_matrix_unit() else ())):
+        _registered.add(name)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return ""
 
@@ -63,7 +72,13 @@ def _built(compiler: str) -> Path:
         OSError, subprocess.SubprocessError: it could not be made.
     """
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
-    told = SOURCE.read_text(encoding="utf-8"), compiler, *flags, metadata.version("jaxlib"), _processor()
+    told = (
+        *(source.read_text(encoding="utf-8") for source in SOURCES),
+        compiler,
+        *flags,
+        metadata.version("jaxlib"),
+        _processor(),
+    )
     name = f"cpu-{hashlib.sha256('|'.join(told).encode()).hexdigest()[:16]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chai_jax"
     if (folder / name).is_file():
@@ -75,7 +90,7 @@ def _built(compiler: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="chai_jax_"))
         place = Path(tempfile.mkdtemp(dir=folder))
     try:
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", str(SOURCE), "-o", str(place / name)]
+        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES[:-1]), "-o", str(place / name)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
         return (place / name).replace(folder / name)
     finally:
