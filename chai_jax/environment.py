@@ -49,8 +49,11 @@ def _quantized_weights() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """All of it, for `chai-jax env`, with what new tokens are attended by, and what keeps a CPU from its kernels."""
+    """All of it, for `chai-jax env`, with what new tokens are attended by; of one CPU, whether its matrix unit is used,
+    or what keeps it from its kernels."""
     attention = kernels.resolved("auto", jax.devices())
-    missing = {"no_kernels": cpu.why_not()} if kernels.one_cpu(jax.devices()) and attention == "xla" else {}
+    about: dict[str, Any] = {}
+    if kernels.one_cpu(jax.devices()):
+        about = {"matrix_unit": cpu.matrix_unit()} if attention == "native" else {"no_kernels": cpu.why_not()}
     system = {"machine": platform.machine(), "system": platform.system()}
-    return {"versions": versions(), **where_computed(), "attention": attention, **missing, **system}
+    return {"versions": versions(), **where_computed(), "attention": attention, **about, **system}

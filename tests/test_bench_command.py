@@ -26,7 +26,7 @@ def done(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     """The record that the command wrote, of random weights beside a compressed variant, and its folder."""
     out = tmp_path_factory.mktemp("bench") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "probe_rates", lambda dtype: Rates(1e9, 1e10, "float32"))
+        patch.setattr(sweep, "probe_rates", lambda dtype, **_: Rates(1e9, 1e10, "float32"))
         status = main(
             ["bench", f"random:{small_model}", "--clusters", "0.5", "--storage", "int8", *SMALL, "--out", str(out)]
         )

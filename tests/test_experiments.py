@@ -174,7 +174,7 @@ def bench_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # as the script would set it
     module = importlib.import_module("bench_gpu")
     for user in (module, sweep):
-        monkeypatch.setattr(user, "probe_rates", lambda dtype: Rates(1e9, 1e10, "float32"))
+        monkeypatch.setattr(user, "probe_rates", lambda dtype, **_: Rates(1e9, 1e10, "float32"))
     programs = jax.config.jax_compilation_cache_dir
     yield module
     jax.config.update("jax_compilation_cache_dir", programs)

@@ -97,7 +97,12 @@ def check_comparable(models: Iterable[Model]) -> None:
 
 
 def race(
-    entrants: Mapping[str, Build], shape: Shape, trials: int = 9, seed: int = 0, tokens: int = 0
+    entrants: Mapping[str, Build],
+    shape: Shape,
+    trials: int = 9,
+    seed: int = 0,
+    tokens: int = 0,
+    beside: Callable[[], object] | None = None,
 ) -> dict[str, Record]:
     """Time scoring, prefill and decoding of every entrant, one after the other within each of `trials` rounds.
 
@@ -106,6 +111,7 @@ def race(
 
     Args:
         tokens: decode at least that many tokens more with every entrant, for their mean.
+        beside: called once a round, after the first entrant.
 
     Returns:
         Per entrant, for each of `MEASURES`, the median, p10 and p90 in milliseconds: `score_ms_per_example`;
@@ -120,7 +126,7 @@ def race(
     if trials < 1:
         raise InputError(f"trials is {trials}; expected at least 1")
     ready = {name: build(shape, seed) for name, build in track(list(entrants.items()), "Compiling", len(entrants))}
-    rounds = interleaved({name: partial(lap, contender, shape) for name, contender in ready.items()}, trials)
+    rounds = interleaved({name: partial(lap, contender, shape) for name, contender in ready.items()}, trials, beside)
     means = long_run(ready, shape, tokens) if tokens else {}
     first = next(iter(rounds.values()))
     common = {"n": trials, **asdict(shape), "seed": seed}
@@ -139,15 +145,21 @@ def race(
 
 
 def interleaved(
-    laps: Mapping[str, Callable[[], Sequence[float]]], trials: int
+    laps: Mapping[str, Callable[[], Sequence[float]]], trials: int, beside: Callable[[], object] | None = None
 ) -> dict[str, Float[np.ndarray, "N measures"]]:
-    """What each lap measures in each of `trials` rounds, one lap after the other within a round."""
+    """What each lap measures in each of `trials` rounds, one lap after the other within a round.
+
+    Args:
+        beside: called once a round, after the first lap.
+    """
     for run in laps.values():
         run()  # the first run of a program is slower than the rest
     rounds: dict[str, list[Sequence[float]]] = {name: [] for name in laps}
     for _ in track(range(trials), "Timing"):
-        for name, run in laps.items():
+        for number, (name, run) in enumerate(laps.items()):
             rounds[name].append(run())
+            if beside is not None and number == 0:
+                beside()
     return {name: np.array(found) for name, found in rounds.items()}
 
 

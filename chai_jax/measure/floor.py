@@ -16,8 +16,9 @@ looked up rather than multiplied counts by the rows that are read. Weights that 
 faster than memory gives them: a tiny model may pass its floor.
 """
 
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -46,6 +47,15 @@ class Rates:
         """The better of each of two probes."""
         bytes_, flops = self.bytes_per_second, self.flops_per_second
         return Rates(max(bytes_, other.bytes_per_second), max(flops, other.flops_per_second), self.dtype)
+
+    @classmethod
+    def typical(cls, probes: Sequence["Rates"]) -> "Rates":
+        """The medians of some probes."""
+        bytes_, flops = (
+            statistics.median(getattr(each, name) for each in probes)
+            for name in ("bytes_per_second", "flops_per_second")
+        )
+        return cls(bytes_, flops, probes[0].dtype)
 
 
 def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float = 1.0) -> Rates:

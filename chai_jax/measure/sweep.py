@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import product
 from typing import Any
 
@@ -27,6 +27,7 @@ from chai_jax.spec import Spec
 
 OURS = "chai_jax"
 PROMPTS = (32, 512)  # where none are asked for
+LOOK = 0.25  # seconds of each part of a probe between two laps
 
 
 @dataclass(frozen=True)
@@ -127,23 +128,32 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
     """Race the entrants at every shape and set the times beside the floors that a probe of this machine gives.
 
     Returns:
-        `probe` (see `probe_rates`, before and after, the better); `rows`, see `_row`; `peak_device_bytes`, the most
-        that was in use on the first device up to the end, all models together (None where the backend does not say).
+        `probe`, the rates that the floors are at: the median of a short `probe_rates` in every round, since what a
+        shared machine gives changes by the minute; `probe_best`, the best moments among them. `rows`, see `_row`;
+        `peak_device_bytes`, the most that was in use on the first device up to the end, all models together (None
+        where the backend does not say).
 
     Raises:
         InputError: see `race`.
     """
-    rates, timed = probe_rates(compute_dtype()), []
+    timed: list[dict[str, Record]] = []
+    probes: list[Rates] = []
+
+    def look() -> None:
+        probes.append(probe_rates(compute_dtype(), seconds=LOOK))
+
     for number, shape in enumerate(over):
         console.print(f"shape {number + 1} of {len(over)}: {shape}", highlight=False)
-        timed.append(race({one.name: one.build for one in entrants}, shape, trials, seed, tokens))
-    rates = rates.best(probe_rates(compute_dtype()))
+        timed.append(race({one.name: one.build for one in entrants}, shape, trials, seed, tokens, look))
+    rates = Rates.typical(probes)
     rows = [
         _row(one, shape, found[one.name], rates) for shape, found in zip(over, timed, strict=True) for one in entrants
     ]
     memory = jax.devices()[0].memory_stats() or {}
     return {
         "probe": dataclasses.asdict(rates),
+        "probe_best": dataclasses.asdict(reduce(Rates.best, probes)),
+        "probes": len(probes),
         "peak_device_bytes": memory.get("peak_bytes_in_use"),
         "rows": rows,
     }

@@ -71,14 +71,17 @@ AGAINST = (
 
 def note(record: Record) -> str:
     """One line on what the numbers are: how often, where, in what dtype, at which probed rates."""
-    row, probe = record["rows"][0], record["probe"]
+    row, rates, best = record["rows"][0], _rates(record["probe"]), _rates(record["probe_best"])
     return (
         f"median [p10, p90] of n = {row['n']} interleaved rounds, new tokens {row['new_tokens']}, questions of "
         f"{row['question']} tokens, seed {row['seed']}, {record['device']}, {record['threads']['xla']} CPUs, "
         f"{row['dtype']}, quantized weights {record['quantized_weights']}; "
-        f"floor at {probe['bytes_per_second'] / 1e9:.1f} GB/s and {probe['flops_per_second'] / 1e9:.1f} GFLOP/s, "
-        "probed in the same run"
+        f"floor at {rates}, the median of {record['probes']} probes in turn with the laps ({best} at best)"
     )
+
+
+def _rates(probe: Record) -> str:
+    return f"{probe['bytes_per_second'] / 1e9:.1f} GB/s and {probe['flops_per_second'] / 1e9:.1f} GFLOP/s"
 
 
 def write(record: Record, out: Path) -> None:

@@ -83,7 +83,9 @@ def test_the_floor_is_the_slower_of_two_and_says_which() -> None:
     rates = Rates(bytes_per_second=100.0, flops_per_second=1000.0, dtype="float32")
     assert Work(50, 100).floor(rates) == {"ms": 500.0, "bound": "memory", "bytes": 50, "flops": 100}
     assert Work(50, 2000).floor(rates) == {"ms": 2000.0, "bound": "compute", "bytes": 50, "flops": 2000}
-    assert rates.best(Rates(200.0, 10.0, "float32")) == Rates(200.0, 1000.0, "float32")
+    other = Rates(200.0, 10.0, "float32")
+    assert rates.best(other) == Rates(200.0, 1000.0, "float32")
+    assert Rates.typical([rates, other, Rates(150.0, 20.0, "float32")]) == Rates(150.0, 20.0, "float32")
 
 
 def test_the_probe_divides_what_it_moved_and_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:

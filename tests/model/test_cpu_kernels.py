@@ -25,7 +25,7 @@ from chai_jax.score import target_logprobs
 from chai_jax.serve import decode as serve
 from chai_jax.spec import Group, LayerSpec, Spec
 
-pytestmark = pytest.mark.skipif(cpu.compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
 CONFIG = OPTConfig(64, 32, 2, 4, 64, 64, 32)
 
 
@@ -328,12 +328,22 @@ def test_without_a_compiler_xla_decodes(anew: Path, monkeypatch: pytest.MonkeyPa
     assert not list(anew.rglob("*.so"))
 
 
-def test_a_compiler_that_fails_is_told_of_and_xla_decodes(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_may_have_several_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu.shutil, "which", lambda name: f"/bin/{name}" if name in ("ccache", "g++") else None)
+    monkeypatch.setenv("CXX", "ccache clang++ -stdlib=libc++")
+    assert cpu.compiler() == ("/bin/ccache", "clang++", "-stdlib=libc++")
+    monkeypatch.setenv("CXX", " ")
+    assert cpu.compiler() == ("/bin/g++",)
+    monkeypatch.setenv("CXX", "icpx")
+    assert cpu.compiler() == ()
+
+
+def test_a_compiler_that_fails_is_told_of_and_xla_computes(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = anew / "c++"
     broken.write_text("#!/bin/sh\necho 'cpu.cc:1: error: no such flag' >&2\nexit 1\n", encoding="utf-8")
     broken.chmod(0o700)
     monkeypatch.setenv("CXX", str(broken))
-    with pytest.warns(UserWarning, match=r"made no kernels for this CPU, XLA decodes: cpu\.cc:1: error: no such flag"):
+    with pytest.warns(UserWarning, match=r"made no kernels for this CPU, XLA computes: cpu\.cc:1: error: no such flag"):
         assert not cpu.available()
     assert sorted(path.name for path in (anew / "chai_jax").iterdir()) == []  # nothing half made
 
@@ -342,14 +352,14 @@ def test_the_library_is_compiled_once(anew: Path, monkeypatch: pytest.MonkeyPatc
     """The next process finds it, and another kind of CPU does not."""
     monkeypatch.setattr(cpu.subprocess, "run", lambda command, **_: Path(command[-1]).write_bytes(b"made"))
     compiler = cpu.compiler()
-    assert compiler is not None
-    made = cpu._built(compiler)
+    assert compiler
+    made = cpu._built(*compiler)
     assert (made.read_bytes(), made.parent) == (b"made", anew / "chai_jax")
     monkeypatch.setattr(cpu.subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
-    assert cpu._built(compiler) == made
+    assert cpu._built(*compiler) == made
     monkeypatch.setattr(cpu, "_processor", lambda: "another")
     with pytest.raises(pytest.fail.Exception, match="compiled again"):
-        cpu._built(compiler)
+        cpu._built(*compiler)
 
 
 def test_a_home_that_cannot_be_written_to(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -30,10 +31,11 @@ SECONDS = 120  # that compiling may take
 _registered: set[str] = set()
 
 
-def compiler() -> str | None:
-    """The C++ compiler: what CXX names, or the first of `COMPILERS` that is there."""
-    named = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [named] if named else COMPILERS)), None)
+def compiler() -> tuple[str, ...]:
+    """The command of the C++ compiler: what CXX says ("ccache g++"), or the first of `COMPILERS`; () if not there."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    commands = [named] if named else [[name] for name in COMPILERS]
+    return next(((found, *rest) for first, *rest in commands if (found := shutil.which(first))), ())
 
 
 def available() -> bool:
@@ -50,22 +52,22 @@ def matrix_unit() -> bool:
 def why_not() -> str:
     """Why there are no kernels, one line; empty where there are. The first call compiles them, a few seconds."""
     found = compiler()
-    if found is None:
+    if not found:
         return f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names)"
     try:
-        library = ctypes.CDLL(str(_built(found)))
+        library = ctypes.CDLL(str(_built(*found)))
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in said if "error" in line), said[0] if said else type(error).__name__)
-        warnings.warn(f"{found} made no kernels for this CPU, XLA decodes: {reason}", stacklevel=2)
-        return f"{found} failed: {reason}"
+        warnings.warn(f"{shlex.join(found)} made no kernels for this CPU, XLA computes: {reason}", stacklevel=2)
+        return f"{shlex.join(found)} failed: {reason}"
     for name in (*TARGETS, *(UNIT_TARGETS if library.chai_jax_matrix_unit() else ())):
         _registered.add(name)
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return ""
 
 
-def _built(compiler: str) -> Path:
+def _built(*compiler: str) -> Path:
     """The library, from the user's cache where it is there: of this source, compiler, jaxlib and kind of CPU.
 
     Raises:
@@ -74,7 +76,7 @@ def _built(compiler: str) -> Path:
     flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
     told = (
         *(source.read_text(encoding="utf-8") for source in SOURCES),
-        compiler,
+        *compiler,
         *flags,
         metadata.version("jaxlib"),
         _processor(),
@@ -90,7 +92,7 @@ def _built(compiler: str) -> Path:
         folder = Path(tempfile.mkdtemp(prefix="chai_jax_"))
         place = Path(tempfile.mkdtemp(dir=folder))
     try:
-        command = [compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES[:-1]), "-o", str(place / name)]
+        command = [*compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES[:-1]), "-o", str(place / name)]
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
         return (place / name).replace(folder / name)
     finally:

@@ -76,7 +76,7 @@ void PackRows(const T* rows, int64_t count, int64_t K, char* to) {
       if (row < count) low = Load(rows + row * K + k), high = Load(rows + row * K + k + kTile);
       for (int part = 0; part < kParts<T>; ++part) {
         __m512i one = Part(low), two = Part(high);
-        _mm512_store_si512(to + part * kPairBytes + row * 64, _mm512_permutex2var_epi16(one, upper, two));
+        _mm512_storeu_si512(to + part * kPairBytes + row * 64, _mm512_permutex2var_epi16(one, upper, two));
       }
     }
 }
