@@ -1,6 +1,6 @@
 """Tests run on eight virtual CPU devices, under strict dtype promotion, offline, apart from the user's caches.
 
-CHAI_JAX_TEST_PLATFORM=cuda or tpu runs them there instead, which is for one file: tests/model/test_decode_kernel.py.
+CHAI_JAX_TEST_PLATFORM=cuda or tpu runs them there instead, which is for the kernels': tests/model/test_*_kernel.py.
 """
 
 import os

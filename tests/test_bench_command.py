@@ -26,7 +26,8 @@ def done(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     """The record that the command wrote, of random weights beside a compressed variant, and its folder."""
     out = tmp_path_factory.mktemp("bench") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sweep, "probe_rates", lambda dtype, **_: Rates(1e9, 1e10, "float32"))
+        found = iter([0.5, 1.0, 2.0, 1.0])  # one in each of two rounds of two shapes
+        patch.setattr(sweep, "probe_rates", lambda dtype, seconds: Rates(1e9 * next(found), 1e10, "float32"))
         status = main(
             ["bench", f"random:{small_model}", "--clusters", "0.5", "--storage", "int8", *SMALL, "--out", str(out)]
         )
@@ -44,6 +45,8 @@ def test_there_is_a_row_for_every_model_and_shape(done: tuple[Record, Path], sma
         assert (row["clusters"], row["clustered_layers"]) == ((4, 0) if row["model"] == dense else (2, 2))
     assert record["options"]["clusters"] == [0.5]
     assert record["threads"]["xla"] >= 1
+    rates = [record[name]["bytes_per_second"] for name in ("probe", "probe_best")]
+    assert (record["probes"], rates) == (4, [1e9, 2e9])
 
 
 def test_rates_floors_and_bytes_follow_from_the_rest(done: tuple[Record, Path], small_model: Path) -> None:

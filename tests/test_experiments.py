@@ -209,12 +209,13 @@ def test_what_a_gpu_would_be_measured_for(bench_gpu: Any, small_model: Path, tmp
     config = config_of(source)
     specs = {"dense": spec_of(config), "compressed": spec_of(config, share="qkv", clusters=0.5, storage="int8")}
     rows = {(row["part"], row["cache"]): row for row in record["rows"]}
-    assert len(rows) == 7
+    assert len(rows) == 10
     for cache, spec in specs.items():
         row, limit = rows["decode", cache], rows["largest", cache]
         assert row["bytes"]["kv"] == row["bytes"]["kv_formula"] == cache_bytes(spec, 2, 24)
         assert row["rate"]["median"] == pytest.approx(2e3 / row["ms"]["median"])
         assert row["floor_fraction"] == pytest.approx(row["floor"]["ms"] / row["ms"]["median"])
+        assert rows["prompt", cache]["bytes"]["kv"] == cache_bytes(spec, 8, 21)
         assert limit["batch"] == limit["largest"] > 0
         assert limit["needed"] <= limit["limit"] == int(1e-3 * 2**30)
     small, dense = rows["decode", "compressed"], rows["decode", "dense"]
@@ -229,7 +230,7 @@ def test_what_a_gpu_would_be_measured_for(bench_gpu: Any, small_model: Path, tmp
     ]
     text = (tmp_path / "bench_gpu.md").read_text(encoding="utf-8")
     assert sum(f"{goal['goal']}, at least" in text for goal in record["goals"]) == 5
-    assert (tmp_path / "bench_gpu.csv").read_text(encoding="utf-8").count("\n") == 8
+    assert (tmp_path / "bench_gpu.csv").read_text(encoding="utf-8").count("\n") == 11
 
 
 def test_ratios_say_how_many_times_as_fast(bench_gpu: Any, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from chai_jax.adapt.updates import Batch, pack
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file, write_json
+from chai_jax.model import kernels
 from chai_jax.model.model import Model
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, Params
@@ -127,5 +128,6 @@ def fill(values: Any, begins: Any, compute: Any, layout: Layout, encoded: Sequen
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def logprobs(config: OPTConfig, spec: Spec, dtype: DTypeLike, params: Params, batch: Batch) -> Float[Array, "B P V"]:
     """float32 log-probabilities of the next token at the positions of a batch."""
-    hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype).hidden
+    with kernels.using("xla"):  # as in an update: chai_jax.adapt.step
+        hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype).hidden
     return jax.nn.log_softmax(logits_at(config, params, hidden, batch.positions))

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, Int32
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 
-TOKENS = 1536  # of a batch on a CPU: weights are read, and packed for its matrix unit, once for so many
+TOKENS = 1536  # of a batch on a CPU: as many as its kernel packs at once; XLA takes as long with 1,024
 PAIRS = 2**21  # B T^2 of one device's batch at most: 8 MB of float32 scores a head
 SHORTEST = 16  # the smallest padded length
 MEMBERS = 64  # examples of a row at most: every row has room for as many alternatives as the largest

@@ -29,6 +29,7 @@ import numpy as np
 
 from chai_jax.adapt.flops import cost, spared
 from chai_jax.measure.bench import Shape
+from chai_jax.model import kernels
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.products import product
@@ -62,7 +63,8 @@ def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float
     """The best rates of a short probe of the first device: those of the machine when nothing else disturbs it.
 
     Bytes: a square matrix times a vector, and its sum, whichever is faster; FLOPs: the product of two squares of random
-    numbers, by XLA and as the model multiplies (`chai_jax.model.products`), whichever is faster.
+    numbers that were float16, as published weights, by XLA and as models are multiplied by default
+    (`chai_jax.model.products`), whichever is faster.
 
     Args:
         sides: of the two kinds of squares; the first must be too large for any cache. Not given, 8,192 (268 MB of
@@ -71,12 +73,14 @@ def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float
     """
     cpu = jax.default_backend() == "cpu"
     large, small = sides or ((8192, 1024) if cpu else (32768, 8192))
-    wide, square = jnp.ones((large, large), dtype), jax.random.normal(jax.random.key(0), (small, small), dtype)
+    wide = jnp.ones((large, large), dtype)
+    square = jax.random.normal(jax.random.key(0), (small, small), jnp.float16).astype(dtype)
     vector = jnp.ones((large,), dtype)
     times = partial(jax.lax.dot, preferred_element_type=jnp.float32)
     reading = min(_best(times, seconds, wide, vector), _best(jnp.sum, seconds, wide))
-    ways = times, partial(product, "mk,kn->mn", row="m")
-    multiplying = min(_best(way, seconds, square, square) for way in ways)
+    with kernels.using("auto"):
+        ways = times, partial(product, "mk,kn->mn", row="m")
+        multiplying = min(_best(way, seconds, square, square) for way in ways)
     return Rates(wide.nbytes / reading, 2 * small**3 / multiplying, np.dtype(dtype).name)
 
 

@@ -128,8 +128,9 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
     """Race the entrants at every shape and set the times beside the floors that a probe of this machine gives.
 
     Returns:
-        `probe`, the rates that the floors are at: the median of a short `probe_rates` in every round, since what a
-        shared machine gives changes by the minute; `probe_best`, the best moments among them. `rows`, see `_row`;
+        `probe`, the rates that the floors are at: on CPUs the median of a short `probe_rates` in every round, since
+        what a shared machine gives changes by the minute; elsewhere, where a probe would take memory from the models,
+        the better of one before and one after. `probe_best`, the best moments among them. `rows`, see `_row`;
         `peak_device_bytes`, the most that was in use on the first device up to the end, all models together (None
         where the backend does not say).
 
@@ -139,20 +140,35 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
     timed: list[dict[str, Record]] = []
     probes: list[Rates] = []
 
-    def look() -> None:
-        probes.append(probe_rates(compute_dtype(), seconds=LOOK))
+    def look(seconds: float) -> None:
+        probes.append(probe_rates(compute_dtype(), seconds=seconds))
 
+    shared = jax.default_backend() == "cpu"
+    if not shared:
+        look(1.0)
     for number, shape in enumerate(over):
         console.print(f"shape {number + 1} of {len(over)}: {shape}", highlight=False)
-        timed.append(race({one.name: one.build for one in entrants}, shape, trials, seed, tokens, look))
-    rates = Rates.typical(probes)
+        timed.append(
+            race(
+                {one.name: one.build for one in entrants},
+                shape,
+                trials,
+                seed,
+                tokens,
+                partial(look, LOOK) if shared else None,
+            )
+        )
+    memory = jax.devices()[0].memory_stats() or {}
+    if not shared:
+        look(1.0)
+    best = reduce(Rates.best, probes)
+    rates = Rates.typical(probes) if shared else best
     rows = [
         _row(one, shape, found[one.name], rates) for shape, found in zip(over, timed, strict=True) for one in entrants
     ]
-    memory = jax.devices()[0].memory_stats() or {}
     return {
         "probe": dataclasses.asdict(rates),
-        "probe_best": dataclasses.asdict(reduce(Rates.best, probes)),
+        "probe_best": dataclasses.asdict(best),
         "probes": len(probes),
         "peak_device_bytes": memory.get("peak_bytes_in_use"),
         "rows": rows,

@@ -286,8 +286,7 @@ def forward(
         raise ValueError("a layer that is observed computes all columns: leave wanted out")
     if branch is not None and (cache is not None or not spec.stored_by_token):
         raise ValueError("branches of a row need a spec that is stored_by_token, and no cache")
-    # Kernels know order and padding, but no branches, and have nothing to show.
-    plain = kernels.using("xla") if branch is not None or observe is not None else nullcontext()
+    plain = kernels.plain_attention() if branch is not None or observe is not None else nullcontext()
     with plain:
         hidden, after, seen = OPT(config, spec, params)(tokens, mask, cache, dtype, remat, branch, wanted)
     observed = (

@@ -66,7 +66,7 @@ def seen_through(
 ) -> tuple[Float[Array, "N W D"], Seen]:
     """What leaves a layer when `x` enters it, and what its attention sees and does; to be called inside jit."""
     _, allowed, start, _ = visible(mask, None)
-    with kernels.using("xla"):  # kernels have nothing to show
+    with kernels.plain_attention():
         after, _, seen = Block(config, layer, params)(x, allowed, None, start)
     return after, seen
 

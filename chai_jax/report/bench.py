@@ -76,7 +76,7 @@ def note(record: Record) -> str:
         f"median [p10, p90] of n = {row['n']} interleaved rounds, new tokens {row['new_tokens']}, questions of "
         f"{row['question']} tokens, seed {row['seed']}, {record['device']}, {record['threads']['xla']} CPUs, "
         f"{row['dtype']}, quantized weights {record['quantized_weights']}; "
-        f"floor at {rates}, the median of {record['probes']} probes in turn with the laps ({best} at best)"
+        f"floor at {rates}, from {record['probes']} probes ({best} at best)"
     )
 
 

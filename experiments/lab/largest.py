@@ -1,5 +1,6 @@
 """The largest batch that decodes on this device: found by compiling, then run."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -53,10 +54,12 @@ def ran(model: Model, largest: int, end: int, seed: int) -> int:
     attention = kernels.resolved("auto", jax.devices()[:1])
     while batch > largest // 2:
         try:
-            held.layers = None
+            # The program first: XLA, which tries kernels out, finds no room beside a cache that fills the memory.
+            held.layers = jax.eval_shape(partial(random_layers, model.spec, batch, end, seed))
+            with kernels.using(attention), console.status(f"compiling batch {batch}"):
+                ours = Ours(model, Shape(batch, end - 2, 2), seed, held)
             held.layers = random_layers(model.spec, batch, end, seed)
-            with kernels.using(attention):
-                Ours(model, Shape(batch, end - 2, 2), seed, held).lap()
+            ours.lap()
         except jax.errors.JaxRuntimeError as error:
             if not exhausted(error):
                 raise

@@ -9,7 +9,6 @@ import numpy as np
 
 from chai_jax.measure.bench import Shape, clock, program_bytes
 from chai_jax.measure.peers import torch_model
-from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.serve.decode import NEVER, prefill
@@ -40,7 +39,7 @@ class Read:
         self.compile_seconds = time.perf_counter() - began
         self.bytes = {
             "weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-            "kv": cache_bytes(model.spec, shape.batch, shape.prompt + 1),
+            "kv": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.program.out_info.cache.layers)),
             "prefill_peak": program_bytes(self.program),
         }
 

@@ -74,7 +74,7 @@ def test_inputs_that_are_equal_need_no_branches() -> None:
     assert questions.targets.tolist() == [[[10, 11, 12]]]
 
 
-@pytest.mark.parametrize(("backend", "rows"), [("cpu", 64), ("tpu", 8192)])
+@pytest.mark.parametrize(("backend", "rows"), [("cpu", 96), ("tpu", 8192)])
 def test_a_processor_is_given_fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch, backend: str, rows: int) -> None:
     monkeypatch.setattr("jax.default_backend", lambda: backend)
     assert most_rows(16) == rows

@@ -11,11 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chai_jax.adapt.step import gradients
+from chai_jax.adapt.updates import Batch
 from chai_jax.data.questions import Questions
 from chai_jax.errors import InputError
 from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
-from chai_jax.model.cache import store
+from chai_jax.model.cache import empty, store
 from chai_jax.model.kernels import cpu, products_cpu, using
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, fold_projections, init
@@ -81,6 +83,7 @@ def test_a_few_rows_times_a_matrix(rows: int, terms: int, columns: int, turned: 
     (45, 416, 96),  # a panel of rows that is not full; terms in two blocks, of unlike size
     (1550, 64, 32),  # more than are packed at once
     (33, 32, 6272),  # several blocks of columns for each of up to eight threads, the last ones smaller or none
+    (330, 32, 64),  # fewer blocks of columns than eight threads: each of some rows
 ])  # fmt: skip
 def test_many_rows_times_a_matrix(rows: int, terms: int, columns: int, stored: str, dtype: str) -> None:
     """As exact as float32, weights that were rounded to fewer bits too, which take fewer products."""
@@ -95,6 +98,16 @@ def test_many_rows_times_a_matrix(rows: int, terms: int, columns: int, stored: s
     error = np.abs(found - one @ two) / (np.abs(one) @ np.abs(two))
     assert error.max() < 4e-7
     assert np.sqrt(np.mean(error**2)) < 1e-7  # less than float32's last bit, of sums of one sign
+
+
+@pytest.mark.usefixtures("unit")
+def test_rows_of_another_dtype_are_multiplied_as_float32() -> None:
+    x, weights = normal(32, 64, dtype="bfloat16"), normal(64, 32)
+    expected = products_cpu.times(x.astype(jnp.float32), weights, False)
+    np.testing.assert_array_equal(products_cpu.times(x, weights, False), expected)
+    small = normal(64, 32, dtype="int8")
+    expected = products_cpu.times(x.astype(jnp.float32), small, False)
+    np.testing.assert_allclose(products_cpu.times(x.astype(jnp.float16), small, False), expected, rtol=1e-6)
 
 
 @pytest.mark.usefixtures("unit")
@@ -143,7 +156,7 @@ def test_what_the_kernel_of_many_rows_is_for(
     assert products_cpu.takes(*shape) == taken
     monkeypatch.setattr(products_cpu, "MANY_LEAST", 32**3 + 1)
     assert not products_cpu.takes(*shape)
-    monkeypatch.undo()
+    monkeypatch.setattr(products_cpu, "MANY_LEAST", 1)
     monkeypatch.setattr(cpu, "matrix_unit", lambda: False)
     assert not products_cpu.takes(*shape)
 
@@ -291,20 +304,37 @@ def test_one_cpu_uses_its_kernels_unless_told_otherwise(monkeypatch: pytest.Monk
         kernels.check("native", eight)
 
 
-def test_what_is_observed_is_left_to_xla() -> None:
-    """It has scores to show, and is probed by many rows at once anyway."""
+def test_what_is_observed_is_attended_to_by_xla() -> None:
+    """It has scores to show; its products are kernels all the same."""
     spec = Spec.dense(2, 4, 8)
-    params, mask = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 4), bool)
+    params, token = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 1), bool)
+    past = empty(spec, 1, 4)
 
     def ran(observe):  # type: ignore[no-untyped-def]
-        run = jax.jit(
-            lambda params: forward(CONFIG, spec, params, mask.astype(jnp.int32), mask, observe=observe).hidden
-        )
-        return str(run.trace(params).jaxpr).count("ffi_call")
+        def run(params, past):  # type: ignore[no-untyped-def]
+            return forward(CONFIG, spec, params, token.astype(jnp.int32), token, cache=past, observe=observe).hidden
+
+        text = str(jax.jit(run).trace(params, past).jaxpr)
+        return text.count("chai_jax_attention") > 0, text.count("chai_jax_few_rows") > 0
 
     with using("native"):
-        assert ran(None) > 0
-        assert ran(lambda layer, seen, params: seen.x) == 0
+        assert ran(None) == (True, True)
+        assert ran(lambda layer, seen, params: seen.x) == (False, True)
+
+
+def test_what_trains_has_no_kernels() -> None:
+    """Whose gradients nobody compared."""
+    batch = Batch(*[jnp.ones((1, 2, 3))] * 5)
+
+    def loss(params, microbatch, extra):  # type: ignore[no-untyped-def]
+        return {"loss": jnp.sum(product("btd,df->btf", normal(1, 2, 32), params["w"], "t"))}
+
+    def traced() -> str:
+        return str(jax.make_jaxpr(lambda w: gradients(loss, {"w": w}, {"w": None}, None, batch))(normal(32, 64)))
+
+    with using("native"):
+        assert "ffi_call" in str(jax.make_jaxpr(lambda w: loss({"w": w}, None, None))(normal(32, 64)))
+        assert "ffi_call" not in traced()
 
 
 @pytest.fixture
@@ -334,8 +364,9 @@ def test_a_compiler_may_have_several_words(monkeypatch: pytest.MonkeyPatch) -> N
     assert cpu.compiler() == ("/bin/ccache", "clang++", "-stdlib=libc++")
     monkeypatch.setenv("CXX", " ")
     assert cpu.compiler() == ("/bin/g++",)
-    monkeypatch.setenv("CXX", "icpx")
-    assert cpu.compiler() == ()
+    for missing in ("icpx", "'g++"):
+        monkeypatch.setenv("CXX", missing)
+        assert cpu.compiler() == ()
 
 
 def test_a_compiler_that_fails_is_told_of_and_xla_computes(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     np.testing.assert_array_equal(jax.jit(partial(attend_prompt, **rest))(*given), expected)
 
 
-@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1)])
+@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1)])
 @pytest.mark.parametrize("length", [256, 300])
 def test_cudnn_equals_attention(
     length: int, clusters: int, queries: int, value_heads: int, monkeypatch: pytest.MonkeyPatch
@@ -165,7 +165,7 @@ def test_what_cudnn_takes(
 
 
 def test_what_is_looked_at_is_computed_by_xla() -> None:
-    """Kernels have no scores to show: neither layer by layer, nor to an observer."""
+    """Layer by layer, as forward does for an observer."""
     spec = Spec.dense(2, 2, 8)
     params, x = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 256, 16))
     with using("pallas"):

@@ -18,7 +18,8 @@ from chai_jax.model.kernels import cpu
 LANES = 128  # of a TPU's vectors
 NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
 OLDEST_GPU = 8.0  # compute capability: Ampere, the first with bfloat16
-_choice = jax.make_user_context("auto")  # part of the key of jit's cache: programs of either kind do not mix
+# Parts of the key of jit's cache: programs of either kind do not mix.
+_choice, _plain = jax.make_user_context("auto"), jax.make_user_context(False)
 
 
 def using(attention: str) -> AbstractContextManager[None]:
@@ -27,9 +28,14 @@ def using(attention: str) -> AbstractContextManager[None]:
     return _choice(attention)
 
 
+def plain_attention() -> AbstractContextManager[None]:
+    """Within the block attention is XLA's: kernels know no branches and have no scores to show. Products are free."""
+    return _plain(True)
+
+
 def for_tokens() -> bool:
     """Whether programs traced here attend with a kernel where they decode: if asked, or on one NVIDIA GPU or CPU."""
-    return for_prompts() or on_cpu()
+    return not _plain.value and (_pallas() or on_cpu())
 
 
 def on_cpu() -> bool:
@@ -41,6 +47,10 @@ def on_cpu() -> bool:
 def for_prompts() -> bool:
     """Whether programs traced here attend with a kernel where they read long prompts: if asked, or on one NVIDIA
     GPU."""
+    return not _plain.value and _pallas()
+
+
+def _pallas() -> bool:
     return _choice.value == "pallas" or (_choice.value == "auto" and one_gpu(jax.devices()))
 
 

@@ -2,7 +2,7 @@
 //
 // Both are bound by memory: each key, value and weight is read once, from several places of an array at a time, since
 // one stream does not fill a core's queue of loads. Compiled and registered by cpu.py; called by decode_cpu.py and
-// few_rows.py, which see to shapes and types.
+// products_cpu.py, which see to shapes and types.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -33,7 +33,10 @@ _registered: set[str] = set()
 
 def compiler() -> tuple[str, ...]:
     """The command of the C++ compiler: what CXX says ("ccache g++"), or the first of `COMPILERS`; () if not there."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # a quotation without an end: no command
+        return ()
     commands = [named] if named else [[name] for name in COMPILERS]
     return next(((found, *rest) for first, *rest in commands if (found := shutil.which(first))), ())
 

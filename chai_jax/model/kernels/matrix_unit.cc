@@ -3,7 +3,8 @@
 // A float32 is the sum of three bfloat16, the first its rounding and each next one that of what is left. Of the nine
 // products of such parts the six that matter at float32's precision are summed in float32 (Henry, Tang & Heinecke 2019,
 // arXiv 1904.06376; XLA's BF16_BF16_F32_X6 means the same). Weights that were float16, as those of every published OPT,
-// are the sum of two: five products; a bfloat16 or int8 is one part: three. Numbers that are not finite make NaN.
+// are the sum of two: five products; a bfloat16 or int8 is one part: three. Infinite numbers of three parts make NaN, and
+// the few NaN whose bits are nearly all set count as 0.
 //
 // Rows are packed once, in panels of 32 by terms; a thread packs the columns that it multiplies, and keeps them in its
 // second cache while all panels of rows pass by (Goto & van de Geijn 2008, ACM TOMS 34:12). Compiled by cpu.py, called
@@ -26,19 +27,16 @@ constexpr int64_t kTile = 16;  // rows of a tile, and columns of float32
 constexpr int64_t kSide = 2 * kTile;  // rows and columns of a panel, and terms of a step
 constexpr int64_t kTileBytes = 1024, kPairBytes = 2 * kTileBytes;
 constexpr int64_t kColumns = 384, kTerms = 384;  // at most, of a block that stays in the second cache: 0.9 MB
-constexpr int64_t kRows = 1536;  // packed at once; as in products_cpu.py
 
-struct Tiles {  // all eight of 16 x 64 bytes, while it lives
-  struct alignas(64) Config {
-    uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {};
-    uint8_t rows[16] = {};
-  };
-  Tiles() {
-    Config config;
-    for (int tile = 0; tile < 8; ++tile) config.bytes[tile] = 64, config.rows[tile] = kTile;
-    _tile_loadconfig(&config);
-  }
+struct alignas(64) Config {
+  uint8_t palette = 1, start = 0, reserved[14] = {};
+  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+};
+constexpr Config kTiles;  // all eight, of 16 x 64 bytes; constant, since GCC's instruction names 8 bytes of it as read
+
+struct Tiles {  // while it lives
+  Tiles() { _tile_loadconfig(&kTiles); }
   ~Tiles() { _tile_release(); }
 };
 
@@ -167,27 +165,27 @@ struct Product {
   const B* matrix;
   float* out;
   char* packed;
-  int64_t M, K, N;
+  int64_t M, K, N, at_once;  // rows that there is room to pack
 
   int64_t PanelBytes() const { return K / kSide * kParts<A> * kPairBytes; }
 
-  // Of `count` rows that are packed, `width` columns from `column` on.
-  void Columns(int64_t row, int64_t count, int64_t column, int64_t width) const {
+  // `width` columns from `column` on, of the rows from `begin` to `end` among those that are packed, `row` and on.
+  void Columns(int64_t row, int64_t begin, int64_t end, int64_t column, int64_t width) const {
     alignas(64) thread_local char block[kColumns / kSide * kTerms / kSide * kParts<B> * kPairBytes];
     alignas(64) float last[kSide * kSide];
-    const int64_t end = std::min(N, column + width), stride = N * sizeof(float);
+    const int64_t last_column = std::min(N, column + width), stride = N * sizeof(float);
     Tiles tiles;
     for (int64_t k = 0; k < K; k += kTerms) {
       const int64_t terms = std::min(kTerms, K - k), bytes = terms / kSide * kParts<B> * kPairBytes;
-      const int used = PackColumns(matrix + k * N + column, terms, end - column, N, block);
+      const int used = PackColumns(matrix + k * N + column, terms, last_column - column, N, block);
       const auto multiply = used == 1   ? Multiply<kParts<A>, 1, kParts<B>>
                             : used == 2 ? Multiply<kParts<A>, std::min(2, kParts<B>), kParts<B>>
                                         : Multiply<kParts<A>, kParts<B>, kParts<B>>;
-      for (int64_t m = 0; m < count; m += kSide) {
+      for (int64_t m = begin; m < end; m += kSide) {
         const char* a = packed + m / kSide * PanelBytes() + k / kSide * kParts<A> * kPairBytes;
         const char* b = block;
-        const int64_t height = std::min(kSide, count - m);
-        for (int64_t n = column; n < end; n += kSide, b += bytes) {
+        const int64_t height = std::min(kSide, end - m);
+        for (int64_t n = column; n < last_column; n += kSide, b += bytes) {
           float* sums = out + (row + m) * N + n;
           if (height == kSide) {
             multiply(a, b, terms / kSide, k > 0, sums, stride);
@@ -202,34 +200,44 @@ struct Product {
   }
 
   void Run(ffi::ThreadPool pool) const {
-    // Equal blocks of columns, as many for each thread.
+    // Equal blocks of columns, as many for each thread; of few columns, of some rows each.
     const int64_t threads = std::max<int64_t>(1, pool.num_threads()), most = kColumns * threads;
     const int64_t parts = (N + most - 1) / most * threads;
     const int64_t width = (N / kSide + parts - 1) / parts * kSide, blocks = (N + width - 1) / width;
-    for (int64_t row = 0; row < M; row += kRows) {
-      const int64_t count = std::min(kRows, M - row);
-      InParallel(pool, (count + kSide - 1) / kSide, count * K * sizeof(A), [&](int64_t panel) {
+    for (int64_t row = 0; row < M; row += at_once) {
+      const int64_t count = std::min(at_once, M - row), panels = (count + kSide - 1) / kSide;
+      const int64_t shares = std::min(panels, (threads + blocks - 1) / blocks);
+      const int64_t height = (panels + shares - 1) / shares * kSide;
+      InParallel(pool, panels, count * K * sizeof(A), [&](int64_t panel) {
         const int64_t first = panel * kSide;
         PackRows(rows + (row + first) * K, std::min(kSide, count - first), K, packed + panel * PanelBytes());
       });
-      InParallel(pool, blocks, count * K * N, [&](int64_t block) { Columns(row, count, block * width, width); });
+      InParallel(pool, blocks * shares, count * K * N, [&](int64_t task) {
+        const int64_t begin = task / blocks * height;
+        Columns(row, begin, std::min(count, begin + height), task % blocks * width, width);
+      });
     }
   }
 };
 
 template <typename A, typename B>
-void Run(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer matrix, float* out, uint8_t* packed) {
-  auto shape = rows.dimensions(), other = matrix.dimensions();
+ffi::Error Run(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer matrix, float* out, ffi::Buffer<ffi::U8> packed) {
+  const int64_t M = rows.dimensions()[0], K = rows.dimensions()[1], N = matrix.dimensions()[1];
+  const int64_t at_once = packed.element_count() / (K * kParts<A> * 2) / kSide * kSide;
+  if (K % kSide || N % kSide || at_once == 0) return ffi::Error::InvalidArgument("terms, columns or room do not fit");
   Product<A, B>{static_cast<const A*>(rows.untyped_data()), static_cast<const B*>(matrix.untyped_data()), out,
-                reinterpret_cast<char*>(packed), shape[0], shape[1], other[1]}.Run(pool);
+                reinterpret_cast<char*>(packed.typed_data()), M, K, N, at_once}.Run(pool);
+  return ffi::Error::Success();
 }
 
 ffi::Error ManyRows(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer matrix, ffi::ResultBuffer<ffi::F32> out,
                     ffi::ResultBuffer<ffi::U8> packed) {
-  const bool wide = rows.element_type() == ffi::F32, small = matrix.element_type() == ffi::S8;
-  auto run = !wide ? Run<uint16_t, int8_t> : small ? Run<float, int8_t> : Run<float, float>;
-  run(pool, rows, matrix, out->typed_data(), packed->typed_data());
-  return ffi::Error::Success();
+  const auto a = rows.element_type(), b = matrix.element_type();
+  auto run = a == ffi::F32 && b == ffi::F32    ? Run<float, float>
+             : a == ffi::F32 && b == ffi::S8   ? Run<float, int8_t>
+             : a == ffi::BF16 && b == ffi::S8 ? Run<uint16_t, int8_t> : nullptr;
+  if (!run) return ffi::Error::InvalidArgument("expected float32 and float32 or int8, or bfloat16 and int8");
+  return run(pool, rows, matrix, out->typed_data(), *packed);
 }
 
 }  // namespace

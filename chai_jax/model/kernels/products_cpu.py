@@ -16,7 +16,7 @@ LEAST = 2**20  # products of a row's entry and a weight: of fewer XLA makes no t
 COLUMNS, TERMS = 32, 16  # of which the matrix has a multiple: two of the widest vectors, and one
 MANY = 32  # rows, of as many terms and columns each: a panel of the matrix unit
 MANY_LEAST = 2**25  # as `LEAST`: of fewer XLA was faster (chains of layers of 64 to 768 rows, two cores)
-PACKED = 1536  # rows at once; as in matrix_unit.cc
+PACKED = 1536  # rows at once
 PARTS = 3  # bfloat16 that a float32 is the sum of
 
 
@@ -43,6 +43,8 @@ def times(rows: Float[Array, "M K"], matrix: Num[Array, "_ _"], turned: bool) ->
     if count <= MOST:
         few: Array = call("chai_jax_few_rows", shape)(rows.astype(jnp.float32), matrix, turned=turned)
         return few
+    if not (rows.dtype == jnp.bfloat16 and matrix.dtype == jnp.int8):
+        rows, matrix = (x if x.dtype == jnp.int8 else x.astype(jnp.float32) for x in (rows, matrix))
     panels = -(-min(count, PACKED) // MANY) * MANY * terms
     packed = jax.ShapeDtypeStruct((panels * 2 * (PARTS if rows.dtype == jnp.float32 else 1),), jnp.uint8)
     many: Array = call("chai_jax_many_rows", (shape, packed))(rows, matrix)[0]
