@@ -80,7 +80,7 @@ def test_a_few_rows_times_a_matrix(rows: int, terms: int, columns: int, turned: 
 @pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "int8"])
 @pytest.mark.parametrize(("rows", "terms", "columns"), [
     (32, 32, 32),
-    (45, 416, 96),  # a panel of rows that is not full; terms in two blocks, of unlike size
+    (45, 416, 1600),  # a panel of rows that is not full; terms in two blocks; several panels of columns for each thread
     (1550, 64, 32),  # more than are packed at once
     (33, 32, 6272),  # several blocks of columns for each of up to eight threads, the last ones smaller or none
     (330, 32, 64),  # fewer blocks of columns than eight threads: each of some rows
