@@ -111,7 +111,7 @@ def race(
 
     Args:
         tokens: decode at least that many tokens more with every entrant, for their mean.
-        beside: called once a round, after the first entrant.
+        beside: called once a round, before the first entrant.
 
     Returns:
         Per entrant, for each of `MEASURES`, the median, p10 and p90 in milliseconds: `score_ms_per_example`;
@@ -150,16 +150,16 @@ def interleaved(
     """What each lap measures in each of `trials` rounds, one lap after the other within a round.
 
     Args:
-        beside: called once a round, after the first lap.
+        beside: called once a round, before the first lap.
     """
     for run in laps.values():
         run()  # the first run of a program is slower than the rest
     rounds: dict[str, list[Sequence[float]]] = {name: [] for name in laps}
     for _ in track(range(trials), "Timing"):
-        for number, (name, run) in enumerate(laps.items()):
+        if beside is not None:
+            beside()
+        for name, run in laps.items():
             rounds[name].append(run())
-            if beside is not None and number == 0:
-                beside()
     return {name: np.array(found) for name, found in rounds.items()}
 
 

@@ -144,20 +144,12 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
         probes.append(probe_rates(compute_dtype(), seconds=seconds))
 
     shared = jax.default_backend() == "cpu"
+    beside = partial(look, LOOK) if shared else None
     if not shared:
         look(1.0)
     for number, shape in enumerate(over):
         console.print(f"shape {number + 1} of {len(over)}: {shape}", highlight=False)
-        timed.append(
-            race(
-                {one.name: one.build for one in entrants},
-                shape,
-                trials,
-                seed,
-                tokens,
-                partial(look, LOOK) if shared else None,
-            )
-        )
+        timed.append(race({one.name: one.build for one in entrants}, shape, trials, seed, tokens, beside))
     memory = jax.devices()[0].memory_stats() or {}
     if not shared:
         look(1.0)

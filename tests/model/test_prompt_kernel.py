@@ -45,6 +45,16 @@ def heads_of(clusters: int, value_heads: int) -> tuple[tuple[int, int], tuple[in
     return (clusters, KEY_RANK), (clusters * value_heads, VALUE_RANK)
 
 
+def assert_equal_where_read(found: jax.Array, expected: jax.Array) -> None:
+    """At the rows of `inputs` that are real; those of padding hold something finite."""
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    bound = BOUNDS[found.dtype.name] * np.abs(np.asarray(expected, np.float32)).max()
+    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
+    assert np.isfinite(found).all()
+    for row, real in enumerate((slice(150, None), slice(0, -20))):
+        np.testing.assert_allclose(found[row, :, real], expected[row, :, real], rtol=0, atol=bound)
+
+
 on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpreted on CPUs")
 
 
@@ -59,12 +69,7 @@ def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, que
     rest = {"scale": 0.2, "value_heads": value_heads}
     expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
     found = jax.jit(partial(prompt_on_tpu, **rest, interpret=True))(*given)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    expected, found = (np.asarray(x, np.float32) for x in (expected, found))
-    assert np.isfinite(found).all()
-    for row, real in enumerate((slice(150, None), slice(0, -20))):
-        bound = BOUNDS[dtype] * np.abs(expected).max()
-        np.testing.assert_allclose(found[row, :, real], expected[row, :, real], rtol=0, atol=bound)
+    assert_equal_where_read(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -133,12 +138,7 @@ def test_cudnn_equals_attention(
     assert dtype == "float32" or prompt_gpu.takes(query, keys, values)
     expected = jax.jit(partial(attend_in_order, **rest))(query, keys, values, allowed)[0]
     found = jax.jit(partial(kernel, **rest))(query, keys, values, allowed)
-    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    expected, found = (np.asarray(x, np.float32) for x in (expected, found))
-    assert np.isfinite(found).all()
-    for row, real in enumerate((slice(150, None), slice(0, -20))):
-        bound = BOUNDS[dtype] * np.abs(expected).max()
-        np.testing.assert_allclose(found[row, :, real], expected[row, :, real], rtol=0, atol=bound)
+    assert_equal_where_read(found, expected)
 
 
 @pytest.mark.parametrize(
