@@ -12,7 +12,8 @@
 #include "parallel.h"
 #include "xla/ffi/api/ffi.h"
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+// Clang before 16 spells it without the underscore.
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__AVX512BW__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
