@@ -36,7 +36,6 @@ from chai_jax.files.atomic import write_json
 from chai_jax.files.store import load
 from chai_jax.measure.evaluate import Result, evaluate
 from chai_jax.measure.harness_tasks import local_rows, write_tasks
-from chai_jax.measure.lm_eval import LanguageModel
 from chai_jax.model.model import Model
 
 TOLERANCE = 1e-3  # nats, of a choice, between two implementations
@@ -136,6 +135,8 @@ def pages(theirs: Record, ours: Record) -> Record:
 
 def agreement(chosen: argparse.Namespace) -> Record:
     """Both comparisons, by model and task."""
+    from chai_jax.measure.lm_eval import LanguageModel  # says so where the harness is not there; --help needs none
+
     names = chosen.tasks.split(",")
     limits = {name: chosen.pages if name == "wikitext" else chosen.limit for name in names}
     rows = {name: local_rows(name, chosen.data_dir, limits[name]) for name in names}

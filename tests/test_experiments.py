@@ -262,6 +262,7 @@ class Laps:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) -> None:
     """From the same cache, lap after lap; compiled as far as tracing goes, which is where models break."""
     from lab.decoding import Ours, Transformers
