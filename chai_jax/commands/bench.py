@@ -1,14 +1,13 @@
 """`chai-jax bench`: how long models take and how much they hold, side by side in one run."""
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional
 
 from chai_jax.config import DeviceConfig
 from chai_jax.errors import InputError
@@ -52,8 +51,9 @@ class BenchCommand:
     """How the models attend: XLA's own programs, or kernels (pallas: decoding and long prompts on one NVIDIA GPU, or
     one TPU from v4 on; native: decoding on one CPU, and its products). auto: kernels on one GPU, or one CPU that has a
     C++ compiler."""
-    peer: Annotated[UseAppendAction[tuple[Literal["hf", "ctranslate2"], ...]], arg(metavar="{hf,ctranslate2}")] = ()
-    """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too; may be repeated."""
+    peer: Literal["hf", "ctranslate2"] | None = None
+    """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too. One a run: in one process
+    their threads put each other to sleep."""
     threads: int | None = None
     """Threads of the peers (default: as many as the CPUs this process may run on, which is what XLA takes)."""
     seed: int = 0
@@ -67,7 +67,7 @@ class BenchCommand:
 
         from chai_jax.environment import versions, where_computed
         from chai_jax.files.atomic import claim_folder
-        from chai_jax.measure.peers import check_peer
+        from chai_jax.measure.peers import AWAKE, PEERS, check_peer
         from chai_jax.measure.sweep import sweep
         from chai_jax.model import kernels
         from chai_jax.pipeline import print_table
@@ -76,8 +76,9 @@ class BenchCommand:
 
         options = self._checked()
         attention = kernels.resolved(self.attention, jax.devices()[:1])
-        for name in self.peer:
-            check_peer(name)
+        if self.peer:
+            check_peer(self.peer)
+        libraries = PEERS[self.peer].libraries if self.peer else ()
         if self.out is not None:
             claim_folder(self.out)
         threads = {"xla": available_cpus(), "peers": self.threads or available_cpus()}
@@ -93,8 +94,8 @@ class BenchCommand:
             **where,
             "devices_used": 1,
             "attention": attention,
-            "threads": threads,
-            "versions": versions() | {name: metadata.version(name) for name in peer_packages(self.peer)},
+            "threads": threads | ({name: os.environ.get(name) for name in AWAKE} if self.peer else {}),
+            "versions": versions() | {name: metadata.version(name) for name in libraries},
             **found,
         }
         print_table(terminal(record["rows"], f"chai-jax bench, {record['device']}", COLUMNS))
@@ -140,7 +141,8 @@ class BenchCommand:
             if model.spec.is_dense:
                 entrants += variants(source, model, options["clusters"], self.share, self.storage)
         first = self.models[0]
-        entrants += [peer(kind, first, models[first], threads) for kind in dict.fromkeys(self.peer)]
+        if self.peer:
+            entrants.append(peer(self.peer, first, models[first], threads))
         return entrants, over
 
 
@@ -179,8 +181,3 @@ def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
 def available_cpus() -> int:
     """CPUs that this process may run on, which is how many threads XLA starts."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def peer_packages(peers: Sequence[str]) -> list[str]:
-    """The packages whose versions decide the peers' numbers."""
-    return ["torch"] * bool(peers) + ["ctranslate2"] * ("ctranslate2" in peers)
