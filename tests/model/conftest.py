@@ -1,12 +1,13 @@
-"""Random parameters of any spec, every leaf random."""
+"""Random parameters of any spec, every leaf random; the kernels of CPUs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chai_jax.model.kernels import cpu, products_cpu, using
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.spec import Spec
 
@@ -23,5 +24,38 @@ def random_params() -> Callable[[OPTConfig, Spec, float], Params]:
             return jnp.asarray(centre + std * random.standard_normal(declared.shape), jnp.float32)
 
         return jax.tree.map(leaf, declare(config, spec), is_leaf=lambda x: isinstance(x, Declared))
+
+    return draw
+
+
+@pytest.fixture
+def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However small they are, products are the kernels'."""
+    monkeypatch.setattr(products_cpu, "LEAST", 1)
+    monkeypatch.setattr(products_cpu, "MANY_LEAST", 1)
+
+
+@pytest.fixture
+def native() -> Iterator[None]:
+    """What is traced uses the kernels of CPUs."""
+    assert not cpu.why_not()
+    with using("native"):
+        yield
+
+
+@pytest.fixture
+def unit(native: None) -> None:
+    """Those of the matrix unit among them."""
+    if not cpu.matrix_unit():
+        pytest.skip("no matrix unit for bfloat16 in this CPU")
+
+
+@pytest.fixture(scope="session")
+def normal() -> Callable[..., jax.Array]:
+    """Arrays of a shape and dtype, with a mean, so that what is left out does not average out."""
+
+    def draw(*shape: int, dtype: str = "float32") -> jax.Array:
+        spread = 20 if dtype == "int8" else 1
+        return jnp.asarray(1 + spread * np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
 
     return draw

@@ -1,8 +1,10 @@
-"""The kernels of CPUs: products against numpy in float64, when they are used, and what happens without a
-compiler. Their attention is tested beside that of the accelerators (test_decode_kernel.py)."""
+"""The kernels of CPUs: attention, when they are used, and what happens without a compiler.
+
+More of their attention is tested beside that of the accelerators (test_decode_kernel.py).
+"""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,242 +15,29 @@ import pytest
 
 from chai_jax.adapt.step import gradients
 from chai_jax.adapt.updates import Batch
-from chai_jax.data.questions import Questions
 from chai_jax.errors import InputError
 from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import empty, store
-from chai_jax.model.kernels import cpu, products_cpu, using
+from chai_jax.model.kernels import cpu, using
 from chai_jax.model.opt import forward
 from chai_jax.model.params import OPTConfig, fold_projections, init
 from chai_jax.model.products import product
-from chai_jax.model.quantized import QuantizedArray, dequantize, einsum, quantize, quantize_int4
-from chai_jax.score import target_logprobs
 from chai_jax.serve import decode as serve
 from chai_jax.spec import Group, LayerSpec, Spec
 
-pytestmark = pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
+pytestmark = [
+    pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler"),
+    pytest.mark.usefixtures("small_matrices"),
+]
+Normal = Callable[..., jax.Array]
 CONFIG = OPTConfig(64, 32, 2, 4, 64, 64, 32)
-
-
-@pytest.fixture(autouse=True)
-def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products_cpu, "LEAST", 1)
-    monkeypatch.setattr(products_cpu, "MANY_LEAST", 1)
-
-
-@pytest.fixture
-def native() -> Iterator[None]:
-    assert not cpu.why_not()
-    with using("native"):
-        yield
-
-
-@pytest.fixture
-def unit(native: None) -> None:
-    if not cpu.matrix_unit():
-        pytest.skip("no matrix unit for bfloat16 in this CPU")
-
-
-def normal(*shape: int, dtype: str = "float32") -> jax.Array:
-    # A mean, so that what is left out does not average out.
-    spread = 20 if dtype == "int8" else 1
-    return jnp.asarray(1 + spread * np.random.default_rng(sum(shape)).standard_normal(shape), dtype)
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("rows", range(1, products_cpu.MOST + 1))
-@pytest.mark.parametrize(("terms", "columns", "turned"), [
-    (16, 12320, False),  # several panels of columns, of up to eight threads, the last one not full
-    (16, 32, False),
-    (48, 37, True),  # an odd number, split over threads
-    (16, 1, True),
-])  # fmt: skip
-def test_a_few_rows_times_a_matrix(rows: int, terms: int, columns: int, turned: bool, dtype: str) -> None:
-    assert products_cpu.takes(rows, terms, columns, dtype, turned)
-    given = normal(rows, terms), normal(*((columns, terms) if turned else (terms, columns)), dtype=dtype)
-    found = jax.jit(partial(products_cpu.times, turned=turned))(*given)
-    one, two = (np.asarray(x, np.float64) for x in given)
-    expected = one @ (two.T if turned else two)
-    assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
-
-
-@pytest.mark.usefixtures("unit")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16", "int8"])
-@pytest.mark.parametrize(("rows", "terms", "columns"), [
-    (32, 32, 32),
-    (45, 416, 1600),  # a panel of rows that is not full; terms in two blocks; several panels of columns for each thread
-    (1550, 64, 32),  # more than are packed at once
-    (33, 32, 6272),  # several blocks of columns for each of up to eight threads, the last ones smaller or none
-    (330, 32, 64),  # fewer blocks of columns than eight threads: each of some rows
-])  # fmt: skip
-def test_many_rows_times_a_matrix(rows: int, terms: int, columns: int, stored: str, dtype: str) -> None:
-    """As exact as sums of float32 made term by term; weights that were rounded to fewer bits take fewer products."""
-    if dtype == "bfloat16" and stored != "int8":
-        pytest.skip("left to XLA")
-    x, weights = normal(rows, terms, dtype=dtype), normal(terms, columns, dtype=stored)
-    weights = weights if stored == "int8" else weights.astype(jnp.float32)
-    assert products_cpu.takes(rows, terms, columns, weights.dtype.name, False)
-    found = jax.jit(partial(products_cpu.times, turned=False))(x, weights)
-    one, two = (np.asarray(each, np.float64) for each in (x, weights))
-    assert (found.shape, found.dtype) == ((rows, columns), jnp.float32)
-    naive = np.zeros_like(found)
-    for term in range(terms):
-        naive += np.float32(one[:, term, None]) * np.float32(two[term])
-    error, usual = (np.abs(each - one @ two) / (np.abs(one) @ np.abs(two)) for each in (found, naive))
-    assert error.max() < max(usual.max(), 2e-7)
-    assert np.sqrt(np.mean(error**2)) < max(np.sqrt(np.mean(usual**2)), 3e-8)  # half of float32's last bit
-
-
-@pytest.mark.usefixtures("unit")
-def test_rows_of_another_dtype_are_multiplied_as_float32() -> None:
-    x, weights = normal(32, 64, dtype="bfloat16"), normal(64, 32)
-    expected = products_cpu.times(x.astype(jnp.float32), weights, False)
-    np.testing.assert_array_equal(products_cpu.times(x, weights, False), expected)
-    small = normal(64, 32, dtype="int8")
-    expected = products_cpu.times(x.astype(jnp.float32), small, False)
-    np.testing.assert_allclose(products_cpu.times(x.astype(jnp.float16), small, False), expected, rtol=1e-6)
-
-
-@pytest.mark.usefixtures("unit")
-def test_every_bit_of_a_float32_counts() -> None:
-    """Parts that are far smaller than the number: 1 + 2^-12 + 2^-23 times columns of the identity is itself."""
-    x = jnp.full((32, 32), 1 + 2.0**-12 + 2.0**-23) * jnp.arange(1, 33)[:, None].astype(jnp.float32)
-    for one, two in ((x, jnp.eye(32)), (jnp.eye(32), x)):
-        np.testing.assert_array_equal(products_cpu.times(one, two, False), x)
-
-
-@pytest.mark.usefixtures("unit")
-def test_what_is_scored_by_kernels_is_what_xla_scores() -> None:
-    """Among them the head, which is left to XLA."""
-    spec = Spec.dense(2, 4, 8)
-    params = fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3))
-    tokens, targets = np.random.default_rng(0).integers(4, 60, (2, 40, 1, 16), np.int32)
-    questions = Questions(tokens[:, 0], np.full(40, 16, np.int32), np.full(40, 15, np.int32), targets[:, :, :2])
-
-    def scored(attention: str) -> tuple[np.ndarray, str]:
-        with using(attention):
-            run = target_logprobs.lower(CONFIG, spec, jnp.float32, params, jax.tree.map(jnp.asarray, questions))
-            return np.asarray(run.compile()(params, jax.tree.map(jnp.asarray, questions))[0]), run.as_text()
-
-    (found, program), (expected, plain) = scored("native"), scored("xla")
-    assert "chai_jax_many_rows" in program
-    assert "chai_jax_many_rows" not in plain
-    np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("shape", "taken"),
-    [
-        ((32, 32, 32, "float32", False), True),
-        ((32, 32, 32, "int8", False), True),
-        ((31, 32, 32, "float32", False), False),
-        ((32, 48, 32, "float32", False), False),
-        ((32, 32, 48, "float32", False), False),
-        ((32, 32, 32, "bfloat16", False), False),
-        ((32, 32, 32, "float32", True), False),
-    ],
-)
-def test_what_the_kernel_of_many_rows_is_for(
-    shape: tuple[int, int, int, str, bool], taken: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpu, "matrix_unit", lambda: True)
-    assert products_cpu.takes(*shape) == taken
-    monkeypatch.setattr(products_cpu, "MANY_LEAST", 32**3 + 1)
-    assert not products_cpu.takes(*shape)
-    monkeypatch.setattr(products_cpu, "MANY_LEAST", 1)
-    monkeypatch.setattr(cpu, "matrix_unit", lambda: False)
-    assert not products_cpu.takes(*shape)
-
-
-def test_what_the_kernel_of_products_is_not_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert products_cpu.takes(8, 16, 32, "float32", False)
-    assert not products_cpu.takes(9, 16, 32, "float32", False)
-    assert not products_cpu.takes(8, 24, 32, "float32", False)
-    assert not products_cpu.takes(8, 16, 48, "float32", False)
-    assert products_cpu.takes(8, 16, 48, "float32", True)
-    assert not products_cpu.takes(8, 16, 32, "float16", False)
-    monkeypatch.setattr(products_cpu, "LEAST", 2 * 16 * 32)
-    assert products_cpu.takes(2, 16, 32, "float32", False)
-    assert not products_cpu.takes(1, 16, 32, "float32", False)
-    assert products_cpu.takes(1, 16, 32, "int8", False)  # XLA would expand it at every token
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(("rows", "turned"), [(3, False), (3, True), (32, False)])
-def test_gradients_of_products(rows: int, turned: bool, request: pytest.FixtureRequest) -> None:
-    """Whoever takes one: the gradients of a product are those of XLA's."""
-    if rows > products_cpu.MOST:
-        request.getfixturevalue("unit")
-    rows, matrix = normal(rows, 32), normal(*((64, 32) if turned else (32, 64)))
-
-    def loss(multiply, rows, matrix):  # type: ignore[no-untyped-def]
-        return jnp.sum(jnp.sin(multiply(rows, matrix) / 16))
-
-    def plain(rows: jax.Array, matrix: jax.Array) -> jax.Array:
-        return rows @ (matrix.T if turned else matrix)
-
-    found, expected = (
-        jax.jit(jax.grad(partial(loss, multiply), argnums=(0, 1)))(rows, matrix)
-        for multiply in (partial(products_cpu.times, turned=turned), plain)
-    )
-    for one, two in zip(found, expected, strict=True):
-        np.testing.assert_allclose(one, two, rtol=0, atol=1e-5)
-
-
-@pytest.mark.usefixtures("native")
-def test_the_gradient_of_rows_times_int8() -> None:
-    rows, matrix = normal(3, 16), normal(16, 32, dtype="int8")
-    found = jax.grad(lambda rows: jnp.sum(products_cpu.times(rows, matrix, False)))(rows)
-    np.testing.assert_allclose(found, jnp.broadcast_to(matrix.astype(jnp.float32).sum(1), (3, 16)), rtol=1e-6)
-
-
-def test_int8_weights_are_read_as_they_are_stored_where_there_are_kernels() -> None:
-    """By few rows and by many; int4 is expanded, and without kernels so is int8."""
-    x, few = normal(2, 3, 32), slice(0, 1)
-    weights = {"int8": quantize(normal(32, 64), (-2,), jnp.float32), "int4": quantize_int4(normal(32, 64), -2, 8)}
-    with using("xla"):
-        assert all(isinstance(leaf, jax.Array) for leaf in serve.cast(weights, jnp.float32).values())
-    with using("native"):
-        kept = serve.cast(weights, jnp.float32)
-        assert isinstance(kept["int8"], QuantizedArray)
-        assert isinstance(kept["int4"], jax.Array)
-        run = jax.jit(partial(einsum, "btd,df->btf"))
-        assert "chai_jax_few_rows" in str(run.trace(x[:, few], kept["int8"]).jaxpr)
-        many = jnp.concatenate([x] * 4, axis=1)
-        expected = x @ dequantize(weights["int8"])
-        for rows, each in ((x, expected), (many, jnp.concatenate([expected] * 4, axis=1))):
-            np.testing.assert_allclose(run(rows, kept["int8"]), each, rtol=0, atol=2e-6 * np.abs(expected).max())
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(
-    ("equation", "row", "shapes", "kernel"),
-    [
-        ("btd,df->btf", "t", ((2, 3, 32), (32, 64)), True),
-        ("btd,dhr->bthr", "t", ((2, 1, 32), (32, 4, 8)), True),
-        ("bhtr,hrd->btd", "t", ((2, 4, 1, 8), (4, 8, 32)), True),
-        ("ve,bte->vbt", "t", ((7, 32), (2, 1, 32)), True),
-        ("btd,df->btf", "t", ((2, 5, 32), (32, 64)), False),  # ten rows
-        ("bcmk,bcsk->bcms", "m", ((1, 2, 1, 32), (1, 2, 32, 32)), False),  # a matrix for each cluster
-    ],
-)
-def test_which_products_are_kernels(equation: str, row: str, shapes: tuple[tuple[int, ...], ...], kernel: bool) -> None:
-    """Those of a few rows with one matrix, however their axes are called."""
-    one, two = (normal(*shape) for shape in shapes)
-    run = jax.jit(lambda one, two: product(equation, one, two, row))
-    assert ("ffi_call" in str(run.trace(one, two).jaxpr)) == kernel
-    expected = np.einsum(equation, np.asarray(one, np.float64), np.asarray(two, np.float64))
-    np.testing.assert_allclose(run(one, two), expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
 @pytest.mark.usefixtures("native")
 @pytest.mark.parametrize("rank", [64, 40])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-def test_attention_over_a_cache_of_usual_and_of_other_ranks(storage: str, rank: int) -> None:
+def test_attention_over_a_cache_of_usual_and_of_other_ranks(normal: Normal, storage: str, rank: int) -> None:
     """The rank that the kernel is compiled for, and one whose last entries fill no vector."""
     query = normal(2, 3, 1, 1, rank)
     keys, values = (store(normal(2, heads, 45, rank), storage) for heads in (3, 6))
@@ -261,7 +50,7 @@ def test_attention_over_a_cache_of_usual_and_of_other_ranks(storage: str, rank: 
 
 
 @pytest.mark.usefixtures("native")
-def test_columns_that_no_token_uses_are_not_read() -> None:
+def test_columns_that_no_token_uses_are_not_read(normal: Normal) -> None:
     query, keys = normal(2, 1, 1, 1, 16), normal(2, 1, 24, 16)
     allowed = jnp.zeros((2, 1, 24), bool).at[0, 0, 3:9].set(True).at[1, 0, 20:].set(True)
     spoiled = jnp.where(allowed[:, :, :, None], keys, jnp.nan)
@@ -325,7 +114,7 @@ def test_what_is_observed_is_attended_to_by_xla() -> None:
         assert ran(lambda layer, seen, params: seen.x) == (False, True)
 
 
-def test_what_trains_has_no_kernels() -> None:
+def test_what_trains_has_no_kernels(normal: Normal) -> None:
     """Whose gradients nobody compared."""
     batch = Batch(*[jnp.ones((1, 2, 3))] * 5)
 
