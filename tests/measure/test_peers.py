@@ -13,7 +13,7 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.measure import peers
 from chai_jax.measure.bench import Shape, Timed
-from chai_jax.measure.peers import PEERS, check_peer
+from chai_jax.measure.peers import PEERS, check_peer, stay_awake
 from chai_jax.measure.programs import uniform_plan
 from chai_jax.measure.sweep import peer
 from chai_jax.model.model import Model, set_compute_dtype
@@ -84,6 +84,17 @@ def test_threads_are_the_ones_asked_for(torch: ModuleType) -> None:
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def test_threads_stay_awake_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.os, "environ", {"GOMP_SPINCOUNT": "7"})
+    for platform, expected in (
+        ("darwin", {"GOMP_SPINCOUNT": "7"}),
+        ("linux", {"GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "active"}),
+    ):
+        monkeypatch.setattr(peers.sys, "platform", platform)
+        stay_awake()
+        assert peers.os.environ == expected
 
 
 def test_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
