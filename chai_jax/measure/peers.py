@@ -24,8 +24,8 @@ from chai_jax.files.hf_config import config_fields
 from chai_jax.measure.bench import ANSWERS, Contender, Shape
 from chai_jax.model.model import Model, compute_dtype
 
-# GNU's OpenMP lets threads sleep at once where there are more of them than CPUs, as CTranslate2's always are: 32 ms a
-# token of opt-125m on two cores, 24 awake. After so many turns (0.3 ms) they sleep all the same, out of our way.
+# GNU's OpenMP lets threads sleep at once where there are more of them than CPUs, as CTranslate2's always are. After so
+# many turns of waiting, less than a millisecond, they sleep all the same, out of our way.
 AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "100000"}
 
 
