@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from chai_jax.data.batches import Example
-from chai_jax.data.text import open_utf8
 from chai_jax.data.toy import ANSWERS, PROMPT, toy_rows
 from chai_jax.errors import InputError
+from chai_jax.reading import open_utf8
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation")  # the test splits of GLUE have no labels

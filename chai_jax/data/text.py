@@ -1,27 +1,12 @@
 """Plain text as windows of tokens: for calibration, for training, and for perplexity over a whole file."""
 
-import gzip
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
-
-
-@contextmanager
-def open_utf8(path: Path) -> Iterator[TextIO]:
-    """A UTF-8 file, gzipped if its name ends in .gz; what goes wrong while it is read becomes an InputError."""
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-            yield file
-    # A damaged gzip file raises any of the four, depending on where it is damaged.
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise InputError(f"cannot read {path} ({reason}); expected UTF-8 text, gzipped if it ends in .gz") from None
+from chai_jax.reading import open_utf8
 
 
 def read_text(path: str | Path) -> str:

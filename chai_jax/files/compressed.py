@@ -15,7 +15,6 @@ import numpy as np
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.convert import flatten, read_finite
-from chai_jax.files.folder import read_json
 from chai_jax.files.hf_config import config_fields
 from chai_jax.files.stored import Stored
 from chai_jax.files.weights import write_weights
@@ -23,6 +22,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.model.quantized import Int4Array, QuantizedArray
 from chai_jax.progress import track
+from chai_jax.reading import read_json
 from chai_jax.spec import Spec
 
 MODEL_TYPE = "chai_opt"

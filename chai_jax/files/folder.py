@@ -1,29 +1,9 @@
-"""Reading the small files of a model folder: JSON, and the file names that an index gives."""
+"""The file names that an index gives."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from chai_jax.errors import InputError
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
-
-    Raises:
-        InputError: the file cannot be read, is no JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"cannot read {path} ({error.strerror or error}); expected a JSON file: check the folder"
-        ) from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not JSON ({error}); expected a JSON object: restore the file") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}; expected a JSON object: restore the file")
-    return value
 
 
 def beside(index: Path, name: Any) -> Path:

@@ -11,7 +11,6 @@ from chai_jax.files import compressed, hf
 from chai_jax.files.atomic import claim_folder, new_folder, write_json
 from chai_jax.files.card import write_card
 from chai_jax.files.convert import flatten, to_params
-from chai_jax.files.folder import read_json
 from chai_jax.files.hf_config import parse_config
 from chai_jax.files.hub import resolve
 from chai_jax.files.stored import FLOATS
@@ -21,6 +20,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans import Plan
+from chai_jax.reading import read_json
 from chai_jax.spec import STORAGES, Spec
 
 

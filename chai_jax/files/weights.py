@@ -16,10 +16,11 @@ from safetensors import SafetensorError, safe_open
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.flax_msgpack import read_flax, torch_name
-from chai_jax.files.folder import beside, read_json
+from chai_jax.files.folder import beside
 from chai_jax.files.stored import Stored
 from chai_jax.files.torch_pickle import read_torch
 from chai_jax.progress import track
+from chai_jax.reading import read_json
 
 MAX_SHARD_BYTES = 5_000_000_000
 SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}

@@ -22,13 +22,13 @@ from chai_jax.compress.quantize import store_weights
 from chai_jax.config import DistilConfig, TargetConfig, TrainConfig
 from chai_jax.data.questions import Questions, padded_length
 from chai_jax.errors import InputError
-from chai_jax.files.folder import read_json
 from chai_jax.files.hf_config import parse_config
 from chai_jax.model import kernels
 from chai_jax.model.params import OPTConfig, Params, init
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, partition_spec, spread
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.reading import read_json
 from chai_jax.score import target_logprobs
 from chai_jax.serve.decode import bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling

@@ -10,10 +10,10 @@ from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.gate import Gate
 from chai_jax.config import RunConfig
 from chai_jax.errors import InputError
-from chai_jax.files.folder import read_json
 from chai_jax.files.hf_config import parse_config
 from chai_jax.model.params import OPTConfig
 from chai_jax.plans import Plan
+from chai_jax.reading import read_json
 from chai_jax.report.tables import Record, percent
 
 NEEDED = ("stage", "task", "metrics", "kv_bytes_per_token", "kv_reduction", "model_bytes", "latency")
