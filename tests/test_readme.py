@@ -1,4 +1,4 @@
-"""What README.md, CONTRIBUTING.md and docs/ say to type is understood, what they name is there, and their Python runs."""
+"""README.md, CONTRIBUTING.md and docs/: their commands are understood, what they name is there, their Python runs."""
 
 import json
 import re
@@ -22,8 +22,9 @@ PAGES = {
     for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SOURCES = "chai_jax experiments tests docs".split()
-COMMANDS = "run plan explain evaluate generate bench verify export lm-eval report aot env".split()
+SOURCES = ["chai_jax", "experiments", "tests", "docs"]
+COMMANDS = ["run", "plan", "explain", "evaluate", "generate", "bench", "verify", "export", "lm-eval", "report", "aot"]
+COMMANDS += ["env"]
 
 
 def blocks(page: str, kind: str) -> list[str]:
@@ -123,7 +124,7 @@ def test_its_shell_scripts_can_be_read(words: list[str]) -> None:
 
 def test_its_extras_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    asked = {name for text in PAGES.values() for names in re.findall(r"\.\[([\w,]+)\]", text) for name in names.split(",")}
+    asked = set(",".join(re.findall(r"\.\[([\w,]+)\]", "".join(PAGES.values()))).split(","))
     assert asked >= {"cuda", "tpu", "eval", "peers", "test", "dev"}
     assert asked <= project["optional-dependencies"].keys()
 
