@@ -1,13 +1,13 @@
 """Make an OPT language model cheaper to serve, in JAX: cluster, distil, quantize, tune, and measure."""
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # The public names, in the order data flows. Each is imported when it is first asked for, so that `chai-jax --help` and
-# scripts that need one part do not wait for all.
+# scripts that need one part do not wait for all. Type checkers read the same names below.
 HOMES = {
     "InputError": "errors",
-    "Plan": "spec",
+    "Plan": "plans",
     "Spec": "spec",
     "Example": "data.batches",
     "TASKS": "data.tasks",
@@ -28,12 +28,41 @@ HOMES = {
     "target": "adapt.target",
     "generate": "serve.generate",
     "warm_up": "serve.generate",
-    "Result": "measure.evaluate",
+    "Result": "measure.result",
     "evaluate": "measure.evaluate",
     "perplexity": "measure.evaluate",
     "latency": "measure.bench",
     "verify": "measure.verify",
 }
+
+if TYPE_CHECKING:
+    from chai_jax.adapt.distil import distil as distil
+    from chai_jax.adapt.finetune import finetune as finetune
+    from chai_jax.adapt.target import target as target
+    from chai_jax.analyse.planner import plan as plan
+    from chai_jax.analyse.probe import Probe as Probe
+    from chai_jax.analyse.probe import probe as probe
+    from chai_jax.compress.cluster import cluster as cluster
+    from chai_jax.compress.expand import expand as expand
+    from chai_jax.compress.quantize import quantize as quantize
+    from chai_jax.compress.quantize import with_storage as with_storage
+    from chai_jax.data.batches import Example as Example
+    from chai_jax.data.tasks import TASKS as TASKS
+    from chai_jax.data.tasks import load_rows as load_rows
+    from chai_jax.errors import InputError as InputError
+    from chai_jax.files.hf import export as export
+    from chai_jax.files.store import load as load
+    from chai_jax.files.store import save as save
+    from chai_jax.measure.bench import latency as latency
+    from chai_jax.measure.evaluate import evaluate as evaluate
+    from chai_jax.measure.evaluate import perplexity as perplexity
+    from chai_jax.measure.result import Result as Result
+    from chai_jax.measure.verify import verify as verify
+    from chai_jax.model.model import Model as Model
+    from chai_jax.plans import Plan as Plan
+    from chai_jax.serve.generate import generate as generate
+    from chai_jax.serve.generate import warm_up as warm_up
+    from chai_jax.spec import Spec as Spec
 
 __all__ = sorted(HOMES)
 

@@ -73,7 +73,7 @@ def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: 
     """Refuse, before the work starts, what a later stage would refuse."""
     config.operation.at(Path(), None)
     if plan is not None:
-        plan.check_model(source.config.num_layers, source.config.num_heads)
+        plan.check_model(source.config.num_layers, source.config.num_heads, source.config.hidden_size)
         if "target" in parse_order(config.order):
             select_layers(plan, TargetConfig(policy=config.policy))
     else:

@@ -5,29 +5,39 @@ are frozen, hashable and plain JSON, and are checked before anything is done wit
 """
 
 import dataclasses
-import json
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from chai_jax.errors import InputError
-from chai_jax.spec import MEMBERSHIPS, SHARES, STORAGES, WEIGHTS
+from chai_jax.fields import Count, Number, brief, parse
+from chai_jax.reading import read_json, shown
+from chai_jax.spec import SHARES, Membership, Storage, Weights
 
 SCORE_MERGES = ("representative", "low_rank")
 VALUE_MERGES = ("representative", "low_rank", "fit")
 TIERS = ("high", "medium", "low")
-JSON_TYPES = {str: "one string", int: "a whole number", bool: "true or false"}
+METHODS = ("attention", "perturbation", "kl")  # of scoring layers, see chai_jax.analyse.sensitivity
+Share = Annotated[str, SHARES[1:]]
 
 
 @dataclass(frozen=True)
 class ClusterPlan:
-    """One cluster: its heads, the one that represents it, and how its cached keys and values are to be stored."""
+    """One cluster: its heads, the one that represents it, and how its cached keys and values are to be stored.
 
-    heads: tuple[int, ...]
-    keep: int
+    Attributes:
+        keep: the representative, one of the heads; the first of them where none is named.
+    """
+
+    heads: tuple[Number, ...]
+    keep: Number = -1
     critical: bool = True
-    storage: str = "bfloat16"
+    storage: Storage = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.keep == -1 and self.heads:
+            object.__setattr__(self, "keep", self.heads[0])
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,11 @@ class LayerPlan:
     """
 
     clusters: tuple[ClusterPlan, ...]
-    tier: str = "high"
-    weights: str = "loaded"
-    share: str | None = None
-    key_rank: int | None = None
-    value_rank: int | None = None
+    tier: Annotated[str, TIERS] = "high"
+    weights: Weights = "loaded"
+    share: Share | None = None
+    key_rank: Count | None = None
+    value_rank: Count | None = None
 
     @property
     def clustered(self) -> bool:
@@ -72,13 +82,13 @@ class Plan:
     """
 
     layers: tuple[LayerPlan, ...]
-    share: str = "qkv"
-    membership: str = "calibrated"
-    score_merge: str = "representative"
-    value_merge: str = "representative"
-    warmup_tokens: int = 5
+    share: Share = "qkv"
+    membership: Membership = "calibrated"
+    score_merge: Annotated[str, SCORE_MERGES] = "representative"
+    value_merge: Annotated[str, VALUE_MERGES] = "representative"
+    warmup_tokens: Count = 5
     sensitivity: tuple[float, ...] = ()
-    method: str = "kl"
+    method: Annotated[str, METHODS] = "kl"
     predicted: float | None = None
     measured: float | None = None
 
@@ -102,63 +112,59 @@ class Plan:
         """Rebuild a plan from JSON, checking all that can be checked without a model.
 
         Raises:
-            InputError: naming the layer and what cannot be.
+            InputError: naming the field and what cannot be.
         """
-        if not isinstance(value, Mapping) or not isinstance(value.get("layers"), list):
-            raise InputError("not a plan; expected a JSON object with a list 'layers': make one with chai-jax plan")
-        layers = tuple(_layer_plan(index, entry) for index, entry in enumerate(value["layers"]))
-        fields = _known(cls, value, "the plan")
-        scores = fields.get("sensitivity", ())
-        if not isinstance(scores, (list, tuple)) or not all(isinstance(score, (int, float)) for score in scores):
-            raise InputError(f"the plan's sensitivity is {scores!r}; expected a list of numbers, one per layer")
-        plan = cls(**{**fields, "layers": layers, "sensitivity": tuple(scores)})
-        plan.check()
+        plan: Plan = parse(cls, value, "plan")
+        plan._check_sense()
         return plan
 
     @classmethod
     def read(cls, path: str | Path) -> "Plan":
-        """Read and check a plan.json."""
+        """Read and check a plan.json.
+
+        Raises:
+            InputError: it cannot be read, or see `from_json`.
+        """
+        value = read_json(path, "a plan.json, as chai-jax plan writes it")
         try:
-            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"cannot read the plan {path} ({error}); expected a JSON file: check the path") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON ({error}); expected a plan.json: mend it or make a new one") from None
+            return cls.from_json(value)
+        except InputError as error:
+            raise InputError(f"{shown(path)}: {error}: mend it, or make a new one with chai-jax plan") from None
 
     def check(self) -> None:
         """Refuse a plan that asks for what cannot be.
 
         Raises:
-            InputError: naming the layer and the contradiction.
+            InputError: naming the field, or the layer and the contradiction.
         """
-        _one_of("share", self.share, SHARES[1:])
-        _one_of("membership", self.membership, MEMBERSHIPS)
-        _one_of("score_merge", self.score_merge, SCORE_MERGES)
-        _one_of("value_merge", self.value_merge, VALUE_MERGES)
+        parse(Plan, self, "plan")
+        self._check_sense()
+
+    def _check_sense(self) -> None:
+        """What no field says by itself."""
         if self.sensitivity and len(self.sensitivity) != len(self.layers):
             raise InputError(
                 f"the plan has {len(self.sensitivity)} sensitivities for {len(self.layers)} layers; expected one each"
             )
         for index, layer in enumerate(self.layers):
-            _check_layer(index, layer)
+            _check_heads(f"plan layer {index}", layer)
             self._check_ranks(index, layer)
         if self.membership == "prompt":
             self._check_prompt()
 
     def _check_ranks(self, index: int, layer: LayerPlan) -> None:
         """Only what is low-rank has a rank to choose."""
-        where, share = f"plan layer {index}", self.share_of(index)
-        _one_of("share", share, SHARES[1:], where)
+        share = self.share_of(index)
         free = {
             "key_rank": share == "kv" or self.score_merge == "low_rank",
             "value_rank": share == "kv" or (share == "qkv" and self.value_merge != "representative"),
         }
         for name, is_free in free.items():
             rank = getattr(layer, name)
-            if rank is not None and (type(rank) is not int or rank < 1 or not is_free):
+            if rank is not None and not is_free:
                 raise InputError(
-                    f"{where} has {name} {rank!r} with share {share!r}, scores {self.score_merge!r}, values "
-                    f"{self.value_merge!r}; expected a number from 1, and only where the merge is one of low rank"
+                    f"plan layer {index} has {name} {rank} with share {share!r}, scores {self.score_merge!r}, values "
+                    f"{self.value_merge!r}; expected a rank only where the merge is one of low rank"
                 )
 
     def _check_prompt(self) -> None:
@@ -170,8 +176,6 @@ class Plan:
                 f"{self.score_merge!r}; merged weights belong to fixed clusters: use share 'qk' with representatives, "
                 "or membership 'calibrated'"
             )
-        if self.warmup_tokens < 1:
-            raise InputError(f"warmup_tokens is {self.warmup_tokens}; expected at least 1")
         for index, layer in enumerate(self.layers):
             if len({cluster.storage for cluster in layer.clusters}) > 1:
                 raise InputError(
@@ -179,67 +183,31 @@ class Plan:
                     "to prompt: give all its clusters one storage"
                 )
 
-    def check_model(self, layers: int, heads: int) -> None:
-        """Refuse a plan made for a model of another shape."""
-        sizes = {sum(len(cluster.heads) for cluster in layer.clusters) for layer in self.layers}
-        if len(self.layers) != layers or sizes - {heads}:
+    def check_model(self, layers: int, heads: int, width: int) -> None:
+        """Refuse a plan made for a model of another shape, or ranks that are larger than the model's width."""
+        sizes = sorted({sum(len(cluster.heads) for cluster in layer.clusters) for layer in self.layers})
+        if len(self.layers) != layers or sizes != [heads]:
             raise InputError(
-                f"the plan is for {len(self.layers)} layers of {sorted(sizes)} heads, the model has {layers} layers of "
+                f"the plan is for {len(self.layers)} layers of {brief(sizes)} heads, the model has {layers} layers of "
                 f"{heads} heads: make a plan for this model with chai-jax plan"
             )
+        for index, layer in enumerate(self.layers):
+            rank = max(layer.key_rank or 0, layer.value_rank or 0)
+            if rank > width:
+                raise InputError(f"plan layer {index} has rank {rank}; expected at most the model's width, {width}")
 
 
-def _layer_plan(index: int, entry: Any) -> LayerPlan:
-    where = f"plan layer {index}"
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("clusters"), list):
-        raise InputError(f"{where} is not an object with a list 'clusters'; expected what chai-jax plan writes")
-    clusters = []
-    for number, cluster in enumerate(entry["clusters"]):
-        if not isinstance(cluster, Mapping) or not isinstance(cluster.get("heads"), list):
-            raise InputError(f"{where} cluster {number} is not an object with a list 'heads'")
-        fields = _known(ClusterPlan, cluster, f"{where} cluster {number}")
-        fields["heads"] = tuple(cluster["heads"])
-        if any(type(head) is not int for head in fields["heads"]):
-            raise InputError(f"{where} cluster {number} has heads {cluster['heads']}; expected head numbers")
-        clusters.append(ClusterPlan(**{"keep": fields["heads"][0] if fields["heads"] else -1, **fields}))
-    return LayerPlan(**{**_known(LayerPlan, entry, where), "clusters": tuple(clusters)})
-
-
-def _known(kind: Any, value: Mapping[str, Any], where: str) -> dict[str, Any]:
-    names = {field.name for field in dataclasses.fields(kind)}
-    unknown = sorted(set(value) - names)
-    if unknown:
-        raise InputError(f"{where} has an unknown field {unknown[0]!r}; expected some of {sorted(names)}")
-    for field in dataclasses.fields(kind):
-        wanted, given = field.type, value.get(field.name)
-        if field.name not in value or not isinstance(wanted, type) or wanted not in (str, int, bool):
-            continue
-        if type(given) is not wanted:
-            raise InputError(f"{where} has {field.name} {given!r}; expected {JSON_TYPES[wanted]}")
-    return dict(value)
-
-
-def _one_of(name: str, value: Any, allowed: Iterable[str], where: str = "the plan") -> None:
-    allowed = tuple(allowed)
-    if not isinstance(value, str) or value not in allowed:
-        raise InputError(f"{where} has {name} {value!r}; expected one of {', '.join(allowed)}")
-
-
-def _check_layer(index: int, layer: LayerPlan) -> None:
-    where = f"plan layer {index}"
-    _one_of("tier", layer.tier, TIERS, where)
-    _one_of("weights", layer.weights, WEIGHTS, where)
-    heads = [head for cluster in layer.clusters for head in cluster.heads]
+def _check_heads(where: str, layer: LayerPlan) -> None:
+    """Each head is in one cluster, and each cluster keeps one of its own."""
     for number, cluster in enumerate(layer.clusters):
-        _one_of("storage", cluster.storage, STORAGES, f"{where} cluster {number}")
-        if not cluster.heads or cluster.keep not in cluster.heads:
+        if cluster.keep not in cluster.heads:
             raise InputError(
-                f"{where} cluster {number} keeps head {cluster.keep}, not one of its heads {list(cluster.heads)}"
+                f"{where} cluster {number} keeps head {cluster.keep}, not one of its heads {brief(list(cluster.heads))}"
             )
-    twice = [head for head in heads if heads.count(head) > 1]
+    heads = sorted(head for cluster in layer.clusters for head in cluster.heads)
+    twice = [head for head, following in pairwise(heads) if head == following]
     if twice:
-        raise InputError(f"{where} has head {twice[0]} in two clusters; expected each head in exactly one")
-    if sorted(heads) != list(range(len(heads))):
-        raise InputError(
-            f"{where} clusters heads {sorted(heads)}; expected every head from 0 to {max(heads, default=0)} once"
-        )
+        raise InputError(f"{where} has head {twice[0]} in two places; expected each head in exactly one cluster")
+    if not heads or heads[-1] != len(heads) - 1:
+        missing = next((at for at, head in enumerate(heads) if at != head), 0)
+        raise InputError(f"{where} lacks head {missing}; expected every head from 0 to {max(heads, default=0)} once")

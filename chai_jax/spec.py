@@ -5,17 +5,20 @@ What is intended for a model is its plan (`chai_jax.plans`). Specs are frozen, h
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any
 
 from chai_jax.errors import InputError
+from chai_jax.fields import Count, Number, parse
 
-Share = Literal["dense", "qk", "qkv", "kv"]
 SHARES = ("dense", "qk", "qkv", "kv")
 STORAGES = ("float32", "bfloat16", "int8", "int4")
 WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
 MEMBERSHIPS = ("calibrated", "prompt")
+Storage = Annotated[str, STORAGES]
+Weights = Annotated[str, WEIGHTS]
+Membership = Annotated[str, MEMBERSHIPS]
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,11 @@ class Group:
     Where every sequence assigns value heads to clusters by itself, `assigned` counts them and `values` is left at 1.
     """
 
-    clusters: int
-    queries: int = 1
-    values: int = 1
-    storage: str = "float32"
-    assigned: int = 0
+    clusters: Count
+    queries: Count = 1
+    values: Count = 1
+    storage: Storage = "float32"
+    assigned: Number = 0
 
     @property
     def value_heads(self) -> int:
@@ -52,14 +55,14 @@ class LayerSpec:
     stored, in their original order, and `clusters` (each led by its representative) are those of shorter sequences.
     """
 
-    share: str
-    clusters: tuple[tuple[int, ...], ...]
+    share: Annotated[str, SHARES]
+    clusters: tuple[tuple[Number, ...], ...]
     groups: tuple[Group, ...]
-    key_rank: int
-    value_rank: int
-    weights: str = "loaded"
-    membership: str = "calibrated"
-    warmup: int = 0
+    key_rank: Count
+    value_rank: Count
+    weights: Weights = "loaded"
+    membership: Membership = "calibrated"
+    warmup: Number = 0
 
     @property
     def query_heads(self) -> int:
@@ -153,35 +156,23 @@ class Spec:
         Raises:
             InputError: anything that `to_json` would not have written, groups that do not fit their clusters.
         """
+        entries = value.get("layers") if isinstance(value, Mapping) else None
         try:
-            layers = tuple(_layer_spec(index, entry) for index, entry in enumerate(value["layers"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"not a spec ({error!r}); expected the spec.json that save() writes: save it again"
-            ) from None
+            layers = parse(tuple[LayerSpec, ...], entries, "layers", whole=True)
+        except InputError as error:
+            raise InputError(f"not a spec that save() writes ({error}): save the model again") from None
+        for index, layer in enumerate(layers):
+            if not _fits(layer):
+                raise InputError(f"spec layer {index} contradicts itself; expected what save() writes: save it again")
         return cls(layers)
 
 
-def _layer_spec(index: int, entry: Any) -> LayerSpec:
-    groups = tuple(Group(**group) for group in entry["groups"])
-    clusters = tuple(tuple(heads) for heads in entry["clusters"])
-    layer = LayerSpec(**{**entry, "groups": groups, "clusters": clusters})
-    sizes = [layer.key_rank, layer.value_rank]
-    sizes += [size for group in groups for size in (group.clusters, group.queries, group.values)]
-    prompt = layer.membership == "prompt"
-    # Plain ints first, and their sum: a huge count must not be unrolled to be found wrong.
-    fits = (
-        all(type(size) is int and size > 0 for size in sizes)
-        and all(type(head) is int for heads in clusters for head in heads)
-        and layer.key_heads == len(clusters)
-        and groups == group_clusters(layer.share, clusters, layer.storages, layer.membership)
-        and set(layer.storages) <= set(STORAGES)
-        and layer.share in SHARES
-        and layer.weights in WEIGHTS
-        and layer.membership in MEMBERSHIPS
-        and type(layer.warmup) is int
-        and (layer.warmup > 0 and layer.share == "qk" if prompt else layer.warmup == 0)
+def _fits(layer: LayerSpec) -> bool:
+    """Whether the fields of a layer agree with one another."""
+    return (
+        bool(layer.clusters and all(layer.clusters))
+        # Before anything is counted out: a group may say that it has billions of clusters.
+        and layer.key_heads == len(layer.clusters)
+        and layer.groups == group_clusters(layer.share, layer.clusters, layer.storages, layer.membership)
+        and (layer.warmup > 0 and layer.share == "qk" if layer.membership == "prompt" else layer.warmup == 0)
     )
-    if not fits:
-        raise InputError(f"spec layer {index} contradicts itself; expected what save() writes: save it again")
-    return layer

@@ -19,7 +19,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # From below to above; what shares a line may import each other.
 ORDER = """
 errors progress processes peaks
-reading
+reading fields
 config spec data
 plans
 model files

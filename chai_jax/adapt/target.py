@@ -38,7 +38,7 @@ def target(
         InputError: the plan does not fit the model or chooses no layer; and see `chai_jax.adapt.train.train`.
     """
     config = config or TargetConfig()
-    plan.check_model(model.config.num_layers, model.config.num_heads)
+    plan.check_model(model.config.num_layers, model.config.num_heads, model.config.hidden_size)
     trainable = layer_mask(model.params, select_layers(plan, config))
     loss = loss_of(model, config.train)
     chosen = {"trainable": trainable, "layout": layout, "log": log, "checkpoints": checkpoints}

@@ -19,6 +19,9 @@ from chai_jax.errors import InputError
 
 Clusters = tuple[tuple[int, ...], ...]
 RESTARTS = 10  # of K-Means; the best of them counts
+# Correlation c of heads that are alike and of heads with nothing in common: a head that stands in for another explains
+# c^2 of its variance, here more than 80 % and less than 4 %.
+ALIKE, APART = 0.9, 0.2
 
 
 def round_up(fraction: float, count: int) -> int:
@@ -69,15 +72,15 @@ def medoid(features: Float[np.ndarray, "H F"], heads: tuple[int, ...]) -> int:
 
 
 def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"], seed: int = 0) -> int:
-    """Resolve a number of clusters: `"elbow"` (H where there is none), a number of heads, a ratio below 1 of H, or
-    `"correlation:0.9"`: as few as leave every head so correlated with the one that stands for it.
+    """Resolve a number of clusters: `"elbow"`, a number of heads, a ratio below 1 of H, or `"correlation:0.9"`: as few
+    as leave every head so correlated with the one that stands for it.
 
     Raises:
         InputError: anything else, or more clusters than heads.
     """
     heads = len(features)
     if wanted == "elbow":
-        return elbow(curve(features, seed)) or heads
+        return _elbow_count(features, seed)
     if isinstance(wanted, str) and (threshold := _threshold(wanted)) is not None:
         return next(count for count in range(1, heads + 1) if least_correlation(features, count, seed) >= threshold)
     if isinstance(wanted, int) and not isinstance(wanted, bool) and 1 <= wanted <= heads:
@@ -88,6 +91,22 @@ def cluster_count(wanted: str | int | float, features: Float[np.ndarray, "H F"],
         f"clusters is {wanted!r}; expected elbow, a number from 1 to {heads} (the heads), a ratio between 0 and 1, or "
         "correlation:0.9 (a number up to 1)"
     )
+
+
+def _elbow_count(features: Float[np.ndarray, "H H"], seed: int) -> int:
+    """The elbow, between heads that are all alike (one cluster) and heads that are all apart (H, as without an elbow).
+
+    An elbow alone cannot tell these two. Let all heads correlate by c. A head's row is then c + (1 - c) e_h, and k
+    clusters leave the inertia (1 - c)^2 (H - k): a straight line, without a bend for c near 1 as for c = 0. And as the
+    curve is judged by its own height, what bends may be noise in either. So correlations decide first: one cluster if a
+    single head stands for every other with c >= `ALIKE`, none merged if no two heads reach `APART`.
+    """
+    if least_correlation(features, 1, seed) >= ALIKE:
+        return 1
+    heads = len(features)
+    if features[~np.eye(heads, dtype=bool)].max() < APART:
+        return heads
+    return elbow(curve(features, seed)) or heads
 
 
 def least_correlation(features: Float[np.ndarray, "H H"], count: int, seed: int = 0) -> float:

@@ -7,7 +7,6 @@ cost is interpolated, linear in the logarithm of the cost.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,19 @@ from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import LayerMerge, Stream
 from chai_jax.compress.quantize import layer_with_storage, store_weights
 from chai_jax.errors import InputError
+from chai_jax.fields import Count, parse
 from chai_jax.files.atomic import write_json
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
 from chai_jax.progress import track
+from chai_jax.reading import read_json, shown
 
 CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
 RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, for a latent; of a head, for clusters
 TINY = 1e-9  # nats: a cost below is rounding, and has no logarithm worth reading
 
-Sizes = dict[int, float]  # clusters or rank: measured KL
+Sizes = dict[Count, float]  # clusters or rank: measured KL
 FindClusters = Callable[[int, int], tuple[ClusterPlan, ...]]  # (layer, clusters) -> its clusters
 
 
@@ -53,15 +54,17 @@ class LayerCosts:
     cache: dict[str, float]
     weights: dict[str, float]
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> "LayerCosts":
-        """Back from JSON, whose keys are strings."""
-
-        def sizes(part: dict[str, dict[str, float]]) -> dict[str, Sizes]:
-            return {name: {int(size): cost for size, cost in entries.items()} for name, entries in part.items()}
-
-        clusters, ranks, latents = (sizes(value[name]) for name in ("clusters", "ranks", "latent"))
-        return cls(clusters, ranks, latents, value["cache"], value["weights"])
+    def answers(self, asked: dict[str, Any]) -> bool:
+        """Whether this holds what was asked for, so that every choice finds its cost."""
+        shares = asked["shares"]
+        return (
+            set(self.clusters) == set(shares) - {"kv"}
+            and set(self.latent) == ({"key", "value"} if "kv" in shares else set())
+            and set(self.ranks) <= {"key", "value"}
+            and set(self.cache) == set(asked["storages"])
+            and set(self.weights) == set(asked["weights"])
+            and all(sizes for part in (self.clusters, self.ranks, self.latent) for sizes in part.values())
+        )
 
 
 def interpolate(sizes: Sizes, size: int) -> float:
@@ -179,12 +182,14 @@ def measure_costs(
 
 
 def _read(file: Path, asked: dict[str, Any]) -> list[LayerCosts]:
+    found = read_json(file, "measured costs, as chai-jax plan keeps them")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        layers = [LayerCosts.from_json(entry) for entry in found["layers"]]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file} holds no measured costs ({error!r}); expected what plan writes: delete it") from None
+        layers: list[LayerCosts] = list(parse(tuple[LayerCosts, ...], found.get("layers"), "layers", whole=True))
+    except InputError as error:
+        raise InputError(f"{shown(file)} holds no measured costs ({error}): delete it") from None
     other = [name for name, value in asked.items() if found.get(name) != value]
     if other:
-        raise InputError(f"{file} holds costs measured with another {other[0]}: delete it, or name another file")
+        raise InputError(f"{shown(file)} holds costs measured with another {other[0]}: delete it, or name another file")
+    if not all(layer.answers(asked) for layer in layers):
+        raise InputError(f"{shown(file)} lacks some of the costs it was made for: delete it")
     return layers

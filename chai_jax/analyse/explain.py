@@ -25,7 +25,7 @@ def planned_spec(plan: Plan, config: OPTConfig) -> Spec:
     Raises:
         InputError: the plan is for another shape of model.
     """
-    plan.check_model(config.num_layers, config.num_heads)
+    plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
 
     def layer(wanted: LayerPlan) -> LayerSpec:
         if plan.membership == "prompt" and wanted.clustered:

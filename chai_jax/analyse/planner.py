@@ -47,8 +47,9 @@ def plan(
             heads of a layer).
         layers: fraction of the layers that are clustered, rounded up; fewer where fewer have clusters to offer.
         first: which of them: `redundant` (highest `redundancy`) or `insensitive` (lowest score).
-        clusters: per layer; `elbow` (a layer without a knee is left alone), a number, a ratio below 1 of the heads, or
-            `correlation:0.9` (as few as leave every head so correlated with its representative). Not for `kv`.
+        clusters: per layer; `elbow` (one where all heads are alike; a layer without a knee is left alone), a number, a
+            ratio below 1 of the heads, or `correlation:0.9` (as few as leave every head so correlated with its
+            representative). Not for `kv`.
         rank: of a `kv` latent, as a fraction of the width.
         score_merge, value_merge: see `Plan`.
         sensitivity: `kl`, `perturbation` or `attention` (see `sensitivities`). Every layer is perturbed by its own

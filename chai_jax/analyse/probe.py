@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float, Int32, jaxtyped
 
 from chai_jax.data.batches import Windows
 from chai_jax.data.text import windows as cut
@@ -30,9 +31,11 @@ from chai_jax.model.quantized import dequantize
 from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.model.stream import anonymous, embed, seen_through
 from chai_jax.progress import track
+from chai_jax.reading import open_regular, reason, shown
 from chai_jax.spec import LayerSpec, Spec
 
 Sums = dict[str, Array]
+MOST = 2**30  # bytes of a saved probe, unpacked, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,13 +89,32 @@ class Probe:
             InputError: no such file, or not one that `save` wrote.
         """
         try:
-            with np.load(path, allow_pickle=False) as arrays:
-                fields = {field.name: arrays[field.name] for field in dataclasses.fields(cls)}
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+            fields = _read_arrays(path)
+        except Exception as error:  # of damaged files zipfile, zlib and NumPy raise nearly anything
             raise InputError(
-                f"cannot read the probe {path} ({error}); expected a file that Probe.save wrote: probe again"
+                f"cannot read the probe {shown(path)} ({reason(error)}); expected a file that Probe.save wrote: probe "
+                "again"
             ) from None
         return cls(**{**fields, "fingerprint": str(fields["fingerprint"])})
+
+
+def _read_arrays(path: str | Path) -> dict[str, Any]:
+    """The arrays of a saved probe, each of the shape and type that its field declares, its statistics finite."""
+    found: dict[str, Any] = {}
+    with open_regular(path) as file, zipfile.ZipFile(file) as packed, jaxtyped("context"):
+        if sum(member.file_size for member in packed.infolist()) > MOST:
+            raise ValueError(f"more than {MOST:,} bytes")
+        for field in dataclasses.fields(Probe):
+            kind: Any = field.type
+            with packed.open(f"{field.name}.npy") as member:
+                array = found[field.name] = np.lib.format.read_array(member, allow_pickle=False)
+            if kind is str:
+                fits = array.shape == () and array.dtype.kind == "U"
+            else:
+                fits = isinstance(array, kind) and (array.dtype.kind != "f" or bool(np.isfinite(array).all()))
+            if not fits:
+                raise ValueError(f"{field.name} is {array.dtype.name} {list(array.shape)}, or not finite")
+    return found
 
 
 def probe(

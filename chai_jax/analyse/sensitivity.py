@@ -21,11 +21,10 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.stream import Text
-from chai_jax.plans import LayerPlan, Plan
+from chai_jax.plans import METHODS, LayerPlan, Plan
 from chai_jax.progress import track
 from chai_jax.spec import LayerSpec
 
-METHODS = ("attention", "perturbation", "kl")
 HIGH, LOW = 0.2, 0.3  # shares of the layers in the high (rounded up) and low (rounded down) tier
 
 

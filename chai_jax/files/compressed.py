@@ -88,6 +88,8 @@ def read_spec(path: Path, config: OPTConfig) -> tuple[Spec, dict[str, Any]]:
             )
         if layer.share == "dense" and not dense:
             raise InputError(f"{path} layer {index} is called dense and is not: save the model again")
+        if max(layer.key_rank, layer.value_rank) > config.hidden_size:
+            raise InputError(f"{path} layer {index} has a rank above {config.hidden_size}, the width: save it again")
     how = value.get("quantized", {})
     if not isinstance(how, dict):
         raise InputError(f"{path} has quantized {how!r:.80}; expected names with axes: save the model again")

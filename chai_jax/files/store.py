@@ -63,7 +63,7 @@ def load(
         spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
     plan = Plan.read(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if plan is not None:
-        plan.check_model(config.num_layers, config.num_heads)
+        plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
     tensors = open_weights(folder)
     params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, how)
     compressed.check_formats(spec, params)

@@ -53,7 +53,7 @@ class SavedRun:
         shape = parse_config(read_json(model), str(model)) if model.is_file() else None
         plan = Plan.read(path / "plan.json")
         if shape is not None:
-            plan.check_model(shape.num_layers, shape.num_heads)
+            plan.check_model(shape.num_layers, shape.num_heads, shape.hidden_size)
         return cls(path, config, plan, shape, _records(path / "results.json"), _updates(path / "metrics.jsonl"))
 
     @property

@@ -1,0 +1,122 @@
+"""Frozen dataclasses from JSON: each field's annotation says its type and, by `Annotated`, what it may be.
+
+    storage: Annotated[str, ("float32", "int8")] = "float32"
+    clusters: Annotated[int, range(1, 2**31)] = 1
+
+Any container will do as a rule. Every number is finite. There is nothing else to write for a field to be checked.
+"""
+
+import dataclasses
+import math
+import reprlib
+from collections.abc import Mapping
+from functools import cache
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
+
+from chai_jax.errors import InputError
+
+MOST = 2**31 - 1  # of any count: what an int32 of JAX holds
+Count = Annotated[int, range(1, MOST + 1)]
+Number = Annotated[int, range(MOST + 1)]  # of a head, from 0
+
+NAMES = {str: "a string", int: "a whole number", bool: "true or false", float: "a finite number"}
+
+
+def parse(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
+    """`value` as a `kind`, with all of its parts checked; values that are of this kind already are checked the same.
+
+    Args:
+        kind: str, int, bool, float, `X | None`, `tuple[X, ...]`, `dict[X, Y]`, `Annotated[X, container]`, or a
+            dataclass of such fields. Keys of a JSON object that stand for whole numbers may be strings of digits.
+        where: what messages call the value.
+        whole: whether an object must name all fields, also those that have a default.
+
+    Raises:
+        InputError: naming the part that is missing, unknown, of another type, or out of range.
+    """
+    origin, parts = get_origin(kind), get_args(kind)
+    if dataclasses.is_dataclass(kind):
+        return _record(kind, value, where, whole)
+    if origin is Annotated:
+        found = parse(parts[0], value, where, whole)
+        return found if found in parts[1] else _refuse(kind, value, where)
+    if origin in (Union, UnionType):
+        return None if value is None else parse(parts[0], value, where, whole)
+    if origin is tuple:
+        entries = value if isinstance(value, (list, tuple)) else _refuse(kind, value, where)
+        return tuple(parse(parts[0], entry, f"{where}[{at}]", whole) for at, entry in enumerate(entries))
+    if origin is dict:
+        entries = value.items() if isinstance(value, Mapping) else _refuse(kind, value, where)
+        return {
+            parse(parts[0], _number(key), f"a key of {where}"): parse(parts[1], entry, f"{where}[{brief(key)}]", whole)
+            for key, entry in entries
+        }
+    if kind is float:
+        return _finite(value, where)
+    return value if type(value) is kind else _refuse(kind, value, where)
+
+
+def _record(kind: Any, value: Any, where: str, whole: bool) -> Any:
+    fields = _fields(kind)
+    if isinstance(value, kind):
+        value = {name: getattr(value, name) for name in fields}
+    if not isinstance(value, Mapping):
+        _refuse(kind, value, where)
+    for name in value:
+        if name not in fields:
+            raise InputError(f"{where} has an unknown field {brief(name)}; expected some of {', '.join(fields)}")
+    for name, (_, needed) in fields.items():
+        if name not in value and (needed or whole):
+            raise InputError(f"{where} has no {name}; expected {', '.join(fields)}")
+    given = {name: hint for name, (hint, _) in fields.items() if name in value}
+    return kind(**{name: parse(hint, value[name], f"{where}.{name}", whole) for name, hint in given.items()})
+
+
+@cache
+def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
+    """The annotation of each field of a dataclass, and whether it has no default."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {
+        field.name: (hints[field.name], field.default is field.default_factory) for field in dataclasses.fields(kind)
+    }
+
+
+def _finite(value: Any, where: str) -> float:
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # a whole number beyond the largest float
+        pass
+    return _refuse(float, value, where)
+
+
+def _number(key: Any) -> Any:
+    """The whole number that a key of a JSON object stands for; other keys as they are."""
+    return int(key) if isinstance(key, str) and key.isascii() and key.isdigit() and len(key) < 20 else key
+
+
+def _refuse(kind: Any, value: Any, where: str) -> Any:
+    raise InputError(f"{where} is {brief(value)}; expected {expected(kind)}")
+
+
+def expected(kind: Any) -> str:
+    """A kind in words."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin is Annotated and isinstance(parts[1], range):
+        return f"a whole number from {parts[1][0]} to {parts[1][-1]}"
+    if origin is Annotated:
+        return f"one of {', '.join(parts[1])}"
+    if origin in (Union, UnionType):
+        return f"{expected(parts[0])} or null"
+    if origin is tuple:
+        return "a list"
+    return NAMES.get(kind, "an object")
+
+
+def brief(value: Any) -> str:
+    """A value as messages name it: short, and in one line."""
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python prints no number of more than 4,300 digits
+        return "a number of thousands of digits"
