@@ -8,10 +8,12 @@ from pathlib import Path
 
 import jax
 
+from chai_jax.errors import InputError
 from chai_jax.files.hub import cached
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
+from chai_jax.reading import SMALL, read_text, shown
 from chai_jax.spec import LayerSpec, Spec
 
 OPT_IDS = "facebook/opt-"
@@ -50,20 +52,22 @@ def origin(source: str) -> Origin:
     licence = {name: value for name, value in front.items() if name in OPT_LICENCE}
     if base.startswith(OPT_IDS) and set(licence) <= {"license"}:
         licence = OPT_LICENCE
-    files = sorted(folder.glob("LICENSE*")) if folder else []
-    return Origin(base, licence or {"license": "unknown"}, tuple(file for file in files if file.is_file()))
+    files = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()] if folder else []
+    if any(file.stat().st_size > SMALL for file in files):
+        raise InputError(f"{shown(source)} has a licence file of more than {SMALL:,} bytes; expected a text: remove it")
+    return Origin(base, licence or {"license": "unknown"}, tuple(files))
 
 
 def front_matter(card: Path) -> dict[str, str]:
     """The plain `name: text` fields of a model card's front matter; anything nested is left out."""
     try:
-        lines = card.read_text(encoding="utf-8").splitlines()
+        lines = read_text(card).splitlines()
     except (OSError, UnicodeDecodeError):
         return {}
     if lines[:1] != ["---"] or "---" not in lines[1:]:
         return {}
-    pairs = (re.fullmatch(r"(\w+):\s+(\S.*?)\s*", line) for line in lines[1 : lines.index("---", 1)])
-    return {pair[1]: pair[2].strip("\"'") for pair in pairs if pair}
+    pairs = (re.fullmatch(r"(\w+):\s+(\S.*)", line) for line in lines[1 : lines.index("---", 1)])
+    return {pair[1]: pair[2].rstrip().strip("\"'") for pair in pairs if pair}
 
 
 def write_card(folder: Path, model: Model, *, exported: bool) -> None:

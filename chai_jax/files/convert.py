@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chai_jax.errors import InputError
-from chai_jax.files.stored import FLOATS, Stored
+from chai_jax.files.stored import Stored, check_floats, same_numbers
 from chai_jax.model.params import Declared, OPTConfig, Params, declare
 from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.progress import track
@@ -111,7 +111,7 @@ def _canonical(tensors: dict[str, Stored]) -> dict[str, tuple[str, Stored]]:
 
 
 def to_params(config: OPTConfig, tensors: dict[str, Stored], dtype: str | None = None) -> Params:
-    """Read a dense OPT's parameters, leaf by leaf, in the dtype they are stored in or in `dtype`.
+    """Read a dense OPT's parameters, leaf by leaf, in `dtype` or else in the dtypes that `read_finite` gives.
 
     `tensors` is emptied on the way, so that what a reader holds in memory goes as it is used.
 
@@ -132,8 +132,10 @@ def to_params(config: OPTConfig, tensors: dict[str, Stored], dtype: str | None =
 
 def _check_names(config: OPTConfig, rows: list[Entry], found: dict[str, tuple[str, Stored]]) -> None:
     found.pop(IGNORED, None)
-    if config.tied and HEAD in found:
-        _check_tied(found.pop(HEAD), found.get(EMBEDDING))
+    # A tied table may go by either name (safetensors keeps one of them), or be stored twice, as older torch does.
+    head = found.pop(HEAD, None) if config.tied else None
+    if head is not None:
+        found.setdefault(EMBEDDING, head)
     for row in rows:
         if row.name not in found:
             raise InputError(
@@ -142,8 +144,11 @@ def _check_names(config: OPTConfig, rows: list[Entry], found: dict[str, tuple[st
         name, stored = found[row.name]
         if stored.shape != row.theirs:
             raise InputError(
-                f"{name} in {stored.file} is {list(stored.shape)}; config.json demands {list(row.theirs)}: mend one"
+                f"{name} in {stored.file} is {list(stored.shape)!s:.100}; config.json demands {list(row.theirs)}: "
+                "mend one of them"
             )
+    if head is not None and head is not found[EMBEDDING]:
+        _check_tied(head, found[EMBEDDING])
     unknown = sorted(found.keys() - {row.name for row in rows})
     if unknown:
         name, stored = found[unknown[0]]
@@ -152,9 +157,11 @@ def _check_names(config: OPTConfig, rows: list[Entry], found: dict[str, tuple[st
         )
 
 
-def _check_tied(head: tuple[str, Stored], embedding: tuple[str, Stored] | None) -> None:
-    """A tied head may be stored again, as older torch does, but readers would disagree on one that differs."""
-    if embedding is not None and not np.array_equal(head[1].read(), embedding[1].read()):
+def _check_tied(head: tuple[str, Stored], embedding: tuple[str, Stored]) -> None:
+    """Readers would disagree on a stored head that differs from the table it is tied to."""
+    for name, stored in (head, embedding):
+        check_floats(name, stored)
+    if not same_numbers(head[1], embedding[1]):
         raise InputError(
             f"{head[0]} differs from {embedding[0]}, but config.json ties them; expected equal tensors: remove one, or "
             "set tie_word_embeddings to false"
@@ -162,16 +169,16 @@ def _check_tied(head: tuple[str, Stored], embedding: tuple[str, Stored] | None) 
 
 
 def read_finite(name: str, stored: Stored, dtype: str | None = None) -> np.ndarray:
-    """A tensor's numbers, all finite, in their own dtype or in `dtype`.
+    """A tensor's numbers, all finite, in `dtype` or else in their own; float64 becomes float32.
 
     Raises:
-        InputError: the tensor is no float16, bfloat16 or float32; it holds, or comes to hold, a NaN or an infinity.
+        InputError: the tensor is none of `READ_FLOATS`; it holds, or comes to hold, a NaN or an infinity.
     """
-    if stored.dtype not in FLOATS:
-        raise InputError(f"{name} in {stored.file} is {stored.dtype}; expected one of {', '.join(FLOATS)}: convert it")
+    check_floats(name, stored)
     x = stored.read()
     _check_finite(f"{name} in {stored.file} holds", x, "fetch the model again")
-    if dtype is not None and dtype != stored.dtype:
+    dtype = dtype or ("float32" if stored.dtype == "float64" else stored.dtype)
+    if dtype != stored.dtype:
         with np.errstate(over="ignore"):
             x = x.astype(jnp.dtype(dtype))
         _check_finite(f"{name} in {stored.file}, as {dtype}, holds", x, "choose a dtype of more range")

@@ -4,6 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.errors import InputError
+from chai_jax.reading import shown
+
+MOST_BYTES = 255  # of a file's name: as many as file systems take
 
 
 def beside(index: Path, name: Any) -> Path:
@@ -12,13 +15,15 @@ def beside(index: Path, name: Any) -> Path:
     Raises:
         InputError: `name` is no plain file name (so it might lead out of the folder), or there is no such file.
     """
-    if not isinstance(name, str) or not name or name in (".", "..") or "/" in name or "\\" in name or "\0" in name:
+    plain = isinstance(name, str) and name.isprintable() and not {"/", "\\"} & set(name) and name not in ("", ".", "..")
+    if not plain or len(name.encode()) > MOST_BYTES:
         raise InputError(
-            f"{index} names the file {name!r}; expected a plain file name in the same folder: do not use this model"
+            f"{shown(index)} names the file {name!r:.100}; expected a plain file name in the same folder: do not use "
+            "this model"
         )
     path = index.parent / name
     if not path.is_file():
         raise InputError(
-            f"{index} names {name}, which is not there; expected every shard in {index.parent}: fetch it again"
+            f"{shown(index)} names {name:.100}, which is not there; expected every shard beside it: fetch it again"
         )
     return path

@@ -22,13 +22,11 @@ FIELDS = {
     "activation_function": "activation",
     "layer_norm_elementwise_affine": "norm_affine",
     "tie_word_embeddings": "tied",
-    "bos_token_id": "bos_token_id",
-    "eos_token_id": "eos_token_id",
-    "pad_token_id": "pad_token_id",
 }
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ALIASES = {"gelu_fast": "gelu_new", "gelu_pytorch_tanh": "gelu_new", "gelu_python": "gelu", "swish": "silu"}
 LARGEST = 1 << 24  # no size of any OPT comes near; keeps a mistyped one from filling the memory
-MOST_LAYERS = 1 << 12
+MOST = {"num_layers": 1 << 12, "num_heads": 1 << 12}  # a mistyped one would fill it with their descriptions
 
 
 def parse_config(fields: Mapping[str, Any], where: str) -> OPTConfig:
@@ -51,27 +49,45 @@ def parse_config(fields: Mapping[str, Any], where: str) -> OPTConfig:
     for theirs, ours in FIELDS.items():
         value = given.get(theirs, defaults.get(ours))
         if value is None:
-            raise InputError(f"{where} has no {theirs}; expected OPT's sizes and token ids: restore the file")
+            raise InputError(f"{where} has no {theirs}; expected OPT's sizes: restore the file")
         if type(value) is not kinds[ours]:
-            raise InputError(f"{where} has {theirs} {value!r}; expected {kinds[ours].__name__}: mend the file")
+            raise InputError(f"{where} has {theirs} {value!r:.80}; expected {kinds[ours].__name__}: mend the file")
         values[ours] = value
+    values |= _token_ids(given, values["vocab_size"], where)
     values["activation"] = ALIASES.get(values["activation"], values["activation"])
     config = OPTConfig(**values)
     _check(config, where)
     return config
 
 
+def _token_ids(given: Mapping[str, Any], vocab_size: int, where: str) -> dict[str, Any]:
+    """The special tokens, of which there need not be any: null and, as in transformers, ids outside the table are none.
+
+    Padding is masked, so that any token will do for it: where none is given it is the end's, as in transformers.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name in TOKENS:
+        value = given.get(name, getattr(OPTConfig, name))
+        many = name == "eos_token_id" and isinstance(value, (list, tuple))
+        ids = value if many else () if value is None else (value,)
+        if not all(type(token) is int for token in ids):
+            kinds = "a token id, a list of them, or null" if name == "eos_token_id" else "a token id or null"
+            raise InputError(f"{where} has {name} {value!r:.80}; expected {kinds}: mend the file")
+        found[name] = tuple(token for token in ids if 0 <= token < vocab_size)
+    bos, eos, pad = (found[name] for name in TOKENS)
+    return {
+        "bos_token_id": bos[0] if bos else None,
+        "eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None,
+        "pad_token_id": (*pad, *eos, 0)[0],
+    }
+
+
 def _check(config: OPTConfig, where: str) -> None:
     for theirs, ours in FIELDS.items():
         value = getattr(config, ours)
-        most = MOST_LAYERS if ours == "num_layers" else LARGEST
-        if ours.endswith("token_id"):
-            if not 0 <= value < config.vocab_size:
-                raise InputError(
-                    f"{where} has {theirs} {value}; expected an id below vocab_size {config.vocab_size}: mend the file"
-                )
-        elif type(value) is int and not 1 <= value <= most:
-            raise InputError(f"{where} has {theirs} {value}; expected 1 to {most}: mend the file")
+        most = MOST.get(ours, LARGEST)
+        if type(value) is int and not 1 <= value <= most:
+            raise InputError(f"{where} has {theirs} {value!s:.80}; expected 1 to {most}: mend the file")
     if config.hidden_size % config.num_heads:
         raise InputError(
             f"{where} has hidden_size {config.hidden_size}, no multiple of its {config.num_heads} num_attention_heads: "
@@ -79,9 +95,9 @@ def _check(config: OPTConfig, where: str) -> None:
         )
     if config.activation not in ACTIVATIONS:
         known = ", ".join(sorted(ACTIVATIONS.keys() | ALIASES.keys()))
-        raise InputError(f"{where} has activation_function {config.activation!r}; expected one of {known}")
+        raise InputError(f"{where} has activation_function {config.activation!r:.80}; expected one of {known}")
 
 
 def config_fields(config: OPTConfig) -> dict[str, Any]:
     """The fields of config.json that describe `config`; `parse_config` of them gives it back."""
-    return {theirs: getattr(config, ours) for theirs, ours in FIELDS.items()}
+    return {theirs: getattr(config, ours) for theirs, ours in (*FIELDS.items(), *zip(TOKENS, TOKENS, strict=True))}

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 import numpy as np
 
-FLOATS = ("float32", "float16", "bfloat16")
+from chai_jax.errors import InputError
+
+FLOATS = ("float32", "float16", "bfloat16")  # what weights may be here
+READ_FLOATS = (*FLOATS, "float64")  # what they may be in a file
+READABLE = (*READ_FLOATS, "int8", "uint8")
 
 
 @dataclass(frozen=True)
@@ -27,3 +31,17 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * jnp.dtype(self.dtype).itemsize
+
+
+def check_floats(name: str, stored: Stored) -> None:
+    """Raise InputError unless a tensor's numbers are such as weights may be in a file."""
+    if stored.dtype not in READ_FLOATS:
+        raise InputError(
+            f"{name} in {stored.file} is {stored.dtype}; expected one of {', '.join(READ_FLOATS)}: convert it"
+        )
+
+
+def same_numbers(one: Stored, other: Stored) -> bool:
+    """Whether two tensors can be read and have one shape and, whatever their dtypes, the same numbers."""
+    readable = one.dtype in READABLE and other.dtype in READABLE
+    return readable and one.shape == other.shape and np.array_equal(one.read(), other.read())

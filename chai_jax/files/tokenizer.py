@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from chai_jax.errors import InputError
 from chai_jax.model.params import OPTConfig
 
@@ -13,8 +15,10 @@ PARTS = ("vocab.json", "merges.txt")
 def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
 
+    Where it has more tokens than the model, it refuses the texts that hold one of these.
+
     Raises:
-        InputError: some of the files are missing or cannot be read; it has more tokens than the model.
+        InputError: some of the files are missing or cannot be read.
     """
     there = [name for name in (WHOLE, *PARTS) if (folder / name).is_file()]
     if not there:
@@ -34,9 +38,30 @@ def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the tokenizer in {folder} cannot be read ({reason:.200}): restore its files") from None
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}; expected no more "
-            "than the model: restore the tokenizer's files"
-        )
+    if max(tokenizer.get_vocab().values(), default=0) >= config.vocab_size:
+        _refuse_from(tokenizer, config.vocab_size)
     return tokenizer
+
+
+def _refuse_from(tokenizer: Any, vocab_size: int) -> None:
+    """Make a tokenizer that knows more tokens than its model refuse a text that holds one of these.
+
+    All text becomes tokens here. A model would take the nearest row of its table in place of one that it has not.
+    """
+    kind = type(tokenizer)
+
+    class Bounded(kind):  # type: ignore[misc, valid-type]
+        def __call__(self, *args: Any, **options: Any) -> Any:
+            found = super().__call__(*args, **options)
+            ids = found.get("input_ids", [])
+            rows = ids if len(ids) and isinstance(ids[0], list) else [ids]
+            largest = max((int(np.max(row)) for row in rows if len(row)), default=0)
+            if largest >= vocab_size:
+                raise InputError(
+                    f"a text holds {self.convert_ids_to_tokens(largest)!r:.80}, token {largest} of the tokenizer; the "
+                    f"model has {vocab_size}: leave it out, or use a tokenizer of the model"
+                )
+            return found
+
+    Bounded.__name__ = kind.__name__  # which is saved
+    tokenizer.__class__ = Bounded

@@ -15,15 +15,22 @@ from safetensors import SafetensorError, safe_open
 
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
-from chai_jax.files.flax_msgpack import read_flax, torch_name
+from chai_jax.files.flax_msgpack import read_flax
 from chai_jax.files.folder import beside
-from chai_jax.files.stored import Stored
+from chai_jax.files.stored import Stored, same_numbers
 from chai_jax.files.torch_pickle import read_torch
 from chai_jax.progress import track
-from chai_jax.reading import read_json
+from chai_jax.reading import read_json, reason, shown
 
 MAX_SHARD_BYTES = 5_000_000_000
-SAFETENSORS_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
+SAFETENSORS_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "int8": "I8",
+    "uint8": "U8",
+}
 
 
 def read_safetensors(path: Path) -> dict[str, Stored]:
@@ -38,7 +45,8 @@ def read_safetensors(path: Path) -> dict[str, Stored]:
             tensors[name] = Stored(tuple(part.get_shape()), names.get(code, code), path.name, _reader(file, name))
     except (SafetensorError, OSError, ValueError) as error:
         raise InputError(
-            f"{path} is not a whole safetensors file ({error}); expected one as it was saved: fetch it again"
+            f"{shown(path)} is not a whole safetensors file ({reason(error):.200}); expected one as it was saved: "
+            "fetch it again"
         ) from None
     return tensors
 
@@ -49,17 +57,16 @@ def _reader(file: safe_open, name: str) -> Callable[[], np.ndarray]:
 
 @dataclass(frozen=True)
 class Format:
-    """One way weights come: the name of a whole file, how to open it, and how its index spells a tensor's name."""
+    """One way weights come: the name of a whole file, and how to open it."""
 
     file: str
     read: Callable[[Path], dict[str, Stored]]
-    name: Callable[[str], str]
 
 
 FORMATS = (  # in order of preference
-    Format("model.safetensors", read_safetensors, str),
-    Format("flax_model.msgpack", read_flax, lambda name: torch_name(name.split("/"))),
-    Format("pytorch_model.bin", read_torch, str),
+    Format("model.safetensors", read_safetensors),
+    Format("flax_model.msgpack", read_flax),
+    Format("pytorch_model.bin", read_torch),
 )
 
 
@@ -67,7 +74,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
     """All tensors of a folder, from one file or from shards, in the format we like best of those that are there.
 
     Raises:
-        InputError: no weights; a file that is missing, cut or tampered with; an index that contradicts its shards.
+        InputError: no weights; a file that is missing, cut or tampered with; shards at odds with one another.
     """
     for kind in FORMATS:
         if (folder / kind.file).is_file():
@@ -76,30 +83,27 @@ def open_weights(folder: Path) -> dict[str, Stored]:
         if index.is_file():
             return _open_shards(index, kind)
     names = ", ".join(kind.file for kind in FORMATS)
-    raise InputError(f"{folder} holds no weights; expected one of {names}, or its .index.json: check the folder")
+    raise InputError(f"{shown(folder)} holds no weights; expected one of {names}, or its .index.json: check the folder")
 
 
 def _open_shards(index: Path, kind: Format) -> dict[str, Stored]:
+    """The tensors of all files that an index names, as transformers has it: which is in which, the files say."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
-        raise InputError(f"{index} has no weight_map; expected tensor names with their files: fetch it again")
-    paths = {file: beside(index, file) for file in files.values()}
+        raise InputError(f"{shown(index)} has no weight_map; expected tensor names with their files: fetch it again")
+    paths: dict[str, Path] = {}
+    for file in files.values():
+        if not isinstance(file, str) or file not in paths:
+            paths[file] = beside(index, file)
     tensors: dict[str, Stored] = {}
-    for file, path in paths.items():
+    for path in paths.values():
         for name, stored in kind.read(path).items():
-            if name in tensors:
+            first = tensors.setdefault(name, stored)
+            if first is not stored and not same_numbers(first, stored):
                 raise InputError(
-                    f"{name!r:.100} is in {tensors[name].file} and in {file}; expected it once: fetch the model again"
+                    f"{name!r:.100} is in {first.file} and, with other numbers, in {stored.file}; expected it once: "
+                    "fetch the model again"
                 )
-            tensors[name] = stored
-    listed = {kind.name(name): file for name, file in files.items()}
-    for name in sorted(listed.keys() | tensors.keys()):
-        held = tensors[name].file if name in tensors else "no shard"
-        if listed.get(name) != held:
-            where = listed.get(name, "nowhere")
-            raise InputError(
-                f"{index} puts {name!r:.100} in {where!r:.100}, but it is in {held}: fetch the model again"
-            )
     return tensors
 
 

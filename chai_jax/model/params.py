@@ -34,8 +34,8 @@ class OPTConfig:
     activation: str = "relu"
     norm_affine: bool = True
     tied: bool = True
-    bos_token_id: int = 2
-    eos_token_id: int = 2
+    bos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2  # one, several, or none
     pad_token_id: int = 1
 
     @property
