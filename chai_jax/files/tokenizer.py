@@ -13,6 +13,9 @@ PARTS = ("vocab.json", "merges.txt")
 def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
 
+    One that names neither a beginning nor an end of text (Galactica's) is told the model's own beginning: it puts no
+    more before a text than it did, but an empty text can be gone on with.
+
     Raises:
         InputError: some of the files are missing or cannot be read; it has more tokens than the model.
     """
@@ -39,4 +42,6 @@ def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
             f"the tokenizer in {folder} has {len(tokenizer)} tokens, the model {config.vocab_size}; expected no more "
             "than the model: restore the tokenizer's files"
         )
+    if tokenizer.bos_token is None and tokenizer.eos_token is None and config.bos_token_id is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(config.bos_token_id)
     return tokenizer
