@@ -3,12 +3,15 @@
 CHAI_JAX_TEST_PLATFORM=cuda or tpu runs them there instead, which is for the kernels': tests/model/test_*_kernel.py.
 """
 
+import json
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -90,4 +93,53 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32)
     spec = Spec.dense(2, 4, 8)
     Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(torch: ModuleType, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random OPT of two layers and 128 positions with opt-mini's tokenizer, saved by transformers."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 64, "num_hidden_layers": 2}
+    config = OPTConfig(**sizes, num_attention_heads=4, vocab_size=8192, max_position_embeddings=128, init_std=0.2)
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    OPTForCausalLM(config).save_pretrained(folder)
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(shared / "models/opt-mini" / name, folder)
+    return folder
+
+
+@pytest.fixture
+def altered(tiny: Path, tmp_path: Path) -> Callable[..., Path]:
+    """A copy of `tiny` with other files: `altered(generation_config={...})` writes generation_config.json anew, None
+    removes it; `config` and `tokenizer_config` change fields."""
+
+    def copy(**files: dict[str, Any] | None) -> Path:
+        folder = tmp_path / f"tiny{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(tiny, folder)
+        for name, fields in files.items():
+            path = folder / f"{name}.json"
+            if fields is None:
+                path.unlink()
+            else:
+                before = {} if name == "generation_config" else json.loads(path.read_text())
+                path.write_text(json.dumps(before | fields))
+        return folder
+
+    return copy
+
+
+@pytest.fixture
+def without_special_tokens(altered: Callable[..., Path]) -> Path:
+    """A copy of `tiny` whose tokenizer, as Galactica's, names no special token and puts nothing before a text."""
+    from transformers import AutoTokenizer
+
+    folder = altered()
+    whole = json.loads(AutoTokenizer.from_pretrained(folder).backend_tokenizer.to_str())
+    (folder / "tokenizer.json").write_text(json.dumps(whole | {"post_processor": None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    for name in ("vocab.json", "merges.txt"):
+        (folder / name).unlink()
     return folder

@@ -71,14 +71,14 @@ class GenerateCommand:
     """What to continue."""
     max_new_tokens: int = 40
     """How many tokens at the most."""
-    temperature: float = 0.0
-    """0 is greedy."""
+    temperature: float | None = None
+    """0 is greedy, and so is none, unless the model's generation_config.json asks for samples."""
     top_k: int | None = None
-    """Sample from the k likeliest tokens only."""
+    """Sample from the k likeliest tokens only; 0 or -1: from all."""
     top_p: float | None = None
     """Sample from the fewest likeliest tokens with this probability (nucleus)."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling, 0 to 2^32 - 1."""
     draft: str | None = None
     """A smaller or compressed model with the same tokens that proposes what MODEL then checks, several at a time:
     greedy, the text stays the same; sampled, its distribution does."""
@@ -88,9 +88,16 @@ class GenerateCommand:
 
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
+        from chai_jax.data.tokens import check_characters
         from chai_jax.serve.generate import stream
+        from chai_jax.serve.request import check_numbers
+        from chai_jax.serve.sample import Sampling
         from chai_jax.serve.speculate import stream_with_draft
 
+        check_characters(self.prompt, "--prompt")
+        check_numbers(self.max_new_tokens, self.seed)
+        if self.temperature is not None:
+            Sampling.checked(self.temperature, self.top_k, self.top_p)
         model = load_any(self.model)
         asked = (self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
         told: dict[str, Any] = {}

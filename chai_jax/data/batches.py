@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int32
 
+from chai_jax.data.tokens import prefix_token, tokenize
 from chai_jax.errors import InputError
 from chai_jax.processes import divided
 
@@ -50,7 +51,7 @@ def encode(
     """Tokenize as the lm-evaluation-harness does (`TemplateLM.loglikelihood`, `HFLM._loglikelihood_tokens`; 0.4.13).
 
     Trailing spaces of the context move to the completion, whose tokens are those that the whole has beyond the
-    context's. `</s>` comes first, and stands alone for an empty context.
+    context's. The whole begins as its tokenizer begins it, and a context without tokens is `prefix_token`.
 
     Args:
         max_length: inputs the model takes. The last token is predicted, never fed, so the last `max_length + 1` are
@@ -61,11 +62,12 @@ def encode(
     Raises:
         InputError: the completion has no token of its own, or does not fit behind a context.
     """
-    whole = _ids(tokenizer, context + completion)
+    whole = tokenize(tokenizer, context + completion)
     # rstrip takes line breaks and tabs too: the harness says spaces and does the same.
-    start = len(_ids(tokenizer, context.rstrip()))
-    if not context and whole[:1] != [tokenizer.bos_token_id]:
-        whole, start = [tokenizer.bos_token_id, *whole], 1
+    start = len(tokenize(tokenizer, context.rstrip()))
+    if start == 0:
+        first, start = prefix_token(tokenizer), 1
+        whole = whole if whole[:1] == [first] else [first, *whole]
     if start >= len(whole):
         raise InputError(f"the completion {completion!r} has no tokens of its own: give a longer one")
     cut = 0 if max_length is None else max(len(whole) - max_length - 1, 0)
@@ -97,11 +99,3 @@ def encode_all(
         return (found.start, *found.tokens)
 
     return [Encoded(numbers[1:], numbers[0]) for numbers in divided(start_and_tokens, examples, description)]
-
-
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids with `</s>` first, but not twice where the text brings its own (as `HFLM.tok_encode`)."""
-    # verbose=False: that a text is longer than the model is no news here.
-    own = text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not own, verbose=False)["input_ids"]
-    return ids

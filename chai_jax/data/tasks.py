@@ -4,7 +4,6 @@ Prompts follow lm-evaluation-harness 0.4.13 (`lm_eval/tasks/{glue/sst2,glue/rte,
 with a space.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from chai_jax.data.batches import Example
+from chai_jax.data.tokens import check_characters
 from chai_jax.data.toy import ANSWERS, PROMPT, toy_rows
 from chai_jax.errors import InputError
-from chai_jax.reading import open_utf8
+from chai_jax.reading import open_utf8, parse_json, reason, shown
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation")  # the test splits of GLUE have no labels
@@ -129,7 +129,7 @@ def load_rows(task: Task, split: str, data_dir: str | Path | None = None, limit:
         rows = [(f"{where}, row {number}", row) for number, row in enumerate(_from_hub(task, split), 1)]
     else:
         path = _local_file(Path(data_dir), task.name, split)
-        where, rows = str(path), _from_file(path)
+        where, rows = shown(path), _from_file(path)
     if not rows:
         raise InputError(f"{where} holds no examples; expected at least one: check the file")
     for place, row in rows[:limit]:
@@ -142,22 +142,22 @@ def _local_file(data_dir: Path, task: str, split: str) -> Path:
     for path in names:
         if path.is_file():
             return path
-    raise InputError(f"{names[0]}[.gz] is missing; expected the task's rows there: check --data-dir")
+    raise InputError(f"{shown(names[0])}[.gz] is missing; expected the task's rows there: check --data-dir")
 
 
 def _from_file(path: Path) -> list[tuple[str, Row]]:
     """(file:line, row) of every line that is not blank."""
     # A plain reader: `datasets` reports a bad line as an Arrow error without its number, and fills a cache with copies.
     with open_utf8(path) as file:
-        lines = [(f"{path}:{number}", line) for number, line in enumerate(file, 1)]
+        lines = [(f"{shown(path)}:{number}", line) for number, line in enumerate(file, 1)]
     return [(place, _parse(line, place)) for place, line in lines if line.strip()]
 
 
 def _parse(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON ({error.msg}); expected one object a line: mend the line") from None
+        row = parse_json(line)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({reason(error)}); expected one object a line: mend the line") from None
     if not isinstance(row, dict):
         raise InputError(f"{where} holds a {type(row).__name__}; expected a JSON object: mend the line")
     return row
@@ -183,9 +183,10 @@ def _check_row(task: Task, row: Row, where: str) -> None:
             raise InputError(f"{where} has no column {column!r}; expected {', '.join(task.columns)} and label")
     for column in task.columns:
         if not isinstance(row[column], str):
-            raise InputError(f"{where} has {column} = {row[column]!r}; expected a string")
+            raise InputError(f"{where} has {column} = {row[column]!r:.80}; expected a string")
+        check_characters(row[column], f"{where}: {column}")
     if type(row["label"]) is not int or not 0 <= row["label"] < task.labels:
-        raise InputError(f"{where} has label {row['label']!r}; expected an integer from 0 to {task.labels - 1}")
+        raise InputError(f"{where} has label {row['label']!r:.80}; expected an integer from 0 to {task.labels - 1}")
 
 
 def held_out(rows: Sequence[Row], count: int, seed: int = 0) -> tuple[list[Row], list[Row]]:

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.data.batches import Encoded
+from chai_jax.data.tokens import bare_tokens, opening
 from chai_jax.errors import InputError
-from chai_jax.reading import open_utf8
+from chai_jax.reading import open_utf8, shown
 
 
 def read_text(path: str | Path) -> str:
@@ -18,7 +19,7 @@ def read_text(path: str | Path) -> str:
     with open_utf8(Path(path)) as file:
         text = file.read()
     if not text.strip():
-        raise InputError(f"{path} holds no text; expected some: give another file")
+        raise InputError(f"{shown(path)} holds no text; expected some: give another file")
     return text
 
 
@@ -39,14 +40,21 @@ def pages(text: str) -> list[str]:
 
 
 def windows(tokenizer: Any, text: str, length: int) -> list[Encoded]:
-    """The whole text as non-overlapping windows of `length` tokens, each `</s>` plus up to `length - 1` of the text.
+    """The whole text as windows of `length` tokens: one to begin with, and up to `length - 1` that are predicted.
 
-    Every token of the text is predicted exactly once; the last window may be short.
+    A window begins as its tokenizer begins every text (OPT's: `</s>`). Where that is with nothing, it begins with the
+    token before it, and the text's first token alone is not predicted. Every other token is, exactly once; the last
+    window may be short.
+
+    Raises:
+        InputError: the text holds what is no character.
     """
-    # verbose=False: a text longer than the model is what this function is for.
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first, ids = opening(tokenizer), bare_tokens(tokenizer, text)
+    if ids[: len(first)] == first:  # the text brings its own
+        ids = ids[len(first) :]
     step = length - 1
-    return [Encoded((tokenizer.bos_token_id, *ids[at : at + step]), 1) for at in range(0, len(ids), step)]
+    starts = range(1 - len(first), len(ids), step)
+    return [Encoded((*(first or ids[at - 1 : at]), *ids[at : at + step]), 1) for at in starts]
 
 
 @dataclass(frozen=True)
@@ -61,10 +69,10 @@ class Corpus:
 def split_corpus(tokenizer: Any, text: str, length: int, calibration: int) -> Corpus:
     """Cut a text into windows: the first tenth to calibrate, the last tenth to measure, and what is between to train.
 
-    The parts share no token, but a text that repeats itself repeats itself across them.
+    No token is predicted in two parts, but a text that repeats itself repeats itself across them.
 
     Args:
-        length: tokens of a window, `</s>` included.
+        length: tokens of a window, its first included.
         calibration: the most windows to calibrate with; the rest of the first tenth is not used.
 
     Raises:

@@ -1,5 +1,9 @@
-"""Writing an ordinary OPT as a Hugging Face folder, which torch's OPTForCausalLM reads with equal logits."""
+"""Writing an ordinary OPT as a Hugging Face folder, which torch's OPTForCausalLM reads with equal logits.
 
+Any folder, ordinary or not, says in generation_config.json how texts are made: it is read and written here too.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +13,14 @@ from chai_jax.files.card import write_card
 from chai_jax.files.convert import to_hf
 from chai_jax.files.hf_config import config_fields
 from chai_jax.files.weights import MAX_SHARD_BYTES, write_weights
+from chai_jax.model.generation import NOT_OBEYED, OBEYED, Generation
 from chai_jax.model.model import Model
+from chai_jax.progress import console
+from chai_jax.reading import read_json, shown
 
 MODEL_TYPE = "opt"
+GENERATION = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(model: Model, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
@@ -31,13 +40,14 @@ def export(model: Model, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BY
         raise InputError("the model is clustered, which no ordinary OPT is; expected a dense one: expand it first")
     with new_folder(claim_folder(Path(out))) as folder:
         write(folder, model, max_shard_bytes)
+        write_generation(folder, model)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(folder))
         write_card(folder, model, exported=True)
 
 
 def write(folder: Path, model: Model, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
-    """Write config.json, generation_config.json and the weights."""
+    """Write config.json and the weights."""
     tensors = to_hf(model.config, model.params)
     dtypes = {stored.dtype for stored in tensors.values()}
     fields: dict[str, Any] = {
@@ -48,6 +58,34 @@ def write(folder: Path, model: Model, max_shard_bytes: int = MAX_SHARD_BYTES) ->
         **config_fields(model.config),
     }
     write_json(folder / "config.json", fields)
-    tokens = {name: fields[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **tokens})
     write_weights(folder, tensors, {"format": "pt"}, max_shard_bytes)
+
+
+def read_generation(folder: Path, fields: Mapping[str, Any]) -> Generation:
+    """How the folder's texts are made: its generation_config.json or, without one, what its config.json says of it.
+
+    As transformers has it, where there is a file, config.json has no say, not even where the file names no end.
+
+    Args:
+        fields: of config.json.
+
+    Raises:
+        InputError: the file is no JSON object, or a field that is obeyed is of the wrong type.
+    """
+    path = folder / GENERATION
+    if path.exists():
+        given = read_json(path)
+    else:
+        path, names = folder / "config.json", (*TOKENS, *OBEYED, *NOT_OBEYED)
+        given = {"_from_model_config": True, **{name: fields[name] for name in names if name in fields}}
+    generation = Generation.checked(given, shown(path))
+    if ignored := ", ".join(f"{name} {value!r:.40}" for name, value in generation.not_obeyed.items()):
+        console.print(f"{shown(path)} asks for {ignored}, which is not done here: texts may differ", markup=False)
+    return generation
+
+
+def write_generation(folder: Path, model: Model) -> None:
+    """Write generation_config.json: as it was read, or from the configuration of a model that has none."""
+    ids = {name: value for name, value in config_fields(model.config).items() if name in TOKENS}
+    own = model.generation and dict(model.generation.fields)
+    write_json(folder / GENERATION, {"_from_model_config": True, **ids} if own is None else own)

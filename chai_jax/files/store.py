@@ -67,7 +67,8 @@ def load(
     tensors = open_weights(folder)
     params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, how)
     compressed.check_formats(spec, params)
-    return Model(config, spec, params, load_tokenizer(folder, config) if tokenizer else None, str(source), plan)
+    generation, words = hf.read_generation(folder, fields), load_tokenizer(folder, config) if tokenizer else None
+    return Model(config, spec, params, words, str(source), plan, generation)
 
 
 def _read_kind(folder: Path) -> tuple[dict[str, Any], bool]:
@@ -114,8 +115,8 @@ def is_ordinary(model: Model) -> bool:
 def save(model: Model, path: str | Path) -> None:
     """Write `model` as the folder `path`, whole or not at all; `chai_jax.load` gives it back bit for bit.
 
-    Files: config.json, spec.json, plan.json (of a model that has one), model.safetensors, the tokenizer's, README.md
-    with the base model's licence.
+    Files: config.json, generation_config.json, spec.json, plan.json (of a model that has one), model.safetensors, the
+    tokenizer's, README.md with the base model's licence.
 
     Args:
         path: a new or empty folder.
@@ -130,6 +131,7 @@ def save(model: Model, path: str | Path) -> None:
         else:
             compressed.write(folder, model)
         compressed.write_spec(folder, model)
+        hf.write_generation(folder, model)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(folder))
         if model.plan is not None:

@@ -15,7 +15,8 @@ PARTS = ("vocab.json", "merges.txt")
 def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
 
-    Where it has more tokens than the model, it refuses the texts that hold one of these.
+    Where it has more tokens than the model, it refuses the texts that hold one of these. One that names neither a beginning nor an end of text (Galactica's) is told the model's own beginning: it puts no
+    more before a text than it did, but an empty text can be gone on with.
 
     Raises:
         InputError: some of the files are missing or cannot be read.
@@ -38,6 +39,8 @@ def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the tokenizer in {folder} cannot be read ({reason:.200}): restore its files") from None
+    if tokenizer.bos_token is None and tokenizer.eos_token is None and config.bos_token_id is not None:
+        tokenizer.bos_token = tokenizer.convert_ids_to_tokens(config.bos_token_id)
     if max(tokenizer.get_vocab().values(), default=0) >= config.vocab_size:
         _refuse_from(tokenizer, config.vocab_size)
     return tokenizer

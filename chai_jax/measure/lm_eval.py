@@ -16,13 +16,21 @@ import jax
 
 from chai_jax.adapt.toy import load_any
 from chai_jax.data.batches import Encoded
+from chai_jax.data.tokens import bare_tokens, prefix_token, tokenize
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable
+from chai_jax.measure.harness_requests import (
+    BATCH_SIZE,
+    check_template,
+    conversation,
+    generation_settings,
+    sequences,
+)
 from chai_jax.measure.harness_tasks import SOURCES, local_rows, write_tasks
 from chai_jax.model.model import Model
 from chai_jax.processes import first_process
 from chai_jax.score import loglikelihoods
-from chai_jax.serve.generate import generate_tokens
+from chai_jax.serve.generate import encode_prompt, generate_tokens
 
 try:
     import lm_eval
@@ -42,7 +50,6 @@ except ModuleNotFoundError as error:
         f"the lm-evaluation-harness is not there (no module {error.name}): pip install 'chai_jax[eval]'"
     ) from None
 
-BATCH_SIZE = 32
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
 Record = dict[str, Any]
 
@@ -78,17 +85,18 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         self.model = pretrained if isinstance(pretrained, Model) else load_any(pretrained, revision)
         if self.model.tokenizer is None:
             raise InputError(f"{self.model.source or 'the model'} has no tokenizer; expected its tokenizer files")
-        size = _batch_size(batch_size)
+        size = sequences(batch_size)
         self.batch_size = min(size, max_batch_size or size)
         self.tokenizer = self.model.tokenizer
 
     @property
     def eot_token_id(self) -> int:
-        return self.model.config.eos_token_id
+        end: int | None = self.tokenizer.eos_token_id
+        return self.prefix_token_id if end is None else end
 
     @property
     def prefix_token_id(self) -> int:
-        return self.model.config.bos_token_id
+        return prefix_token(self.tokenizer)
 
     @property
     def max_length(self) -> int:
@@ -99,11 +107,24 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         return self.model.source.replace("/", "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; `</s>` first, unless the text already begins with it or `add_special_tokens` is False."""
+        """Token ids, begun as the tokenizer begins them (see `tokenize`) unless `add_special_tokens` says how."""
         if add_special_tokens is None:
-            add_special_tokens = not string.startswith(self.tokenizer.decode([self.prefix_token_id]))
-        ids: list[int] = self.tokenizer(string, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
-        return ids
+            return tokenize(self.tokenizer, string)
+        return bare_tokens(self.tokenizer, string, special=add_special_tokens)
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The tokenizer's template, of several the one of this name; InputError where it has none."""
+        if chat_template:
+            check_template(self.tokenizer, self.model.source or "the model")
+        try:
+            found: str | None = super().chat_template(chat_template)
+        except ValueError as error:
+            raise InputError(f"--apply_chat_template: {' '.join(str(error).split())}") from None
+        return found
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as one prompt (see `conversation`)."""
+        return conversation(self.tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(Summed log-probability, is greedy) per (context, continuation), one task after the other.
@@ -123,7 +144,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         """(Summed log-probability, is greedy) per (name, context, continuation), too long contexts cut on the left."""
         encoded = []
         for _name, context, continuation in requests:
-            tokens = (*context, *continuation)[-(self.max_length + 1) :]
+            tokens = (*(context or [self.prefix_token_id]), *continuation)[-(self.max_length + 1) :]
             encoded.append(Encoded(tokens, len(tokens) - len(continuation)))
         scores = loglikelihoods(self.model, encoded, self.batch_size)
         answers = [(float(total), bool(greedy)) for total, greedy in scores]
@@ -150,7 +171,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop string; requests with the same settings are generated together."""
-        settings = [_generation_settings(request.args[1]) for request in requests]
+        settings = [generation_settings(request.args[1]) for request in requests]
         texts = [""] * len(requests)
         for wanted in dict.fromkeys(settings):
             members = [index for index, setting in enumerate(settings) if setting == wanted]
@@ -160,39 +181,18 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
                 raise InputError(
                     f"{length} new tokens do not fit the model's {self.max_length} positions: lower max_gen_toks"
                 )
-            prompts = [self.tok_encode(requests[index].args[0])[-room:] for index in members]
+            prompts = [encode_prompt(self.model, requests[index].args[0])[-room:] for index in members]
             made = generate_tokens(self.model, prompts, length, temperature, top_k, top_p, batch_size=self.batch_size)
             for index, tokens in zip(members, made, strict=True):
-                text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+                # The harness stops at the tokenizer's end of text too, whatever the model's own stops are.
+                ends = tokens.index(self.eot_token_id) if self.eot_token_id in tokens else None
+                text = self.tokenizer.decode(tokens[:ends], skip_special_tokens=True)
                 for stop in until:
                     text = text.split(stop)[0]
                 texts[index] = text
         for request, text in zip(requests, texts, strict=True):
             self.cache_hook.add_partial("generate_until", request.args, text)
         return texts
-
-
-def _batch_size(wanted: int | str) -> int:
-    if str(wanted).startswith("auto"):
-        return BATCH_SIZE
-    if not str(wanted).isdecimal() or int(wanted) < 1:
-        raise InputError(f"--batch_size is {wanted!r}; expected a number from 1 on, or auto")
-    return int(wanted)
-
-
-Settings = tuple[tuple[str, ...], int, float, int | None, float | None]
-
-
-def _generation_settings(wanted: dict[str, Any]) -> Settings:
-    """(stop strings, new tokens, temperature, top_k, top_p) of a request; greedy unless it asks for samples."""
-    until = wanted.get("until") or []
-    stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
-    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
-    length = next((int(wanted[name]) for name in names if wanted.get(name) is not None), 256)
-    temperature = float(wanted.get("temperature", 0.0))
-    if temperature == 0 or wanted.get("do_sample") is False:
-        return stops, length, 0.0, None, None
-    return stops, length, temperature, wanted.get("top_k"), wanted.get("top_p")
 
 
 def run(model: str, arguments: Sequence[str], data_dir: Path | None = None, revision: str | None = None) -> Record:
@@ -253,6 +253,8 @@ def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
     try:
         with _replaced(lm_eval, "simple_evaluate", watched):
             harness.execute(namespace)
+    except BrokenPipeError:  # a ConnectionError too, but of whoever reads the tables
+        raise
     except (ConnectionError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(

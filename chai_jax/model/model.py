@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import measured_bytes_per_token
+from chai_jax.model.generation import Generation
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.plans import Plan
@@ -47,6 +48,7 @@ class Model:
         params: nested dict of arrays and quantized arrays (see `chai_jax.model.params.declare`).
         source: hub id or folder the weights came from.
         plan: the plan it was compressed by, if any.
+        generation: how its texts are made, if its folder says so.
     """
 
     config: OPTConfig
@@ -55,6 +57,7 @@ class Model:
     tokenizer: Any = field(default=None, repr=False)
     source: str = ""
     plan: Plan | None = field(default=None, repr=False)
+    generation: Generation | None = field(default=None, repr=False)
 
     def __call__(self, tokens: Any, mask: Any = None) -> Float[Array, "B T V"]:
         """float32 logits [B, T, V] of tokens int32 [B, T]; mask bool [B, T] is True at real tokens (all, if not given).
@@ -83,6 +86,12 @@ class Model:
     def replace(self, **changes: Any) -> "Model":
         """A new model with some attributes changed."""
         return dataclasses.replace(self, **changes)
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The tokens that end a text, of those that the model can say: its folder's, or else its configuration's."""
+        ends = self.generation or Generation({"eos_token_id": self.config.eos_token_id})
+        return tuple(token for token in ends.stops if 0 <= token < self.config.vocab_size)
 
     @property
     def nbytes(self) -> int:

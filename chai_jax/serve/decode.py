@@ -27,7 +27,7 @@ from chai_jax.model.sharding import Layout
 from chai_jax.serve.sample import Sampling, sample
 from chai_jax.spec import Spec
 
-NEVER = -1  # as the token to stop at
+NEVER = -1  # as a token to stop at
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "done", "keys"], meta_fields=[])
@@ -101,7 +101,7 @@ def _choose(
     chosen = sample(unembed(config, params, hidden[:, -1]), keys[:, 1], sampling)
     chosen = jnp.where(state.done, config.pad_token_id, chosen)
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.cache.length, axis=1)
-    return State(state.cache, tokens, state.done | (chosen == eos), keys[:, 0])
+    return State(state.cache, tokens, state.done | jnp.isin(chosen, eos), keys[:, 0])
 
 
 def _read(
@@ -140,7 +140,7 @@ def prefill(
     mask: Bool[Array, "B T"],
     keys: Key[Array, "B"],
     sampling: Sampling,
-    eos: Int32[Array, ""],
+    eos: Int32[Array, "*E"],
     *,
     capacity: int,
     dtype: Any,
@@ -150,7 +150,7 @@ def prefill(
 
     Args:
         capacity: columns to make room for, prompt and new tokens together.
-        eos: token to stop at, or `NEVER`.
+        eos: token or tokens to stop at; `NEVER` is none.
         layout: by which to split the cache, if any.
     """
     output = _read(config, spec, params, tokens, mask, dtype, layout)
@@ -171,7 +171,7 @@ def decode(
     state: State,
     until: Int32[Array, ""],
     sampling: Sampling,
-    eos: Int32[Array, ""],
+    eos: Int32[Array, "*E"],
     *,
     dtype: Any,
 ) -> State:

@@ -1,7 +1,7 @@
 """Text from prompts: batches of like length, each read by one program and continued by another, whole or in pieces."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from itertools import product
 
 import jax
@@ -9,25 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
+from chai_jax.data.tokens import prefix_token, tokenize
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.progress import track
-from chai_jax.serve.decode import NEVER, State, bucket, decode, pad_left, prefill, serving_params
-from chai_jax.serve.sample import Sampling
+from chai_jax.serve.decode import State, bucket, decode, pad_left, prefill, serving_params
+from chai_jax.serve.request import Request, check_prompts
 
 STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is wanted of every prompt; `eos` ends a sequence (`NEVER` ends none)."""
-
-    max_new_tokens: int
-    sampling: Sampling
-    seed: int
-    eos: int
 
 
 def _begin(
@@ -51,7 +42,7 @@ def _begin(
     tokens, mask, filled = layout.rows((tokens, mask, filled))
     return prefill(
         model.config, model.spec, params, tokens, mask, keys_of(jnp.uint32(request.seed), filled), request.sampling,
-        jnp.int32(request.eos), capacity=capacity, dtype=compute_dtype(), layout=layout,
+        request.eos, capacity=capacity, dtype=compute_dtype(), layout=layout,
     ), start  # fmt: skip
 
 
@@ -68,18 +59,17 @@ def _continue(
 
     Arguments as of `_begin`.
     """
-    dtype, eos = compute_dtype(), jnp.int32(request.eos)
+    dtype = compute_dtype()
     state, start = _begin(model, params, layout, prompts, numbers, request)
     made = 1
     while True:
         columns, done = whole((state.tokens, state.done))
-        new = columns[: len(prompts), start : start + made].tolist()
-        yield [row[: row.index(request.eos) + 1] if request.eos in row else row for row in new]
+        yield [request.cut(row) for row in columns[: len(prompts), start : start + made].tolist()]
         if made == request.max_new_tokens or done.all():
             return
         made = min(made + piece, request.max_new_tokens)
         until = jnp.int32(start + made - 1)
-        state = decode(model.config, model.spec, params, state, until, request.sampling, eos, dtype=dtype)
+        state = decode(model.config, model.spec, params, state, until, request.sampling, request.eos, dtype=dtype)
 
 
 def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256, max_new_tokens: int = 64) -> int:
@@ -103,7 +93,7 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
         raise InputError("expected sizes of at least 1 to warm up for")
     check_prompts(model, [[model.config.pad_token_id] * longest], max_new_tokens)
     layout = current_layout()
-    params, eos = serving_params(model, layout), jnp.int32(NEVER)
+    params = serving_params(model, layout)
     # Columns of the prompts and capacity, and how many new tokens ask for it; one, which needs no decoding, only if no
     # other number does.
     rooms: dict[tuple[int, int], int] = {}
@@ -112,13 +102,15 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
             rooms.setdefault((read, bucket(read + new)), new)
     sizes = sorted({1 << (size - 1).bit_length() for size in batch_sizes})
     shapes = [(rows, read, new) for rows in sizes for (read, _), new in rooms.items()]
-    kinds = Sampling.checked(), Sampling.checked(1.0)
+    kinds = [partial(Request.checked, model, temperature=heat, top_k=None, top_p=None, seed=0) for heat in (0.0, 1.0)]
     for (rows, read, new), how in track([*product(shapes, kinds)], f"Compiling {len(shapes)} shapes, greedy and drawn"):
         prompts = [[model.config.pad_token_id] * read] * rows
-        state, start = _begin(model, params, layout, prompts, range(rows), Request(new, how, 0, NEVER))
+        request = how(max_new_tokens=new, stop=False)
+        state, start = _begin(model, params, layout, prompts, range(rows), request)
         for made in range(1, min(new, 3)):  # from what reading gives and, as streams do, from what decoding gives
             until = jnp.int32(start + made)
-            state = decode(model.config, model.spec, params, state, until, how, eos, dtype=compute_dtype())
+            rule = request.sampling, request.eos
+            state = decode(model.config, model.spec, params, state, until, *rule, dtype=compute_dtype())
     return len(shapes)
 
 
@@ -128,47 +120,32 @@ def keys_of(seed: UInt32[Array, ""], numbers: UInt32[Array, "B"]) -> Key[Array, 
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), numbers)
 
 
-def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """Raise InputError unless every prompt and its new tokens fit the model."""
-    if max_new_tokens < 1:
-        raise InputError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise InputError(f"prompt {number} has no tokens; expected at least one: begin it with the model's </s>")
-        if not 0 <= min(prompt) <= max(prompt) < model.config.vocab_size:
-            raise InputError(
-                f"prompt {number} has tokens outside 0 to {model.config.vocab_size - 1}: use the model's tokenizer"
-            )
-        if len(prompt) + max_new_tokens > model.config.max_positions:
-            raise InputError(
-                f"prompt {number} has {len(prompt)} tokens; {max_new_tokens} new ones do not fit the model's "
-                f"{model.config.max_positions} positions: shorten the prompt or lower max_new_tokens"
-            )
-
-
 def generate_tokens(
     model: Model,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int = 20,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     stop: bool = True,
     batch_size: int = 16,
 ) -> list[list[int]]:
-    """The tokens that follow each prompt (token ids, the model's `</s>` first): at most `max_new_tokens`.
+    """The tokens that follow each prompt (token ids, as `encode_prompt` gives): at most `max_new_tokens`.
 
-    With `stop`, a sequence ends with the model's end-of-text token where it comes to one. Prompts of similar length
-    go through the model together, `batch_size` at a time; what is drawn for a prompt depends on its number alone.
+    With `stop`, a sequence ends with the first of the model's `stop_tokens`. Prompts of similar length go through the
+    model together, `batch_size` at a time; what is drawn for a prompt depends on its number alone.
+
+    Args:
+        temperature: 0 is greedy; if not given, the model's folder decides, and greedy where it does not.
+        seed: 0 to 2^32 - 1.
 
     Raises:
         InputError: a prompt that with `max_new_tokens` does not fit the position table, that is empty or not of the
             model's tokens; settings out of range (see `Sampling.checked`).
     """
     check_prompts(model, prompts, max_new_tokens)
-    eos = model.config.eos_token_id if stop else NEVER
-    request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, eos)
+    request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed, stop)
     layout = current_layout()
     params = serving_params(model, layout)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -183,25 +160,23 @@ def generate_tokens(
 
 
 def encode_prompt(model: Model, prompt: str) -> list[int]:
-    """`</s>`, unless the prompt begins with its own, and the prompt's tokens.
+    """The prompt's tokens as its tokenizer begins them (`tokenize`); of an empty one at least `prefix_token`.
 
     Raises:
-        InputError: the model has no tokenizer.
+        InputError: the model has no tokenizer, or the prompt holds what is no character.
     """
     if model.tokenizer is None:
         raise InputError(
             "the model has no tokenizer; expected one: load it with its tokenizer files, or use generate_tokens"
         )
-    tokens = model.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos = model.config.bos_token_id
-    return tokens if tokens[:1] == [bos] else [bos, *tokens]
+    return tokenize(model.tokenizer, prompt) or [prefix_token(model.tokenizer)]
 
 
 def generate(
     model: Model,
     prompts: Sequence[str],
     max_new_tokens: int = 20,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -211,7 +186,7 @@ def generate(
     """The text that follows each prompt, without the prompt and without `</s>`; an empty prompt is a fresh text.
 
     Args:
-        temperature: 0 is greedy; `top_k` and `top_p` as in `Sampling`.
+        temperature: as of `generate_tokens`; `top_k` and `top_p` as in `Sampling`.
         on_text: for a single prompt, called with each piece of the text as it is decoded (see `stream`).
 
     Raises:
@@ -239,7 +214,7 @@ def stream(
     model: Model,
     prompt: str,
     max_new_tokens: int = 20,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -250,7 +225,7 @@ def stream(
     """
     encoded = [encode_prompt(model, prompt)]
     check_prompts(model, encoded, max_new_tokens)
-    request = Request(max_new_tokens, Sampling.checked(temperature, top_k, top_p), seed, model.config.eos_token_id)
+    request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed)
     layout = current_layout()
     params = serving_params(model, layout)
     made = _continue(model, params, layout, encoded, [0], request, piece=STREAM_TOKENS)

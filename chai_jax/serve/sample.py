@@ -34,15 +34,18 @@ class Sampling:
     def checked(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> "Sampling":
         """From what a person asks for, where temperature 0 is greedy.
 
+        No limit are None, `top_k` 0 or -1 (other libraries' words for it) and `top_p` 1.
+
         Raises:
             InputError: a value out of range, or `top_k` or `top_p` for greedy decoding, where they do nothing.
         """
         if not (temperature >= 0 and math.isfinite(temperature)):
             raise InputError(f"temperature is {temperature}; expected 0 (greedy) or a positive number, such as 0.8")
-        if top_k is not None and top_k < 1:
-            raise InputError(f"top_k is {top_k}; expected at least 1, or none for the whole vocabulary")
+        if top_k is not None and top_k < -1:
+            raise InputError(f"top_k is {top_k}; expected at least 1, or 0 (or none) for the whole vocabulary")
         if top_p is not None and not 0 < top_p <= 1:
             raise InputError(f"top_p is {top_p}; expected a number above 0 and at most 1, such as 0.9")
+        top_k, top_p = None if top_k in (0, -1) else top_k, None if top_p == 1 else top_p
         if temperature == 0:
             if top_k is not None or top_p is not None:
                 raise InputError("top_k and top_p do nothing at temperature 0 (greedy); give a temperature, such as 1")

@@ -25,8 +25,9 @@ from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.opt import forward, unembed
 from chai_jax.model.params import OPTConfig, Params
 from chai_jax.model.sharding import current_layout, whole
-from chai_jax.serve.decode import NEVER, bucket, pad_left, prefill, serving_params
-from chai_jax.serve.generate import STREAM_TOKENS, as_text, check_prompts, encode_prompt, keys_of
+from chai_jax.serve.decode import bucket, pad_left, prefill, serving_params
+from chai_jax.serve.generate import STREAM_TOKENS, as_text, encode_prompt, keys_of
+from chai_jax.serve.request import Request, check_prompts
 from chai_jax.serve.sample import Sampling, chances
 from chai_jax.spec import Spec
 
@@ -51,7 +52,7 @@ class State:
         model: its cache, of all columns but the newest.
         draft: likewise, of as many columns.
         tokens: what the caches hold, then the newest token (at column `model.length`), then padding.
-        done: whether the token to stop at has come.
+        done: whether a token to stop at has come.
         key: of the next round's draws.
         rounds: passes of the model since the prompt.
         kept: proposals that were kept.
@@ -116,7 +117,7 @@ def speculate_until(
     state: State,
     until: Int32[Array, ""],
     sampling: Sampling,
-    eos: Int32[Array, ""],
+    eos: Int32[Array, "*E"],
     *,
     count: int,
     dtype: Any,
@@ -139,7 +140,7 @@ def speculate_until(
         kept, follows = judge(proposed, q, p, judging)
         made = jnp.pad(proposed, (0, 1)).at[kept].set(follows)
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, made[None], start + 1, axis=1)
-        ended = ((made == eos) & (jnp.arange(count + 1) <= kept)).any()
+        ended = (jnp.isin(made, eos) & (jnp.arange(count + 1) <= kept)).any()
         length = start + kept + 1
         return State(
             rewind(output.cache, length), rewind(drafted, length), tokens, ended, key, state.rounds + 1,
@@ -176,7 +177,7 @@ def speculate(
     draft: Model,
     prompt: list[int],
     max_new_tokens: int = 20,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
@@ -184,7 +185,7 @@ def speculate(
     count: int = PROPOSED,
     piece: int | None = None,
 ) -> Iterator[Speculated]:
-    """What follows a prompt (token ids, the model's `</s>` first), as the model alone would continue it.
+    """What follows a prompt (token ids, as `encode_prompt` gives), as the model alone would continue it.
 
     Greedy, the tokens are those of `generate_tokens` (up to rounding where two are equally likely); sampled, they
     follow the same distribution, drawn in another way.
@@ -205,8 +206,8 @@ def speculate(
         check_prompts(each, [prompt], max_new_tokens)
         if any(group.storage == "int4" for layer in each.spec.layers for group in layer.groups):
             raise InputError("an int4 cache cannot take tokens back; expected a model and a draft without one")
-    eos = model.config.eos_token_id if stop else NEVER
-    sampling = Sampling.checked(temperature, top_k, top_p)
+    request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed, stop)
+    sampling, eos = request.sampling, request.eos
     layout, dtype = current_layout(), compute_dtype()
     params = tuple(serving_params(each, layout) for each in (model, draft))
     tokens, mask = pad_left([prompt], model.config.pad_token_id)
@@ -214,7 +215,7 @@ def speculate(
     capacity = bucket(start + max_new_tokens + count)
     keys = keys_of(jnp.uint32(seed), jnp.zeros(1, jnp.uint32))
     read, drafted = (
-        prefill(each.config, each.spec, weights, tokens, mask, keys, sampling, jnp.int32(eos),
+        prefill(each.config, each.spec, weights, tokens, mask, keys, sampling, eos,
                 capacity=capacity, dtype=dtype)
         for each, weights in zip((model, draft), params, strict=True)
     )  # fmt: skip
@@ -226,15 +227,13 @@ def speculate(
         columns, done, rounds, kept, held = whole(
             (state.tokens, state.done, state.rounds, state.kept, state.model.length)
         )
-        new = columns[0, start : min(int(held) + 1, start + max_new_tokens)].tolist()
-        if eos in new:
-            new = new[: new.index(eos) + 1]
+        new = request.cut(columns[0, start : min(int(held) + 1, start + max_new_tokens)].tolist())
         yield Speculated(new, int(rounds), int(rounds) * count, int(kept))
         if done or len(new) == max_new_tokens:
             return
         made = min(len(new) + (piece or max_new_tokens), max_new_tokens)
         until = jnp.int32(start + made - 1)
-        state = speculate_until(*shapes, params, state, until, sampling, jnp.int32(eos), count=count, dtype=dtype)
+        state = speculate_until(*shapes, params, state, until, sampling, eos, count=count, dtype=dtype)
 
 
 def stream_with_draft(
@@ -242,7 +241,7 @@ def stream_with_draft(
     draft: Model,
     prompt: str,
     max_new_tokens: int = 20,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,

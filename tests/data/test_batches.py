@@ -83,6 +83,7 @@ def test_a_text_alone_is_predicted_but_for_its_beginning(bpe: Any) -> None:
 def test_a_tokenizer_that_puts_nothing_first_is_helped(bpe: Any) -> None:
     class Bare:
         bos_token, bos_token_id = bpe.bos_token, bpe.bos_token_id
+        eos_token, eos_token_id = bpe.eos_token, bpe.eos_token_id
 
         def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> Any:
             return bpe(text, add_special_tokens=False, verbose=verbose)

@@ -122,7 +122,7 @@ def test_a_cache_format_may_be_asked_for(tmp_path: Path, random_model: Any, stor
 
 def test_files(tmp_path: Path, compressed: Any) -> None:
     save(compressed("qk"), tmp_path / "out")
-    names = {"config.json", "spec.json", "plan.json", "model.safetensors", "README.md"}
+    names = {"config.json", "generation_config.json", "spec.json", "plan.json", "model.safetensors", "README.md"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
     assert Plan.read(tmp_path / "out/plan.json") == tiers("qk")
     config = json.loads((tmp_path / "out/config.json").read_text())

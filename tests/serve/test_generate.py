@@ -39,11 +39,14 @@ PROMPTS = ([2, 70, 80, 90], [2], [2, 101, 102], [2, *range(50, 74)], [2, 250, 25
 
 
 class ByteTokenizer:
-    """One token per byte of UTF-8, as the slowest byte-level BPE."""
+    """One token per byte of UTF-8, as the slowest byte-level BPE, and `</s>` first."""
 
-    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
-        assert not add_special_tokens
-        return {"input_ids": [BYTES + byte for byte in text.encode()]}
+    bos_token = eos_token = "</s>"
+    bos_token_id = eos_token_id = 2
+
+    def __call__(self, text: str, add_special_tokens: bool, verbose: bool) -> dict[str, list[int]]:
+        assert not verbose
+        return {"input_ids": [*[2] * add_special_tokens, *(BYTES + byte for byte in text.encode())]}
 
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens
@@ -213,6 +216,7 @@ def test_sampling_follows_the_seed_and_the_prompts_number_alone(model: Model) ->
     assert drawn(2, seed=0) == whole
     assert drawn(8, seed=0, prompts=PROMPTS[:3]) == whole[:3]
     assert drawn(8, seed=1) != whole
+    assert drawn(8, seed=2**32 - 1) != whole
     assert len({tuple(row) for row in drawn(8, 0, ([2, 70],) * 5)}) == 5
 
 
@@ -355,12 +359,14 @@ def test_after_a_warm_up_no_request_compiles_anything(caplog: pytest.LogCaptureF
 @pytest.mark.parametrize(
     ("prompts", "asked", "message"),
     [
-        ([[2] * 70], {"max_new_tokens": 11}, "prompt 0 has 70 tokens; 11 new ones do not fit the model's 80 positions"),
+        ([[2] * 70], {"max_new_tokens": 12}, "prompt 0 has 70 tokens; 12 new ones do not fit the model's 80 positions"),
         ([[2], []], {}, "prompt 1 has no tokens"),
         ([[2, 260]], {}, "outside 0 to 259"),
         ([[2, -1]], {}, "outside 0 to 259"),
         ([[2]], {"max_new_tokens": 0}, "max_new_tokens is 0"),
         ([[2]], {"top_p": 0.5}, "greedy"),
+        ([[2]], {"seed": -1}, "seed is -1; expected 0 to 4294967295"),
+        ([[2]], {"seed": 2**32}, "seed is 4294967296; expected 0 to 4294967295"),
     ],
 )
 def test_refuses_what_cannot_be(model: Model, prompts: list[list[int]], asked: dict[str, Any], message: str) -> None:
@@ -369,8 +375,8 @@ def test_refuses_what_cannot_be(model: Model, prompts: list[list[int]], asked: d
 
 
 def test_the_longest_completion_that_fits_is_made(model: Model) -> None:
-    (found,) = generate_tokens(model, [[2] * 70], max_new_tokens=10, stop=False)
-    assert len(found) == 10
+    (found,) = generate_tokens(model, [[2] * 70], max_new_tokens=11, stop=False)
+    assert len(found) == 11
 
 
 def test_refuses_texts_it_cannot_read(model: Model) -> None:

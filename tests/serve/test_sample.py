@@ -32,6 +32,8 @@ def test_greedy_takes_the_first_of_the_likeliest() -> None:
         ({"temperature": 1.0}, [0, 1, 2, 3, 4, 5, 6]),
         ({"temperature": 0.5}, [0, 1, 2, 3, 4, 5, 6]),
         ({"temperature": 2.0, "top_k": 100}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"temperature": 1.0, "top_k": 0}, [0, 1, 2, 3, 4, 5, 6]),
+        ({"temperature": 1.0, "top_k": -1}, [0, 1, 2, 3, 4, 5, 6]),
         ({"temperature": 1.0, "top_k": 3}, [1, 3, 4]),
         ({"temperature": 1.0, "top_k": 1}, [1]),
         ({"temperature": 1.0, "top_p": 0.6}, [1, 3]),
@@ -55,6 +57,11 @@ def test_draws_follow_the_distribution(asked: dict[str, float], kept: list[int])
 def test_the_nucleus_is_the_smallest_set_that_holds_top_p(top_p: float, size: int) -> None:
     logits = jnp.log(jnp.array([[0.4, 0.35, 0.2, 0.05]]))
     np.testing.assert_array_equal(nucleus(logits, top_p)[0], np.arange(4) < size)
+
+
+@pytest.mark.parametrize("no_limit", [{"top_k": 0}, {"top_k": -1}, {"top_p": 1.0}])
+def test_a_limit_that_is_none_may_be_given_to_greedy_decoding(no_limit: dict[str, float]) -> None:
+    assert Sampling.checked(0.0, **no_limit) == Sampling()
 
 
 def test_a_row_depends_on_no_other_row() -> None:
@@ -105,7 +112,7 @@ def test_what_a_request_asks_is_not_compiled_anew() -> None:
         ({"temperature": -1.0}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"temperature": float("inf")}, "temperature"),
-        ({"temperature": 1.0, "top_k": 0}, "top_k is 0"),
+        ({"temperature": 1.0, "top_k": -2}, "top_k is -2"),
         ({"temperature": 1.0, "top_p": 0.0}, "top_p is 0.0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": 5}, "greedy"),

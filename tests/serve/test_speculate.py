@@ -153,6 +153,7 @@ def test_what_cannot_be_done_is_said(model: Model, drafts: dict[str, Model]) -> 
         ({"draft": with_storage(model, "int4")}, "int4 cache cannot take tokens back"),
         ({"draft": Model(small, spec, init(small, spec, jax.random.key(0)))}, "the model has 48 tokens, the draft 40"),
         ({"max_new_tokens": 80}, "do not fit"),
+        ({"seed": -1}, "seed is -1"),
     ):
         with pytest.raises(InputError, match=told):
             next(speculate(**{"model": model, "draft": drafts["another"], "prompt": [2, 5], **options}))

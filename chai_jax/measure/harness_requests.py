@@ -1,0 +1,75 @@
+"""What the lm-evaluation-harness asks of a model, in our terms: batch sizes, generation settings, conversations."""
+
+from functools import partial
+from typing import Any
+
+from chai_jax.errors import InputError
+
+BATCH_SIZE = 32
+
+Settings = tuple[tuple[str, ...], int, float, int | None, float | None]
+
+
+def sequences(wanted: int | str) -> int:
+    """The batch size that `--batch_size` asks for; "auto" is 32."""
+    if str(wanted).startswith("auto"):
+        return BATCH_SIZE
+    if not str(wanted).isdecimal() or int(wanted) < 1:
+        raise InputError(f"--batch_size is {wanted!r}; expected a number from 1 on, or auto")
+    return int(wanted)
+
+
+def generation_settings(wanted: dict[str, Any]) -> Settings:
+    """(stop strings, new tokens, temperature, top_k, top_p) of a request; greedy unless it asks for samples.
+
+    Raises:
+        InputError: a setting that is to be a number is none.
+    """
+    until = wanted.get("until") or []
+    stops = tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop)
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    try:
+        length = next((int(wanted[name]) for name in names if wanted.get(name) is not None), 256)
+        temperature = float(wanted.get("temperature", 0.0))
+        top_k, top_p = wanted.get("top_k"), wanted.get("top_p")
+        limits = None if top_k is None else int(top_k), None if top_p is None else float(top_p)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"a task's generation settings, {wanted!r:.200}, are wrong ({error}): mend them") from None
+    if temperature == 0 or wanted.get("do_sample") is False:
+        return stops, length, 0.0, None, None
+    return stops, length, temperature, *limits
+
+
+def check_template(tokenizer: Any, source: str) -> None:
+    """Raise InputError where the tokenizer of the model `source` has no chat template."""
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer of {source} has no chat template; expected one in tokenizer_config.json or "
+            "chat_template.jinja: leave out --apply_chat_template"
+        )
+
+
+def conversation(tokenizer: Any, messages: list[dict[str, str]], answer: bool = True) -> str:
+    """A conversation as one prompt, by the tokenizer's template, as the harness's Hugging Face model renders it.
+
+    A template that refuses the system's message gets the conversation without it.
+
+    Args:
+        messages: each with `role` and `content`.
+        answer: end with what an answer begins with; or else leave the last message open, to be gone on with.
+
+    Raises:
+        InputError: there is no template, or it fails.
+    """
+    check_template(tokenizer, "the model")
+    ways = {"add_generation_prompt": answer, "continue_final_message": not answer}
+    render = partial(tokenizer.apply_chat_template, tokenize=False, **ways)
+    # A template is a program, in a language without files or imports, and may fail in any way.
+    try:
+        return str(render(messages))
+    except Exception:
+        try:
+            return str(render([message for message in messages if message["role"] != "system"]))
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise InputError(f"the tokenizer's chat template fails ({reason:.200}): mend it") from None
