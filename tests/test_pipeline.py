@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from chai_jax import pipeline, stages
-from chai_jax.adapt.stop import StopWatch
+from chai_jax.adapt import checkpoints
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
 from chai_jax.data.toy import toy_rows
 from chai_jax.errors import InputError, Stopped
@@ -145,7 +145,7 @@ def test_stopped_after_every_update_it_ends_the_same(
 ) -> None:
     """As SIGTERM would; what a stage keeps while it is under way is gone at its end."""
     out = tmp_path / "run"
-    monkeypatch.setattr(StopWatch, "stops", True)
+    monkeypatch.setattr(checkpoints, "terminated", lambda: True)
     stops = 0
     while True:
         try:
