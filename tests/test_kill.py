@@ -1,6 +1,5 @@
 """Signals at random moments leave no trace in what a run leaves."""
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,16 +9,6 @@ from types import ModuleType
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "experiments" / "kill.py"
-
-
-@pytest.fixture(scope="module")
-def kill() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kill", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.slow

@@ -39,10 +39,17 @@ def swallowed(number: int) -> None:
 
 
 def test_sigterm_in_a_weak_references_callback_is_not_lost(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(Stopped) as stopped, listening():
-        swallowed(signal.SIGTERM)
-        assert terminated()
-        list(track([1, 2], "Work"))
+    done: list[int] = []
+
+    def work() -> None:
+        with listening():
+            swallowed(signal.SIGTERM)
+            assert terminated()
+            done.extend(track([1, 2], "Work"))
+
+    with pytest.raises(Stopped) as stopped:
+        work()
+    assert done == []
     assert stopped.value.code == EXIT_STOPPED
     assert capsys.readouterr().err.count("stopped (SIGTERM)") == 1
 
@@ -51,33 +58,52 @@ def test_sigterm_in_a_weak_references_callback_is_not_lost(capsys: pytest.Captur
 def test_ctrl_c_in_a_weak_references_callback_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[object] = []
     monkeypatch.setattr(sys, "unraisablehook", kept.append)
-    with pytest.raises(KeyboardInterrupt), listening():
-        swallowed(signal.SIGINT)
-        assert len(kept) == 1
-        safe_point()
+
+    def work() -> None:
+        with listening():
+            swallowed(signal.SIGINT)
+            assert len(kept) == 1
+            safe_point()
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
 
 
 def test_ctrl_c_is_obeyed_at_once() -> None:
-    reached = False
-    with pytest.raises(KeyboardInterrupt), listening():
-        signal.raise_signal(signal.SIGINT)
-        reached = True
-    assert not reached
+    reached: list[str] = []
+
+    def work() -> None:
+        with listening():
+            signal.raise_signal(signal.SIGINT)
+            reached.append("the next line")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert reached == []
 
 
 def test_leaving_is_a_safe_point_of_the_outermost_alone() -> None:
-    after = False
-    with pytest.raises(Stopped), listening():
+    reached: list[str] = []
+
+    def work() -> None:
         with listening():
-            signal.raise_signal(signal.SIGTERM)
-        after = True
-    assert after
+            with listening():
+                signal.raise_signal(signal.SIGTERM)
+            reached.append("the outer one")
+
+    with pytest.raises(Stopped):
+        work()
+    assert reached == ["the outer one"]
 
 
 def test_what_fails_is_not_hidden_by_a_signal() -> None:
-    with pytest.raises(ValueError, match="broken"), listening():
-        signal.raise_signal(signal.SIGTERM)
-        raise ValueError("broken")
+    def work() -> None:
+        with listening():
+            signal.raise_signal(signal.SIGTERM)
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        work()
 
 
 def test_what_the_caller_ignores_stays_ignored() -> None:

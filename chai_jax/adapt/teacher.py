@@ -93,9 +93,7 @@ def cache_teacher(
         check_room(folder, shape, stored)
         with new_file(path) as temporary:
             values = np.lib.format.open_memmap(temporary, "w+", np.dtype(stored), shape)
-            with temporary.open(
-                "r+b"
-            ) as file:  # on a full disk an error here, the end later
+            with temporary.open("r+b") as file:  # on a full disk an error here, the end later
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             compute = partial(logprobs, teacher.config, teacher.spec, dtype, params)
             fill(values, begins, compute, layout, encoded, teacher.config.max_positions)
