@@ -8,10 +8,8 @@ import dataclasses
 import errno
 import json
 import os
-import signal
 import sys
 from collections.abc import Sequence
-from types import FrameType
 from typing import Annotated, Any
 
 import tyro
@@ -26,21 +24,15 @@ from chai_jax.commands.reports import ReportCommand
 from chai_jax.config import RunConfig
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.progress import console
+from chai_jax.stopping import listening
 
 
 def run_job(config: RunConfig) -> Any:
-    """The main job. While it trains SIGTERM lets the update under way end; at other times there is nothing to save."""
-    from chai_jax.pipeline import run
+    """The main job, which SIGTERM stops at its next safe point: while it trains, with the state saved."""
+    with listening():
+        from chai_jax.pipeline import run
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        console.print("stopped (SIGTERM); the same command goes on from there")
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
         return run(config)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 Command = (
@@ -99,7 +91,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Stopped:
         return EXIT_STOPPED
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last checkpoint", markup=False)
+        resumable = isinstance(command, RunConfig)
+        console.print("stopped" + ": the same command goes on from the last checkpoint" * resumable)
         return 130
     try:
         print(json.dumps(result), flush=True)

@@ -80,6 +80,8 @@ def join_processes(config: DeviceConfig) -> None:
         raise InputError("expected --coordinator HOST:PORT, --process-count and --process-id together, or none of them")
     if not (config.coordinator or config.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or tpu_hosts() > 1):
         return
+    # JAX's own handler of SIGTERM would take the place of ours (chai_jax.stopping), and knows of no deadline.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(config.coordinator, config.process_count, config.process_id)
     except (RuntimeError, ValueError) as error:

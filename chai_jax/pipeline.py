@@ -1,7 +1,6 @@
 """A run: the dense model, its clustering, the stages in the order asked for; evaluated, recorded, resumable."""
 
 import dataclasses
-import json
 import shutil
 import sys
 import time
@@ -25,13 +24,15 @@ from chai_jax.measure.bench import latency
 from chai_jax.model.model import Model
 from chai_jax.planning import check_options, plan_for
 from chai_jax.plans import Plan
-from chai_jax.processes import agreed, first_process, once
+from chai_jax.processes import agreed, anywhere, first_process, once
 from chai_jax.progress import console
 from chai_jax.report.page import write_page
+from chai_jax.report.saved import read_records
 from chai_jax.report.tables import as_csv, markdown, terminal
 from chai_jax.run_folder import Record, RunFolder
 from chai_jax.sinks import harmless, tensorboard, together, wandb
 from chai_jax.stages import TOY, Stages
+from chai_jax.stopping import terminated
 from chai_jax.work import Work, open_work
 
 
@@ -63,10 +64,10 @@ def run(config: RunConfig) -> Record:
     teacher = load(config.teacher) if config.teacher else None
     check_request(config, source, plan, teacher)
     job = Job(config, folder, open_work(config, source), source, teacher, began)
-    folder.open()
-    for index, stage in enumerate(job.stages(order, plan)):
-        job.do(index, stage)
-    return job.report()
+    with folder.open():
+        for index, stage in enumerate(job.stages(order, plan)):
+            job.do(index, stage)
+        return job.report()
 
 
 def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
@@ -127,7 +128,7 @@ class Job:
             "target": self._target,
         }
         if plan is not None:
-            self._keep_plan(plan)
+            self._take_plan(plan)
         return [
             Stage("dense", self._dense),
             Stage("cluster", self._cluster),
@@ -137,7 +138,7 @@ class Job:
     def do(self, index: int, stage: Stage) -> None:
         """Run a stage and record it, or take up what an earlier, interrupted run recorded."""
         if not self.folder.finished(index, stage.name):
-            self._stop_if_time_is_up(stage.name)
+            self._stop_if_asked(stage.name)
             console.print(f"[bold]{stage.name}[/bold]", highlight=False)
             began = time.monotonic()
             model = stage.apply(self.model)
@@ -155,9 +156,11 @@ class Job:
             self.dense = self.model
         self.done.append(stage.name)
 
-    def _stop_if_time_is_up(self, stage: str) -> None:
-        if self.deadline is not None and agreed(time.monotonic() >= self.deadline):
-            console.print(f"stopped before {stage} (the time is up): the same command goes on from there")
+    def _stop_if_asked(self, what: str) -> None:
+        late, signalled = anywhere([self.deadline is not None and time.monotonic() >= self.deadline, terminated()])
+        if late or signalled:
+            why = "SIGTERM" if signalled else "the time is up"
+            console.print(f"stopped before {what} ({why}): the same command goes on from there")
             raise Stopped
 
     def _keeping(self, stage: str) -> Record:
@@ -178,8 +181,10 @@ class Job:
         plan = self._plan()
         clustered = self.steps.cluster(model, plan)
         if plan.measured is None:
-            self._keep_plan(dataclasses.replace(plan, measured=tried(model, clustered, plan, self.work.text)))
-        return clustered
+            plan = dataclasses.replace(plan, measured=tried(model, clustered, plan, self.work.text))
+            self._keep_plan(plan)
+        # An attempt that is killed here leaves the plan with `measured`: the model has it in any case.
+        return clustered.replace(plan=plan)
 
     def _gate(self, stage: str, after: Model) -> Record:
         """What surgery did to the model's predictions, and a loud warning where that is too much."""
@@ -204,6 +209,17 @@ class Job:
             self._keep_plan(plan_for(self.dense, self.work, self.config.planning, self.config.seed, costs, picture))
         return Plan.read(path)
 
+    def _take_plan(self, given: Plan) -> None:
+        """Begin with the plan that was given; an earlier attempt's must be the same, but for what it has measured."""
+        path = self.folder.path / "plan.json"
+        if not agreed(path.exists()):
+            self._keep_plan(given)
+        elif Plan.read(path) not in (given, dataclasses.replace(given, measured=Plan.read(path).measured)):
+            raise InputError(
+                f"{self.config.plan} is not the plan that the run in {self.folder.path} began with; expected the same: "
+                "choose another --out for another plan"
+            )
+
     def _keep_plan(self, plan: Plan) -> None:
         scores = {
             "method": plan.method,
@@ -218,6 +234,7 @@ class Job:
         path = self.folder.path
         results = path / "results.json"
         if not agreed(results.exists()):
+            self._stop_if_asked("the report")
             models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
             timed = latency(models)
             records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
@@ -226,12 +243,13 @@ class Job:
         page = path / "report" / "report.html"
         if not agreed(page.exists()):
             once(lambda: write_page([path], page, page.parent))
-        records = json.loads(results.read_text(encoding="utf-8"))
+        records = read_records(results)
         print_table(terminal(records, f"{self.config.model} on {self.work.name}"))
         return {"out": str(path), "stages": [summary(record) for record in records]}
 
     def _write_results(self, records: list[Record], chosen: int) -> None:
         path = self.folder.path
+        (path / "report" / "report.html").unlink(missing_ok=True)  # one of other results, which were deleted
         write_text(path / "report" / "results.md", markdown(records))
         write_text(path / "report" / "results.csv", as_csv(records))
         shutil.rmtree(path / "model", ignore_errors=True)

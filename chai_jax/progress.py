@@ -6,6 +6,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from chai_jax.stopping import safe_point
+
 Item = TypeVar("Item")
 
 console = Console(stderr=True)
@@ -27,10 +29,11 @@ def bar() -> Progress:
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items` under a progress bar; `total` where they have no length."""
+    """Yield `items` under a progress bar; `total` where they have no length. A job may be stopped before each."""
     count = total if total is not None else len(items)  # type: ignore[arg-type]
     with bar() as progress:
         task = progress.add_task(description, total=count, note="")
         for item in items:
+            safe_point()
             yield item
             progress.advance(task)

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ import jax
 
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable, new_folder, read_jsonl, write_json, write_jsonl, write_text
+from chai_jax.files.lock import LOCK, Busy, holder, locked
 from chai_jax.model.model import Model
 from chai_jax.processes import agreed, first_process, once
+from chai_jax.reading import parse_json, read_json, reason, shown
 
 Record = dict[str, Any]
 
@@ -27,41 +30,65 @@ class RunFolder:
         """Look at `path`, writing nothing.
 
         Raises:
-            InputError: `path` cannot be written, holds something that is no run, or a run with another configuration.
+            InputError: `path` cannot be written, holds something that is no run, a run with another configuration, or
+                one that is under way.
         """
         self.path, self.config = path, config
         if path.exists() and not path.is_dir():
             raise InputError(f"{path} is a file; expected a folder for the run: choose another --out")
-        if path.is_dir() and any(path.iterdir()):
-            self._check_same(config)
+        self._check_same()
         check_writable(path)
+        once(lambda: self._refuse_second(holder(path / LOCK)))
 
-    def open(self) -> None:
-        """Make the folder, once it is known that the run can start.
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """Make the folder, once it is known that the run can start, and keep other runs out of it.
+
+        Of several processes the first one holds the lock. What a killed run left half written is removed.
 
         Raises:
-            InputError: another host's process does not see it.
+            InputError: another run is under way there, or came first; or another host's process does not see it.
         """
-        once(lambda: write_json(self.path / "config.json", self.config))
-        if not (self.path / "config.json").is_file():
+
+        def begin() -> None:
+            try:
+                lock.enter_context(locked(self.path / LOCK))
+            except Busy as busy:
+                self._refuse_second(str(busy))
+            self._check_same()
+            write_json(self.path / "config.json", self.config)
+
+        with ExitStack() as lock:
+            once(begin)
+            if not (self.path / "config.json").is_file():
+                raise InputError(
+                    f"process {jax.process_index()} does not see {self.path}; expected a folder that all hosts share "
+                    "(NFS, a mounted bucket): choose another --out"
+                )
+            yield
+
+    def _refuse_second(self, first: str | None) -> None:
+        if first is not None:
             raise InputError(
-                f"process {jax.process_index()} does not see {self.path}; expected a folder that all hosts share "
-                "(NFS, a mounted bucket): choose another --out"
+                f"{shown(self.path)} has a run under way ({first}); expected one at a time: wait for it, stop it, or "
+                f"choose another --out (if its machine is gone for good: delete {LOCK} there)"
             )
 
-    def _check_same(self, config: Record) -> None:
-        try:
-            before = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
+    def _check_same(self) -> None:
+        """Refuse a folder of something else; a run that was killed at once may have left no more than its lock."""
+        file, names = self.path / "config.json", [path.name for path in self.path.glob("*")]
+        if all(name == LOCK or name.startswith(f".{file.name}.") for name in names):
+            return
+        if file.name not in names:
             raise InputError(
                 f"{self.path} holds something that is not a run; expected a new or empty folder: choose another --out"
-            ) from None
-        wanted = json.loads(json.dumps(config))
+            )
+        before, wanted = read_json(file, "the settings of a run"), json.loads(json.dumps(self.config))
         for name in sorted({*before, *wanted}):
             if before.get(name) != wanted.get(name):
                 raise InputError(
-                    f"{self.path} holds a run with {name} = {before.get(name)!r}, not {wanted.get(name)!r}; "
-                    "repeat its command to resume it, or choose another --out"
+                    f"{shown(self.path)} holds a run with {name} = {shown(repr(before.get(name)))}, not "
+                    f"{shown(repr(wanted.get(name)))}; repeat its command to resume it, or choose another --out"
                 )
 
     def stage_path(self, index: int, name: str) -> Path:
@@ -92,10 +119,17 @@ class RunFolder:
         once(write)
 
     def record(self, index: int, name: str) -> Record:
-        return json.loads((self.stage_path(index, name) / "record.json").read_text(encoding="utf-8"))
+        return read_json(self.stage_path(index, name) / "record.json", "the record of a stage")
 
     def predictions(self, index: int, name: str) -> list[Record]:
-        return read_jsonl(self.stage_path(index, name) / "predictions.jsonl")
+        path = self.stage_path(index, name) / "predictions.jsonl"
+        try:
+            return read_jsonl(path)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot read {shown(path)} ({reason(error)}); expected one JSON object a line: delete the folder of "
+                "this stage and repeat the command"
+            ) from None
 
     def logger(self, stage: str) -> Callable[[Record], None]:
         """Append records of `stage` to metrics.jsonl, each of its steps once; in all processes but the first, nothing.
@@ -110,7 +144,9 @@ class RunFolder:
         def log(record: Record) -> None:
             nonlocal begun
             if not begun:
-                write_text(path, "".join(line for line in _lines(path) if not _is_from(line, stage, record["step"])))
+                lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+                kept = (line for line in lines if not _is_from(line, stage, record["step"]))
+                write_text(path, b"".join(kept).decode())
                 begun = True
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"run_stage": stage, **record}) + "\n")
@@ -118,14 +154,10 @@ class RunFolder:
         return log
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-
-
-def _is_from(line: str, stage: str, step: int) -> bool:
-    """Whether a line is of this stage and step or a later one, or was cut short by a kill."""
+def _is_from(line: bytes, stage: str, step: int) -> bool:
+    """Whether a line is of this stage and step or a later one, or is none of ours: a kill may have cut it short."""
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line.decode())
+        return record["run_stage"] == stage and record["step"] >= step
+    except (ValueError, KeyError, TypeError):
         return True
-    return record.get("run_stage") == stage and record.get("step", step) >= step

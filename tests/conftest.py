@@ -3,6 +3,7 @@
 CHAI_JAX_TEST_PLATFORM=cuda or tpu runs them there instead, which is for the kernels': tests/model/test_*_kernel.py.
 """
 
+import importlib.util
 import json
 import os
 import shutil
@@ -75,6 +76,17 @@ def shared() -> Path:
 def torch() -> ModuleType:
     """PyTorch, the oracle; it is not a dependency."""
     module: ModuleType = pytest.importorskip("torch")
+    return module
+
+
+@pytest.fixture(scope="session")
+def kill() -> ModuleType:
+    """experiments/kill.py, which compares run folders."""
+    spec = importlib.util.spec_from_file_location("kill", ROOT / "experiments" / "kill.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
     return module
 
 

@@ -20,11 +20,11 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from chai_jax.adapt.fingerprint import Record, checksums, first_difference, named
-from chai_jax.adapt.stop import StopWatch
 from chai_jax.config import Checkpoints
 from chai_jax.errors import InputError, Stopped
 from chai_jax.processes import anywhere, first_process
 from chai_jax.progress import console
+from chai_jax.stopping import listening, terminated
 
 NO_SPACE = "No space left on device"
 
@@ -75,12 +75,11 @@ class Keeper:
                 self.manager = ocp.CheckpointManager(self.folder, options=options)
         except OSError as error:
             raise InputError(f"cannot keep checkpoints in {self.folder} ({error.strerror or error})") from error
-        self.watch = StopWatch(where.deadline)
         self.stack = ExitStack()
         self.last_step, self.last_time = 0, time.monotonic()
 
     def __enter__(self) -> "Keeper":
-        self.stack.enter_context(self.watch)
+        self.stack.enter_context(listening())
         self.stack.enter_context(quiet_orbax())
         return self
 
@@ -130,23 +129,27 @@ class Keeper:
             InputError: the state, now or last time, could not be written.
             Stopped: SIGTERM arrived or the time is up; the state is saved.
         """
-        due, stops = anywhere([self._due(step) or step == steps, self.watch.stops])
-        if not due and not stops:
+        due, signalled, late = anywhere([self._due(step) or step == steps, terminated(), self._late])
+        if not (due or signalled or late):
             return
         try:
             about = {"fingerprint": self.fingerprint, "checksums": checksums(state)}
             items = {"state": ocp.args.StandardSave(named(state)), "about": ocp.args.JsonSave(about)}
             self.manager.save(step, args=ocp.args.Composite(**items), force=True)
             self.last_step, self.last_time = step, time.monotonic()
-            if stops or step == steps:
+            if signalled or late or step == steps:
                 self.manager.wait_until_finished()
         except Exception as error:
             raise self._refusal(error) from error
-        if stops:
-            why = "the time is up" if self.watch.late else "SIGTERM"
+        if signalled or late:
+            why = "the time is up" if late else "SIGTERM"
             message = f"stopped after update {step} of {steps} ({why}): the same command goes on from there"
             console.print(message, highlight=False, soft_wrap=True)
             raise Stopped
+
+    @property
+    def _late(self) -> bool:
+        return self.where.deadline is not None and time.monotonic() >= self.where.deadline
 
     def _due(self, step: int) -> bool:
         every, minutes = self.where.every, self.where.minutes

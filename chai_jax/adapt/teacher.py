@@ -5,6 +5,7 @@ A row of log-probabilities [V] for each target of each example, in one .npy file
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,6 +93,8 @@ def cache_teacher(
         check_room(folder, shape, stored)
         with new_file(path) as temporary:
             values = np.lib.format.open_memmap(temporary, "w+", np.dtype(stored), shape)
+            with temporary.open("r+b") as file:  # on a full disk an error here, the end later
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
             compute = partial(logprobs, teacher.config, teacher.spec, dtype, params)
             fill(values, begins, compute, layout, encoded, teacher.config.max_positions)
             values.flush()

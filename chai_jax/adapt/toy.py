@@ -1,6 +1,7 @@
 """The built-in toy model: a small OPT trained on the spot on the toy's training rows, kept for the next run."""
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -9,10 +10,12 @@ from chai_jax.adapt.finetune import finetune
 from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.tasks import TASKS, load_rows
 from chai_jax.data.toy import POSITIONS, toy_tokenizer
+from chai_jax.files.lock import LOCK, locked
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig, init
 from chai_jax.progress import console
+from chai_jax.reading import reason, shown
 from chai_jax.spec import Spec
 
 VERSION = 1  # raise it with anything that changes what is trained
@@ -34,7 +37,7 @@ def load_any(source: str, revision: str | None = None, seed: int = 0) -> Model:
 
 
 def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
-    """The toy, trained now or by an earlier call.
+    """The toy, trained now or by an earlier call; where another process is training it, this one waits.
 
     Args:
         seed: of its initial weights and of the order of its training rows.
@@ -42,9 +45,23 @@ def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
             since some might have a copy and others not.
     """
     folder, keep = toy_folder(seed), keep and jax.process_count() == 1
-    if keep and (folder / "config.json").is_file():
-        return load(folder)
-    console.print("training the built-in toy (kept for the next run)")
+    with ExitStack() as lock:
+        if keep and not (folder / "config.json").is_file():
+            try:
+                lock.enter_context(locked(folder.with_suffix(LOCK), wait="which is training the built-in toy"))
+            except OSError as error:
+                console.print(f"the built-in toy cannot be kept in {shown(folder.parent)} ({reason(error)})")
+                keep = False
+        if keep and (folder / "config.json").is_file():
+            return load(folder)
+        console.print("training the built-in toy" + " (kept for the next run)" * keep)
+        model = _trained(seed)
+        if keep:
+            model.save(folder)
+        return model
+
+
+def _trained(seed: int) -> Model:
     tokenizer = toy_tokenizer()
     vocabulary = -(-len(tokenizer) // 8) * 8
     config = OPTConfig(vocabulary, WIDTH, LAYERS, HEADS, 4 * WIDTH, POSITIONS, WIDTH)
@@ -53,7 +70,4 @@ def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
     task = TASKS["toy"]
     examples = [task.request(row).example for row in load_rows(task, "train")]
     settings = FinetuneConfig(TrainConfig(**{**vars(TRAIN), "seed": seed}))
-    model = finetune(untrained, examples, settings)
-    if keep:
-        model.save(folder)
-    return model
+    return finetune(untrained, examples, settings)

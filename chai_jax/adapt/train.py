@@ -37,6 +37,7 @@ from chai_jax.model.quantized import Leaf, is_leaf
 from chai_jax.model.sharding import Layout, current_layout, put
 from chai_jax.peaks import peak
 from chai_jax.progress import bar
+from chai_jax.stopping import safe_point
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -127,6 +128,8 @@ def train(
             progress.update(task, advance=1, note=note(record))
             if keeper is not None:  # after the log: what a checkpoint has seen is in it
                 keeper.after(number, len(order), state)
+            else:
+                safe_point()
     return model.replace(params=_finish(state.masters, model.params))
 
 

@@ -1,9 +1,11 @@
 """Nothing is ever half written: a temporary sibling first, then one rename."""
 
+import errno
 import json
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +13,28 @@ from typing import Any
 
 from chai_jax.errors import InputError
 
+OWNER = uuid.uuid4().hex[:12]  # of the temporary files of this process, in their names
+
+
+def _temporary(path: Path) -> dict[str, Any]:
+    """How a temporary sibling of `path` is named; not much longer than `path` itself."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return {"prefix": f".{path.name[:40]}.{OWNER}.", "dir": path.parent}
+
+
+def remove_leftovers(folder: Path, owner: str) -> None:
+    """Remove, at any depth of `folder`, what a process that was killed was writing; `owner` was its `OWNER`."""
+    for found in list(folder.rglob(f".*.{owner}.*")):
+        if found.is_dir() and not found.is_symlink():
+            shutil.rmtree(found, ignore_errors=True)
+        else:
+            found.unlink(missing_ok=True)
+
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; renamed onto `path` if the block ends well, removed if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    handle, name = tempfile.mkstemp(**_temporary(path))
     os.close(handle)
     temporary = Path(name)
     try:
@@ -29,21 +47,28 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; renamed to `path`, which must not hold anything, if the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    """A temporary folder beside `path`; renamed to `path`, which must not hold anything, if the block ends well.
+
+    Raises:
+        InputError: `path` holds something by then.
+    """
+    temporary = Path(tempfile.mkdtemp(**_temporary(path)))
     try:
         yield temporary
         temporary.chmod(0o755)
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename2 != str(path) or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+        raise _taken(path) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` atomically."""
+    """Write `text` to `path` atomically, as UTF-8; a name that is not, as in JSON, by the escape that stands for it."""
     with new_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -68,9 +93,13 @@ def claim_folder(path: Path) -> Path:
         InputError: `path` is a file, holds something, or cannot be written.
     """
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InputError(f"{path} already holds something; expected a new or empty folder: choose another --out")
+        raise _taken(path)
     check_writable(path)
     return path
+
+
+def _taken(path: Path) -> InputError:
+    return InputError(f"{path} already holds something; expected a new or empty folder: choose another --out")
 
 
 def check_writable(path: Path, option: str = "--out") -> None:

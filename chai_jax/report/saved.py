@@ -1,7 +1,6 @@
 """A finished run as its folder holds it: what was asked for, what came out, and what to be careful with."""
 
 import dataclasses
-import json
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from chai_jax.analyse.gate import Gate
 from chai_jax.config import RunConfig
 from chai_jax.errors import InputError
 from chai_jax.files.hf_config import parse_config
+from chai_jax.files.lock import LOCK, holder
 from chai_jax.model.params import OPTConfig
 from chai_jax.plans import Plan
-from chai_jax.reading import read_json
+from chai_jax.reading import parse_json, read_json, read_text, reason, shown
 from chai_jax.report.tables import Record, percent
 
 NEEDED = ("stage", "task", "metrics", "kv_bytes_per_token", "kv_reduction", "model_bytes", "latency")
@@ -48,13 +48,15 @@ class SavedRun:
         if not (path / "config.json").is_file():
             raise InputError(f"{path} is no run folder (no config.json); expected what chai-jax run wrote: check it")
         if not (path / "results.json").is_file():
-            raise InputError(f"the run in {path} is not finished (no results.json): repeat its command first")
+            at_work = holder(path / LOCK)
+            advice = "repeat its command first" if at_work is None else f"wait for {at_work}, which is at it"
+            raise InputError(f"the run in {shown(path)} is not finished (no results.json): {advice}")
         config, model = read_json(path / "config.json"), path / "model" / "config.json"
         shape = parse_config(read_json(model), str(model)) if model.is_file() else None
         plan = Plan.read(path / "plan.json")
         if shape is not None:
             plan.check_model(shape.num_layers, shape.num_heads, shape.hidden_size)
-        return cls(path, config, plan, shape, _records(path / "results.json"), _updates(path / "metrics.jsonl"))
+        return cls(path, config, plan, shape, read_records(path / "results.json"), _updates(path / "metrics.jsonl"))
 
     @property
     def name(self) -> str:
@@ -114,26 +116,32 @@ def _concerns_of(record: Record, config: Record) -> list[str]:
     return said
 
 
-def _records(path: Path) -> list[Record]:
+def read_records(path: Path) -> list[Record]:
+    """The stages of a run's `results.json`.
+
+    Raises:
+        InputError: it cannot be read, is torn, or is no list of stages.
+    """
+    advice = "expected what a run writes: delete it and repeat the run's command, which writes it again"
     try:
-        records = json.loads(path.read_text(encoding="utf-8"))
+        records = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}); expected the JSON that a run writes: restore it") from None
+        raise InputError(f"cannot read {shown(path)} ({reason(error)}); {advice}") from None
     if not isinstance(records, list) or not records:
-        raise InputError(f"{path} holds no list of stages; expected the JSON that a run writes: restore it")
+        raise InputError(f"{shown(path)} holds no list of stages; {advice}")
     for record in records:
         missing = [name for name in NEEDED if not isinstance(record, dict) or name not in record]
         if missing:
-            raise InputError(f"a stage in {path} has no {missing[0]!r}; expected what a run writes: restore it")
+            raise InputError(f"a stage in {shown(path)} has no {missing[0]!r}; {advice}")
     return records
 
 
 def _updates(path: Path) -> list[Record]:
     """The lines of metrics.jsonl that are whole; a run that was killed may have left half a one."""
     found = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            found.append(json.loads(line))
+            found.append(parse_json(line.decode()))
         except ValueError:
             continue
     return [one for one in found if isinstance(one, dict) and {"run_stage", "step", "loss"} <= one.keys()]

@@ -1,0 +1,47 @@
+"""A file or folder is there whole or not at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from chai_jax.errors import InputError
+from chai_jax.files.atomic import new_file, new_folder, write_json
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_folder_that_another_process_made_meanwhile_stays(kind: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    theirs = out / "weights" if kind == "folder" else out
+
+    def write() -> None:
+        with new_folder(out) as mine:
+            (mine / "weights").write_text("mine")
+            theirs.parent.mkdir(exist_ok=True)
+            theirs.write_text("theirs")
+
+    with pytest.raises(InputError, match="out already holds something"):
+        write()
+    assert theirs.read_text() == "theirs"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_what_else_fails_is_not_taken_for_it(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "x").write_text("")
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "out"):
+        (tmp_path / "a").replace(tmp_path / "b")
+
+
+def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("é" * 127)  # 254 bytes, of 255
+    with new_file(path) as temporary:
+        temporary.write_text("x")
+    assert path.read_text() == "x"
+
+
+def test_a_name_that_is_not_utf8_comes_back(tmp_path: Path) -> None:
+    value = {"text": b"caf\xe9.txt".decode("utf-8", "surrogateescape")}
+    write_json(tmp_path / "config.json", value)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")) == value
