@@ -15,8 +15,9 @@ PARTS = ("vocab.json", "merges.txt")
 def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
 
-    Where it has more tokens than the model, it refuses the texts that hold one of these. One that names neither a beginning nor an end of text (Galactica's) is told the model's own beginning: it puts no
-    more before a text than it did, but an empty text can be gone on with.
+    Where it has more tokens than the model, it refuses the texts that hold one of these. One that names neither a
+    beginning nor an end of text (Galactica's) is told the model's own beginning: it puts no more before a text than it
+    did, but an empty text can be gone on with.
 
     Raises:
         InputError: some of the files are missing or cannot be read.
