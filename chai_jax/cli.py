@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         console.print(f"error: {error}; make room and repeat the command", style="red", markup=False, soft_wrap=True)
         return 2

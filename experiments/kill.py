@@ -25,7 +25,7 @@ from typing import Any
 
 CLOCK = {"seconds", "latency", "step_s", "tokens_per_s", "mfu"}
 SIGNALS = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 75, signal.SIGINT: 130}  # and the status that follows
-TIMED = ("pareto", "radar", "report.html", "results", "tradeoff")  # in report/: what shows numbers of the clock
+TIMED = ("pareto", "pipeline", "radar", "report.html", "results", "stages", "tradeoff")  # in report/: what shows times
 LONGEST = 60.0  # seconds that a polite signal may take to end an attempt
 
 
@@ -102,7 +102,7 @@ def ended(process: int, seconds: float | None = None) -> int | None:
 def disturb(command: list[str], out: Path, draw: random.Random, seconds: float) -> signal.Signals | None:
     """One attempt and a signal at a random moment; the signal, or None if the run ended first."""
     process, number = start(command, out), draw.choice(list(SIGNALS))
-    status = ended(process, draw.uniform(0, seconds))
+    status = ended(process, draw.uniform(0, seconds / 2))  # so that most runs are stopped more than once
     if status is None:
         os.kill(process, number)
         status = ended(process, LONGEST)

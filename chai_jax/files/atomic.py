@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -32,13 +33,29 @@ def remove_leftovers(folder: Path, owner: str) -> None:
 
 
 @contextmanager
+def _named_in_failures(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written becomes an OSError that names it."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)$", str(error))  # as libraries written in Rust say it
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+
+
+@contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`; renamed onto `path` if the block ends well, removed if it does not."""
     handle, name = tempfile.mkstemp(**_temporary(path))
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with _named_in_failures(path):
+            yield temporary
         temporary.chmod(0o644)
         os.replace(temporary, path)
     finally:
@@ -54,7 +71,8 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = Path(tempfile.mkdtemp(**_temporary(path)))
     try:
-        yield temporary
+        with _named_in_failures(path):
+            yield temporary
         temporary.chmod(0o755)
         os.replace(temporary, path)
     except OSError as error:

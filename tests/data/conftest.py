@@ -28,3 +28,11 @@ def bpe() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", model_max_length=16
     )
+
+
+@pytest.fixture(scope="session")
+def bare(bpe: Any) -> Any:
+    """The same without special tokens, as Galactica's: nothing comes first."""
+    tokenizer = Tokenizer.from_str(bpe.backend_tokenizer.to_str())
+    tokenizer.post_processor = None
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16)

@@ -91,6 +91,30 @@ def test_a_tokenizer_that_puts_nothing_first_is_helped(bpe: Any) -> None:
     assert encode(Bare(), "", " film") == encode(bpe, "", " film")
 
 
+@pytest.mark.parametrize("context", ["", "   "])
+def test_what_stands_before_where_nothing_does(bpe: Any, bare: Any, context: str) -> None:
+    """The beginning of text or else its end, once; a tokenizer that names neither cannot say."""
+    ids = bare(f"{context}film film")["input_ids"]
+    for names in ({"bos_token": "</s>"}, {"eos_token": "</s>"}, {"bos_token": "<s>", "eos_token": "</s>"}):
+        tokenizer = type(bare)(tokenizer_object=bare.backend_tokenizer, **names)
+        first = 0 if names["bos_token" if "bos_token" in names else "eos_token"] == "<s>" else 2
+        assert encode(tokenizer, context, "film film") == Encoded((first, *ids), 1)
+    with pytest.raises(InputError, match="names no beginning-of-text token and no end-of-text token"):
+        encode(bare, context, "film film")
+
+
+def test_a_tokenizer_without_special_tokens_reads_what_the_harness_reads(bare: Any) -> None:
+    for context, completion in PAIRS:
+        if context.strip():
+            whole = bare(context + completion)["input_ids"]
+            assert encode(bare, context, completion) == Encoded(tuple(whole), len(bare(context.rstrip())["input_ids"]))
+
+
+def test_half_a_character_is_refused(bpe: Any) -> None:
+    with pytest.raises(InputError, match="which is no character"):
+        encode(bpe, "film", " \udcff")
+
+
 @pytest.mark.parametrize("context", ["a film", ""])
 def test_a_completion_without_tokens_is_refused(bpe: Any, context: str) -> None:
     with pytest.raises(InputError, match="no tokens of its own"):

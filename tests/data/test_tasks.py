@@ -103,6 +103,11 @@ BAD = {
     "true label": (GOOD.replace("1", "true"), r":1 has label True; expected"),
     "float label": (GOOD.replace("1", "1.0"), r":1 has label 1\.0; expected"),
     "empty": ("\n \n", r"train\.jsonl holds no examples"),
+    "deep": (GOOD + "[" * 100_000 + "\n", r"train\.jsonl:2 is not JSON \(nested too deeply\)"),
+    "deep and closed": ('{"a":' * 100_000 + "1" + "}" * 100_000, r":1 is not JSON \(nested too deeply\)"),
+    "a huge number": (GOOD.replace("1", "1" * 5000), r":1 is not JSON \(a number of thousands of digits\)"),
+    "half a character": (GOOD + GOOD.replace("fine", r"fi\ud800e"), r":2: sentence holds '\\ud800' at character 2"),
+    "the other half": (GOOD.replace("fine", r"\udcff"), r":1: sentence holds '\\udcff' at character 0"),
 }
 
 
@@ -112,6 +117,11 @@ def test_bad_rows_are_named_with_their_line(name: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message) as raised:
         load_rows(get_task("sst2"), "train", write(tmp_path, text))
     assert "\n" not in str(raised.value)
+
+
+def test_a_byte_order_mark_and_whole_pairs_are_read(tmp_path: Path) -> None:
+    rows = load_rows(get_task("sst2"), "train", write(tmp_path, "\ufeff" + GOOD.replace("fine", r"\ud83d\ude00")))
+    assert rows == [{"sentence": "😀", "label": 1}]
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

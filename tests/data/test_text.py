@@ -1,6 +1,7 @@
 """Windows hold each token once; what is looked at, trained on and measured is disjoint."""
 
 import gzip
+import itertools
 import logging
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,33 @@ def test_windows_hold_every_token_once(bpe: Any, length: int) -> None:
     tokens = [token for window in cut for token in window.tokens[window.start :]]
     assert tokens == bpe.backend_tokenizer.encode(TEXT, add_special_tokens=False).ids
     assert bpe.decode(tokens) == TEXT
+
+
+@pytest.mark.parametrize("length", [2, 3, 7, 16, 5000])
+def test_where_nothing_comes_first_a_window_begins_with_the_token_before(bare: Any, length: int) -> None:
+    cut = windows(bare, TEXT, length)
+    ids = bare.backend_tokenizer.encode(TEXT).ids
+    assert cut[0].tokens == tuple(ids[:length])
+    assert [token for window in cut for token in window.tokens[1:]] == ids[1:]
+    assert all(window.start == 1 and len(window.tokens) > 1 for window in cut)
+    assert all(one.tokens[-1] == two.tokens[0] for one, two in itertools.pairwise(cut))
+    assert {len(window.tokens) for window in cut[:-1]} <= {length}
+
+
+def test_a_text_that_brings_its_own_first_token_gets_no_second(bpe: Any) -> None:
+    assert windows(bpe, f"</s>{TEXT}", 16) == windows(bpe, TEXT, 16)
+
+
+def test_half_a_character_is_refused(bpe: Any) -> None:
+    with pytest.raises(InputError, match=r"a text holds '\\ud800' at character 5, which is no character"):
+        windows(bpe, "film \ud800", 16)
+
+
+def test_a_byte_order_mark_is_no_text(bpe: Any, tmp_path: Path) -> None:
+    for name, text in (("marked", "\ufeff" + TEXT), ("plain", TEXT)):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+    assert {read_text(path) for path in tmp_path.iterdir()} == {TEXT}
 
 
 def test_a_long_text_is_no_news(bpe: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +127,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
 def test_a_missing_file_a_folder_and_an_empty_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.txt \(No such file"):
         read_text(tmp_path / "none.txt")
-    with pytest.raises(InputError, match=r"\(Is a directory\)"):
+    with pytest.raises(InputError, match=r"\(not a regular file\)"):
         read_text(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(InputError, match="holds no text"):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +33,19 @@ def test_what_else_fails_is_not_taken_for_it(tmp_path: Path) -> None:
     (tmp_path / "b" / "x").write_text("")
     with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "out"):
         (tmp_path / "a").replace(tmp_path / "b")
+
+
+@pytest.mark.parametrize("writing", [new_file, new_folder])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), Exception("No space left (os error 28)")])
+def test_a_full_disk_is_an_error_that_names_what_was_written(writing: Any, error: Exception, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"^\[Errno 28\] No space left on device: '.*/out'$"), writing(tmp_path / "out"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_another_kind_stays_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="weights"), new_folder(tmp_path / "out"):
+        raise KeyError("weights")
 
 
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:
