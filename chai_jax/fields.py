@@ -27,8 +27,8 @@ def parse(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     """`value` as a `kind`, with all of its parts checked; values that are of this kind already are checked the same.
 
     Args:
-        kind: str, int, bool, float, `X | None`, `tuple[X, ...]`, `dict[X, Y]`, `Annotated[X, container]`, or a
-            dataclass of such fields. Keys of a JSON object that stand for whole numbers may be strings of digits.
+        kind: str, int, bool, float, `X | None`, `tuple[X, ...]`, `dict[X, Y]`, a dataclass of such fields, or
+            `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits in JSON.
         where: what messages call the value.
         whole: whether an object must name all fields, also those that have a default.
 
@@ -39,8 +39,7 @@ def parse(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     if dataclasses.is_dataclass(kind):
         return _record(kind, value, where, whole)
     if origin is Annotated:
-        found = parse(parts[0], value, where, whole)
-        return found if found in parts[1] else _refuse(kind, value, where)
+        return value if type(value) is parts[0] and value in parts[1] else _refuse(kind, value, where)
     if origin in (Union, UnionType):
         return None if value is None else parse(parts[0], value, where, whole)
     if origin is tuple:

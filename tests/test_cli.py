@@ -193,9 +193,13 @@ BAD_PLANS = {
     "prompt membership with two storages": (plan_json(membership="prompt", share="qk"), "two storages"),
     "a cluster with two storages": (
         plan_json().replace('"storage": "int8"', '"storage": ["int8", "bfloat16"]'),
-        "cluster 0 has storage ['int8', 'bfloat16']",
+        "clusters[0].storage is ['int8', 'bfloat16']",
     ),
     "tuning the most sensitive layers without scores": (plan_json(), "sensitiv"),
+    "a rank above the width": (
+        plan_json().replace('"tier"', '"share": "kv", "key_rank": 1000000, "tier"'),
+        "rank 1000000; expected at most the model's width, 32",
+    ),
     "another model's": (json.dumps({"layers": json.loads(plan_json())["layers"][:1]}), "the model has 2 layers"),
 }
 

@@ -1,9 +1,12 @@
 """The planner keeps to its budgets, measures what it says it measures, goes on where it stopped, and predicts."""
 
 import dataclasses
+import functools
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,6 +22,7 @@ from chai_jax.compress.cluster import LayerMerge, Stream, cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
+from chai_jax.fields import parse
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
@@ -119,8 +123,61 @@ def test_measurements_are_taken_up_where_they_stopped(
         assert plan_within(model, seen, budget, file=file) == whole
     with pytest.raises(InputError, match="costs measured with another key"):
         plan_within(model, seen, dataclasses.replace(budget, tokens=200), file=file)
-    file.write_text("{}")
-    with pytest.raises(InputError, match="holds no measured costs"):
+
+
+def damaged(kept: dict[str, Any], *path: str | int, to: Any = None) -> bytes:
+    """Costs as JSON with one entry replaced; None: left out."""
+    value = json.loads(json.dumps(kept))
+    *outer, last = path
+    entry = functools.reduce(lambda part, key: part[key], outer, value)
+    entry[last] = to
+    if to is None:
+        del entry[last]
+    return json.dumps(value).encode()
+
+
+def test_costs_that_cannot_be_read_are_refused(
+    model: Model, seen: Probe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, budget = tmp_path / "costs.json", Budget(0.4, tokens=60)
+    plan_within(model, seen, budget, file=file)
+    whole = file.read_bytes()
+    kept = json.loads(whole)
+    monkeypatch.setattr(Damage, "__init__", None)  # nothing is measured before a file is refused
+    layer = ("layers", 1)
+    wrong: list[tuple[bytes, str]] = [
+        (b"", "is not JSON"),
+        (whole[: len(whole) // 2], "is not JSON"),
+        (b"\xff" + whole, "is not JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b"[]", "holds a list"),
+        (b"{}", "holds no measured costs .*: delete it"),
+        (b'{"layers": 1' + b"0" * 5000 + b"}", "thousands of digits"),
+        (damaged(kept, "layers", to={}), "layers is {}; expected a list"),
+        (damaged(kept, *layer, to=4), "an object"),
+        (damaged(kept, *layer, "cache"), "has no cache"),
+        (damaged(kept, *layer, "more", to=1), "unknown field 'more'"),
+        (damaged(kept, *layer, "cache", "int8", to="x"), "a finite number"),
+        (damaged(kept, *layer, "cache", "int8", to=float("nan")), "a finite number"),
+        (damaged(kept, *layer, "cache", "int8", to=10**400), "a finite number"),
+        (damaged(kept, *layer, "cache", "int8"), "lacks some of the costs"),
+        (damaged(kept, *layer, "clusters", "qkv"), "lacks some of the costs"),
+        (damaged(kept, *layer, "clusters", "qkv", to={}), "lacks some of the costs"),
+        (damaged(kept, *layer, "clusters", "qkv", to={"x": 1.0}), "a whole number from 1"),
+        (damaged(kept, *layer, "clusters", "qkv", to={"0": 1.0}), "a whole number from 1"),
+        (damaged(kept, *layer, "clusters", "qkv", to={"9" * 4000: 1.0}), "a whole number from 1"),
+        (damaged(kept, *layer, "latent", "key"), "lacks some of the costs"),
+        (damaged(kept, "key", to=[1]), "another key"),
+    ]
+    for content, message in wrong:
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=message) as caught:
+            plan_within(model, seen, budget, file=file)
+        assert str(caught.value).isprintable()
+        assert "costs.json" in str(caught.value)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(InputError, match="not a regular file"):
         plan_within(model, seen, budget, file=file)
 
 
@@ -169,7 +226,7 @@ def test_interpolation_is_monotone_and_exact_where_measured() -> None:
 def test_costs_survive_json() -> None:
     ranks, latent = {"key": {2: 0.3}}, {"key": {4: 0.1}, "value": {4: 0.2}}
     costs = LayerCosts({"qkv": {1: 0.5, 6: 0.0}}, ranks, latent, {"int8": 0.01}, {})
-    assert LayerCosts.from_json(json.loads(json.dumps(dataclasses.asdict(costs)))) == costs
+    assert parse(LayerCosts, json.loads(json.dumps(dataclasses.asdict(costs))), "costs", whole=True) == costs
 
 
 def test_the_gate_names_the_layer_to_blame(model: Model, seen: Probe) -> None:

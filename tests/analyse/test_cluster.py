@@ -103,9 +103,53 @@ def test_cluster_count(features: np.ndarray, wanted: int | float, count: int) ->
     assert cluster_count(wanted, features) == count
 
 
-def test_the_elbow_resolves_to_a_count_or_to_all_heads(features: np.ndarray) -> None:
+def symmetric(heads: int, seed: int = 0) -> np.ndarray:
+    """Standard normal noise for correlations, none on the diagonal."""
+    noise = np.random.default_rng(seed).normal(size=(heads, heads))
+    return (noise + noise.T) / math.sqrt(2) * (1 - np.eye(heads))
+
+
+def test_the_elbow_resolves_to_a_count(features: np.ndarray) -> None:
     assert cluster_count("elbow", features) == elbow(curve(features))
-    assert cluster_count("elbow", np.ones((5, 5))) == 5
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 4, 8, 12, 32])
+def test_heads_that_are_alike_are_one_cluster(heads: int) -> None:
+    for noise in (0, 1e-12, 1e-8, 1e-4, 1e-2):
+        assert cluster_count("elbow", np.ones((heads, heads)) + noise * symmetric(heads)) == 1
+
+
+@pytest.mark.parametrize("heads", [2, 3, 4, 8, 12, 32])
+def test_heads_with_nothing_in_common_stay_apart(heads: int) -> None:
+    for noise in (0, 1e-12, 1e-4, 1e-2, 0.04):
+        assert cluster_count("elbow", np.eye(heads) + noise * symmetric(heads)) == heads
+    # Heads that never look at anything in particular correlate with none.
+    assert cluster_count("elbow", np.zeros((heads, heads))) == heads
+
+
+@pytest.mark.parametrize("heads", [2, 4, 8, 32])
+def test_where_equal_correlations_become_one_cluster(heads: int) -> None:
+    counts = [cluster_count("elbow", c + (1 - c) * np.eye(heads)) for c in (0.1, 0.5, 0.89, 0.9, 0.99)]
+    assert counts == [heads] * 3 + [1] * 2
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.5, 0.95])
+def test_the_curve_of_equal_correlations_is_straight(correlation: float) -> None:
+    """What the choice of `cluster_count` is derived from."""
+    features = correlation + (1 - correlation) * np.eye(6)
+    assert curve(features) == pytest.approx((1 - correlation) ** 2 * (6 - np.arange(1, 7)))
+    assert elbow(curve(features)) is None
+
+
+@pytest.mark.parametrize("noise", [0, 1e-6, 1e-4, 1e-2])
+@pytest.mark.parametrize(
+    ("kinds", "count"), [([0, 0, 1, 1], 2), ([0, 0, 0, 1], 2), ([0] * 4 + [1] * 4, 2), ([0, 0, 1, 1, 2, 2, 3, 3], 4)]
+)
+def test_copies_of_several_heads_are_a_cluster_each(kinds: list[int], count: int, noise: float) -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(4, 500))[kinds] + noise * rng.normal(size=(len(kinds), 500))
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    assert cluster_count("elbow", rows @ rows.T) == count
 
 
 @pytest.mark.parametrize("wanted", [0, 11, -1, 1.0, 0.0, -0.5, True, "knee", float("nan")])

@@ -84,6 +84,26 @@ def test_no_knee_leaves_a_layer_alone(make: Make, windows: list[list[int]]) -> N
     assert not any(layer.clustered for layer in made.layers)
 
 
+@pytest.mark.parametrize(("share", "saved"), [("qk", 5 / 12), ("qkv", 5 / 6)])
+def test_a_layer_of_copies_is_clustered_and_saves(
+    make: Make, windows: list[list[int]], share: str, saved: float
+) -> None:
+    """One head stands for six: of keys and values, or of keys alone."""
+    model = make()
+    for name in ("query", "key", "value"):
+        leaves = model.params["layers"]["1"][name]
+        for leaf, values in leaves.items():
+            leaves[leaf] = values.at[..., 1:, :].set(values[..., :1, :])
+    made = plan(model, probe(model, windows), share=share, layers=1 / 3, sensitivity="attention")
+    assert [layer.clustered for layer in made.layers] == [False, True, False]
+    assert heads_of(made, 1) == [(0, 1, 2, 3, 4, 5)]
+    storage = made.layers[1].clusters[0].storage
+    wanted = saved if storage == "bfloat16" else 1
+    assert explain(made, model.config)[1]["kv_reduction"] == pytest.approx(wanted)
+    tokens = np.asarray([windows[0], windows[4]], np.int32)
+    np.testing.assert_allclose(cluster(model, made)(tokens), model(tokens), atol=1e-4)
+
+
 def with_scores(found: Probe, *scores: float) -> Probe:
     return dataclasses.replace(found, scores=np.asarray(scores, np.float64))
 
@@ -170,12 +190,12 @@ def test_unusable_arguments_are_refused(make: Make, windows: list[list[int]]) ->
         ({"layers": 1.5}, "fraction of the layers"),
         ({"layers": -0.1}, "fraction of the layers"),
         ({"clusters": 7}, "a number from 1 to 6"),
-        ({"share": "v"}, "share 'v'"),
+        ({"share": "v"}, "share is 'v'"),
         ({"first": "last"}, "redundant, insensitive"),
         ({"rank": 0.0}, "fraction of the width"),
         ({"clusters": "correlation:2"}, "correlation:0.9"),
-        ({"membership": "daily"}, "membership 'daily'"),
-        ({"sensitivity": "entropy"}, "sensitivity 'entropy'"),
+        ({"membership": "daily"}, "membership is 'daily'"),
+        ({"sensitivity": "entropy"}, "method is 'entropy'"),
     ):
         with pytest.raises(InputError, match=message):
             plan(model, found, **arguments)

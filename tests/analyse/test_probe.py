@@ -1,7 +1,10 @@
 """A probe's sums are those of a loop over heads, rows and keys, whatever the padding and the batches."""
 
 import dataclasses
+import io
 import math
+import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +136,78 @@ def test_what_is_no_probe_is_refused(tmp_path: Path, content: bytes | str | None
         np.savez(path, attention=np.asarray([{}]) if content == "pickle" else np.zeros(3))
     with pytest.raises(InputError, match="cannot read the probe"):
         Probe.load(path)
+
+
+def packed(path: Path, saved: Probe, **arrays: np.ndarray | bytes) -> None:
+    """A probe's file with some of its arrays replaced, or their bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, value in {**vars(saved), **arrays}.items():
+            content = io.BytesIO()
+            if not isinstance(value, bytes):
+                np.save(content, np.asarray(value))
+            file.writestr(f"{name}.npy", value if isinstance(value, bytes) else content.getvalue())
+
+
+def npy(header: str) -> bytes:
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+
+
+def test_damaged_probes_are_refused_in_one_line(make: Make, windows: list[list[int]], tmp_path: Path) -> None:
+    path, saved = tmp_path / "probe.npz", probe(make(), windows)
+    packed(path, saved)
+    assert Probe.load(path).fingerprint == saved.fingerprint
+    wrong: list[dict[str, np.ndarray | bytes]] = [
+        {"attention": np.ones(3)},
+        {"attention": np.full((3, 6, 6), np.nan)},
+        {"outputs": np.ones((3, 6, 5))},
+        {"outputs": np.ones((2, 6, 6))},
+        {"scores": np.ones(4)},
+        {"scores": np.ones(3, np.int64)},
+        {"tokens": saved.tokens.astype(np.int64)},
+        {"tokens": np.ones(7, np.int32), "mask": np.ones(7, bool)},
+        {"mask": saved.mask[:, :-1]},
+        {"fingerprint": np.ones(2)},
+        {"scores": npy("{'descr': '<f8', 'fortran_order': False, 'shape': (1000000, 1000000)}\n")},
+        {"scores": npy(f"{{'descr': '<f8', 'fortran_order': False, 'shape': ({'9' * 400},)}}\n")},
+        {"scores": npy("(" * 9000)},
+        {"scores": npy("-" * 9000 + "1")},
+        {"scores": b""},
+    ]
+    for arrays in wrong:
+        packed(path, saved, **arrays)
+        with pytest.raises(InputError, match="cannot read the probe") as caught:
+            Probe.load(path)
+        assert str(caught.value).isprintable()
+
+
+def test_torn_probes_are_refused_or_whole(make: Make, windows: list[list[int]], tmp_path: Path) -> None:
+    path, saved, random = tmp_path / "probe.npz", probe(make(), windows), np.random.default_rng(0)
+    saved.save(path)
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(200):
+        content, at = bytearray(whole), int(random.integers(len(whole)))
+        content[at : at + int(random.integers(1, 9))] = random.bytes(int(random.integers(9)))
+        path.write_bytes(content)
+        try:
+            loaded = Probe.load(path)
+        except InputError:
+            refused += 1
+            continue
+        for name, value in vars(saved).items():
+            np.testing.assert_array_equal(getattr(loaded, name), value)
+    assert refused > 100
+
+
+def test_a_probe_is_a_file_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fifo, bomb = tmp_path / "fifo", tmp_path / "bomb.npz"
+    os.mkfifo(fifo)
+    monkeypatch.setattr("chai_jax.analyse.probe.MOST", 2**20)
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("attention.npy", bytes(2**20 + 1))
+    for path, message in ((fifo, "not a regular file"), (bomb, "more than"), (Path("/dev/zero"), "not a regular file")):
+        with pytest.raises(InputError, match=message):
+            Probe.load(path)
 
 
 def test_a_fingerprint_sees_every_weight_and_the_configuration(make: Make) -> None:

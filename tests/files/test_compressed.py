@@ -128,8 +128,9 @@ SPECS: dict[str, tuple[Callable[[Any], Any], str]] = {
     "groups at odds": (lambda x: at(x, "layers", 1, "groups", 0).update(clusters=2), "not a spec|contradicts itself"),
     "unknown storage": (
         lambda x: at(x, "layers", 1, "groups", 0).update(storage="fp4"),
-        "spec layer 1 contradicts itself",
+        r"layers\[1\]\.groups\[0\]\.storage is 'fp4'; expected one of float32",
     ),
+    "rank above the width": (lambda x: at(x, "layers", 0).update(value_rank=13), "layer 0 has a rank above 12"),
     "rank": (lambda x: at(x, "layers", 0).update(key_rank=3), r"layers\.0\.key\.bias in .* is \[2, 4\]; .* \[2, 3\]"),
     "called dense": (lambda x: at(x, "layers", 0).update(share="dense"), "layer 0 is called dense and is not"),
     "unknown field": (lambda x: at(x, "layers", 0).update(colour=1), "not a spec"),
