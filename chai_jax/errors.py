@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class Stopped(SystemExit):
-    """Training stopped before its end, on SIGTERM or because its time was up; what it had reached is saved.
+    """A job stopped before its end, on SIGTERM or because its time was up; what its training had reached is saved.
 
     The same command, or the same call with the same `checkpoints`, goes on from there. Uncaught it ends the program
     with status 75.

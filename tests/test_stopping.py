@@ -11,6 +11,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from chai_jax import pipeline
+from chai_jax.cli import main
+from chai_jax.commands.models import EvaluateCommand, GenerateCommand
 from chai_jax.errors import EXIT_STOPPED, Stopped
 from chai_jax.progress import track
 from chai_jax.stopping import listening, safe_point, terminated
@@ -153,3 +156,26 @@ def test_signals_while_the_program_imports(command: str, number: int, status: in
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("generate", "a-model"), "stopped"),
+        (("evaluate", "a-model", "--text", "a-file"), "stopped"),
+        (("run", "a-model", "--text", "a-file"), "stopped: the same command goes on from the last checkpoint"),
+    ],
+)
+def test_ctrl_c_speaks_of_a_checkpoint_where_there_is_one(
+    arguments: tuple[str, ...], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(pipeline, "run", interrupted)
+    monkeypatch.setattr(GenerateCommand, "run", interrupted)
+    monkeypatch.setattr(EvaluateCommand, "run", interrupted)
+    assert main(arguments) == 130
+    captured = capsys.readouterr()
+    assert " ".join(captured.err.split()) == words
+    assert captured.out == ""

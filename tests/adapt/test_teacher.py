@@ -102,6 +102,21 @@ def test_a_disk_without_room_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_disk_has_taken_the_whole_file_before_the_teacher_runs(
+    tiny: Build, examples: list[Encoded], one_device: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full would end the program without a word when a page of the file is first written."""
+    taken: list[float] = []
+
+    def look(values: Any, *_: Any) -> None:
+        found = Path(values.filename).stat()
+        taken.append(512 * found.st_blocks / found.st_size)
+
+    monkeypatch.setattr(caching, "fill", look)
+    cache_teacher(tiny(vocab_size=1000), tmp_path, "float32", "float32", one_device, examples)
+    assert taken[0] >= 1
+
+
 def test_it_lies_with_the_checkpoints_and_a_kill_does_not_lose_it(
     tiny: Build,
     teacher: Model,
