@@ -6,7 +6,7 @@ from pathlib import Path
 from chai_jax.errors import InputError
 from chai_jax.files.weights import FORMATS
 
-SMALL_FILES = ("*.json", "merges.txt", "README.md", "LICENSE*")
+SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:

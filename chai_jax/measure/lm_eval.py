@@ -164,7 +164,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
             windows += [(None, *make_disjoint_window(pair)) for pair in pairs]
             counts.append(len(windows) - before)
         scores = iter(self._loglikelihood_tokens(windows))
-        totals = [sum(next(scores)[0] for _ in range(count)) for count in counts]
+        totals = [sum((next(scores)[0] for _ in range(count)), start=0.0) for count in counts]
         for text, total in zip(texts, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return totals

@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def test_weights_are_fetched_in_one_format(there: list[str], fetched: list[str])
     patterns = needed([*SMALL, *there])
     assert patterns[len(patterns) - len(fetched) :] == fetched
     assert patterns[: len(patterns) - len(fetched)] == needed(SMALL)
+
+
+def test_what_decides_texts_is_fetched() -> None:
+    for name in ("generation_config.json", "tokenizer_config.json", "chat_template.jinja", "chat_templates/rag.jinja"):
+        assert any(fnmatch(name, pattern) for pattern in needed([])), name
 
 
 class Hub(ThreadingHTTPServer):
