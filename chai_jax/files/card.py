@@ -8,12 +8,11 @@ from pathlib import Path
 
 import jax
 
-from chai_jax.errors import InputError
 from chai_jax.files.hub import cached
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
-from chai_jax.reading import SMALL, read_text, shown
+from chai_jax.reading import SMALL, read_text
 from chai_jax.spec import LayerSpec, Spec
 
 OPT_IDS = "facebook/opt-"
@@ -36,7 +35,7 @@ model = chai.load("this folder")
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was made from: a hub id ("" if unknown), the licence fields of its card, its licence files."""
+    """What a model was made from: a hub id ("" if unknown), the licence fields of its card, its licence's texts."""
 
     base_model: str
     licence: dict[str, str]
@@ -52,10 +51,9 @@ def origin(source: str) -> Origin:
     licence = {name: value for name, value in front.items() if name in OPT_LICENCE}
     if base.startswith(OPT_IDS) and set(licence) <= {"license"}:
         licence = OPT_LICENCE
-    files = [file for file in sorted(folder.glob("LICENSE*")) if file.is_file()] if folder else []
-    if any(file.stat().st_size > SMALL for file in files):
-        raise InputError(f"{shown(source)} has a licence file of more than {SMALL:,} bytes; expected a text: remove it")
-    return Origin(base, licence or {"license": "unknown"}, tuple(files))
+    files = sorted(folder.glob("LICENSE*")) if folder else []
+    texts = tuple(file for file in files if file.is_file() and file.stat().st_size <= SMALL)
+    return Origin(base, licence or {"license": "unknown"}, texts)
 
 
 def front_matter(card: Path) -> dict[str, str]:

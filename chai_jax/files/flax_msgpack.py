@@ -79,9 +79,10 @@ def _list(items: list[Any]) -> list[Any]:
     return items
 
 
-def _shaped(flat: np.ndarray, shape: list[Any]) -> np.ndarray:
+def _shaped(flat: np.ndarray, shape: Any) -> np.ndarray:
     """The array, which must have as many numbers as the shape says: numpy would fill in a size of -1."""
-    if not all(type(size) is int and size >= 0 for size in shape) or math.prod(shape) != flat.size:
+    counts = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
+    if not counts or math.prod(shape) != flat.size:
         raise ValueError(f"{flat.size} numbers for the shape {shape!r:.80}")
     return flat.reshape(shape)
 

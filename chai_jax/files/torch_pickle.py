@@ -140,7 +140,8 @@ def _find(path: Path, module: str, name: str) -> Any:
 
 def _storage(known: dict[str, Storage], pid: Any) -> Storage:
     """The storage of a persistent id; it is added to those that are `known`."""
-    kind, dtype, key, _, numel, *view = pid if type(pid) is tuple and len(pid) < 7 else (None,) * 5
+    fits = type(pid) is tuple and len(pid) in (5, 6)
+    kind, dtype, key, _, numel, *view = pid if fits else (None,) * 5
     if kind != "storage" or dtype not in DTYPES.values() or not _is_name(key) or not _is_count(numel):
         raise ValueError("a storage without dtype, key or size")
     new = Storage(key, dtype, numel)

@@ -99,6 +99,8 @@ class _Machine:
                 self._top(Pairs).extend(_pairs(items))
             case "GLOBAL" | "STACK_GLOBAL":
                 module, attribute = argument.split(" ", 1) if name == "GLOBAL" else self._take(2)
+                if type(module) is not str or type(attribute) is not str:
+                    raise ValueError("a name that is no text")
                 stack.append(self._find(module, attribute))
             case "REDUCE":
                 function, arguments = self._take(2)

@@ -101,7 +101,7 @@ def write_one(path: Path, arrays: Arrays, **options: Any) -> list[str]:
         torch = pytest.importorskip("torch")
         # torch takes no numpy bfloat16.
         tensors = {
-            name: torch.tensor(array.astype(np.float32)).to(getattr(torch, str(array.dtype)))
+            name: torch.tensor(array.astype(np.float64)).to(getattr(torch, str(array.dtype)))
             for name, array in arrays.items()
         }
         torch.save(tensors, path, **options)

@@ -14,6 +14,7 @@ from chai_jax.files.store import load
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
+from chai_jax.reading import SMALL
 
 CONFIG = OPTConfig(19, 12, 2, 3, 20, 16, 12)
 
@@ -82,3 +83,22 @@ def test_numbers_are_the_model_s(tmp_path: Path, from_: Any) -> None:
     dense = bytes_per_token(with_storage(model, "bfloat16").spec)
     assert f"take {model.nbytes:,} bytes, its K,V cache {model.kv_bytes_per_token:,} bytes per token ({dense:,}" in text
     assert "| 1 | dense | 3 | 3 | int8 | loaded |" in text
+
+
+def test_a_byte_order_mark_loses_no_licence(tmp_path: Path, from_: Any) -> None:
+    source = base(tmp_path / "base", "license: mit\nbase_model: some/one")
+    card = tmp_path / "base/README.md"
+    card.write_bytes(b"\xef\xbb\xbf" + card.read_bytes())
+    from_(source).save(tmp_path / "one")
+    front = metadata_load(tmp_path / "one/README.md")
+    assert (front["license"], front["base_model"]) == ("mit", "some/one")
+
+
+def test_a_licence_is_a_text(tmp_path: Path, from_: Any) -> None:
+    source = base(tmp_path / "base", "license: mit")
+    (tmp_path / "base/LICENSE.txt").write_text("You may.")
+    with (tmp_path / "base/LICENSE.md").open("r+b") as file:
+        file.truncate(SMALL + 1)
+    assert [file.name for file in origin(source).files] == ["LICENSE.txt"]
+    from_(source).save(tmp_path / "one")
+    assert not (tmp_path / "one/LICENSE.md").exists()

@@ -44,9 +44,13 @@ CHANGES: dict[str, tuple[Callable[[Arrays], Any], str]] = {
         lambda x: x.update({NAME: x[NAME][:, 1:]}),
         rf"{NAME} in .* is \[12, 11\]; config\.json demands \[12, 12\]",
     ),
-    "double": (
-        lambda x: x.update({NAME: x[NAME].astype(np.float64)}),
-        rf"{NAME} in .* is F64; expected one of float32",
+    "double beyond float32": (
+        lambda x: x.update({NAME: with_(x[NAME].astype(np.float64), 1e300)}),
+        rf"{NAME} in .*, as float32, holds an infinity",
+    ),
+    "complex": (
+        lambda x: x.update({NAME: x[NAME].astype(np.complex64)}),
+        rf"{NAME} in .* is C64; expected one of float32",
     ),
     "integers": (
         lambda x: x.update({NAME: x[NAME].astype(np.int8)}),
@@ -60,6 +64,22 @@ CHANGES: dict[str, tuple[Callable[[Arrays], Any], str]] = {
     "head at odds": (
         lambda x: x.update({HEAD: with_(x[EMBEDDING], 5.0)}),
         rf"{HEAD} differs from {EMBEDDING}, but config\.json ties them",
+    ),
+    "head misshapen": (
+        lambda x: x.update({HEAD: x[EMBEDDING][1:]}),
+        rf"{HEAD} differs from {EMBEDDING}, but config\.json ties them",
+    ),
+    "head alone, misshapen": (
+        lambda x: x.update({HEAD: x.pop(EMBEDDING)[1:]}),
+        rf"{HEAD} in .* is \[18, .*\]; config\.json demands \[19, ",
+    ),
+    "head of eight bits": (
+        lambda x: x.update({HEAD: x[EMBEDDING].astype(jnp.float8_e4m3fn)}),
+        rf"{HEAD} in .* is F8_E4M3; expected one of float32",
+    ),
+    "head and table of eight bits": (
+        lambda x: x.update(dict.fromkeys((HEAD, EMBEDDING), x[EMBEDDING].astype(jnp.float8_e4m3fn))),
+        rf"{HEAD} in .* is F8_E4M3; expected one of float32",
     ),
 }
 
@@ -88,6 +108,30 @@ def test_untied_head_is_its_own(fields: dict[str, Any], arrays: Arrays, write: C
     fields["tie_word_embeddings"] = False
     model = load(write(fields, {**arrays, HEAD: -arrays[EMBEDDING]}, kind))
     np.testing.assert_array_equal(model.params["head"]["kernel"], -arrays[EMBEDDING])
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "flax", "torch", "torch stream"])
+def test_tied_table_may_go_by_the_head_s_name(
+    fields: dict[str, Any], arrays: Arrays, write: Callable[..., Path], kind: str
+) -> None:
+    table = arrays[EMBEDDING]
+    arrays[HEAD] = arrays.pop(EMBEDDING)
+    model = load(write(fields, arrays, kind))
+    np.testing.assert_array_equal(model.params["embed"]["tokens"], table)
+    assert "head" not in model.params
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["safetensors", "flax", "torch", "torch stream"])
+def test_float64_becomes_float32_or_what_is_asked_for(
+    fields: dict[str, Any], arrays: Arrays, write: Callable[..., Path], kind: str, dtype: str | None
+) -> None:
+    doubles = {name: array.astype(np.float64) + 1e-12 for name, array in arrays.items()}
+    model = load(write(fields, doubles, kind), dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(model.params)} == {jnp.dtype(dtype or "float32")}
+    np.testing.assert_array_equal(
+        model.params["embed"]["tokens"], doubles[EMBEDDING].astype(jnp.dtype(dtype or "float32"))
+    )
 
 
 def test_untied_head_must_be_there(fields: dict[str, Any], arrays: Arrays, write: Callable[..., Path]) -> None:

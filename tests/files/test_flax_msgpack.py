@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from flax import serialization
@@ -47,7 +48,7 @@ def test_arrays_in_pieces(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ({"a": {"kernel": 3}}, "'a/kernel' is a int, not an array"),
         ({"a": {"kernel": np.zeros(2, "<U4")}}, "an array of 'str128'"),
-        ({"a": {"kernel": np.zeros(2)}}, "an array of 'float64'"),
+        ({"a": {"kernel": np.zeros(2, int)}}, "an array of 'int64'"),
         ({"a": 1 + 2j}, "extension 2"),
         ({"a": [KERNEL]}, "exceeds max_array_len"),
         (KERNEL, "'' is a ndarray, not an array"),
@@ -69,4 +70,62 @@ def test_two_leaves_of_one_name(path: Path) -> None:
 def test_more_than_parameters(path: Path) -> None:
     path.write_bytes(serialization.msgpack_serialize({"a": {"kernel": KERNEL}}) + b"\x00")
     with pytest.raises(InputError, match="something follows the parameters"):
+        read_flax(path)
+
+
+NUMBERS = KERNEL.tobytes()
+
+
+def packed(shape: Any, dtype: Any = "float16", buffer: Any = NUMBERS) -> msgpack.ExtType:
+    return msgpack.ExtType(1, msgpack.packb((shape, dtype, buffer)))
+
+
+FLAT = packed([12])
+
+
+def pieces(shape: Any, chunks: Any) -> dict[str, Any]:
+    return {"__msgpack_chunked_array__": True, "shape": shape, "chunks": chunks}
+
+
+@pytest.mark.parametrize(
+    ("tree", "reason"),
+    [
+        (packed([3, 5]), "12 numbers for the shape [3, 5]"),
+        (packed([3, -1]), "12 numbers for the shape [3, -1]"),
+        (packed([2**62, 2**62]), "12 numbers for the shape"),
+        (packed([3, 4.0]), "12 numbers for the shape"),
+        (packed(["3", 4]), "12 numbers for the shape"),
+        (packed([[3], 4]), "12 numbers for the shape"),
+        (packed([3, [4]]), "lists in an array"),
+        (packed([1] * 33), "exceeds max_array_len"),
+        (packed(12), "12 numbers for the shape 12"),
+        (packed([12], buffer=NUMBERS[1:]), "buffer size must be a multiple"),
+        (packed([12], buffer=12), "a bytes-like object is required"),
+        (packed([12], dtype=["float16"]), "lists in an array"),
+        (msgpack.ExtType(1, b""), "incomplete input"),
+        (pieces({"0": 12}, {"0": FLAT, "1": FLAT}), "24 numbers for the shape [12]"),
+        (pieces({"0": -1}, {"0": FLAT}), "12 numbers for the shape [-1]"),
+        (pieces({"0": 12}, {"1": FLAT}), "'0'"),
+        (pieces({"1": 12}, {"0": FLAT}), "'0'"),
+        (pieces({"0": 12}, {}), "at least one array"),
+        (pieces({"0": 12}, {"0": 12}), "no flat arrays of one kind"),
+        (pieces({"0": 12}, {"0": packed([3, 4])}), "no flat arrays of one kind"),
+        (pieces({"0": 18}, {"0": FLAT, "1": packed([6], "float32")}), "no flat arrays of one kind"),
+        (pieces(12, {"0": FLAT}), "an array in pieces without shape or pieces"),
+        (pieces({"0": 12}, FLAT), "an array in pieces without shape or pieces"),
+        ({"__msgpack_chunked_array__": True}, "'shape'"),
+    ],
+)
+@pytest.mark.parametrize("at", ["top", "inside"])
+def test_misshapen_arrays(path: Path, tree: Any, reason: str, at: str) -> None:
+    path.write_bytes(msgpack.packb(tree if at == "top" else {"a": {"kernel": tree}}))
+    with pytest.raises(InputError, match="is not a whole Flax checkpoint") as caught:
+        read_flax(path)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_array_in_pieces_needs_a_name(path: Path) -> None:
+    path.write_bytes(msgpack.packb(pieces({"0": 12}, {"0": FLAT})))
+    with pytest.raises(InputError, match="'' is a ndarray, not an array"):
         read_flax(path)

@@ -1,6 +1,7 @@
 """config.json both ways, and what our model would silently get wrong is refused."""
 
 import dataclasses
+import json
 from typing import Any
 
 import pytest
@@ -64,6 +65,28 @@ def test_there_and_back(changes: dict[str, Any]) -> None:
     assert parse_config(config_fields(config), "") == config
 
 
+@pytest.mark.parametrize(
+    ("given", "bos", "eos", "pad"),
+    [
+        ({}, 2, 2, 1),
+        ({"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}, None, None, 0),
+        ({"bos_token_id": -1, "eos_token_id": -1, "pad_token_id": -1}, None, None, 0),
+        ({"bos_token_id": 50272, "eos_token_id": 50272, "pad_token_id": 50272}, None, None, 0),
+        ({"eos_token_id": 10**400}, 2, None, 1),
+        ({"eos_token_id": [2, 202]}, 2, (2, 202), 1),
+        ({"eos_token_id": [202]}, 2, 202, 1),
+        ({"eos_token_id": [-1, 50271, 50272]}, 2, 50271, 1),
+        ({"eos_token_id": []}, 2, None, 1),
+        ({"pad_token_id": None, "eos_token_id": [5, 6]}, 2, (5, 6), 5),
+    ],
+)
+def test_token_ids(given: dict[str, Any], bos: Any, eos: Any, pad: int) -> None:
+    config = parse_config({**OPT_350M, **given}, "")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (bos, eos, pad)
+    written = json.loads(json.dumps(config_fields(config)))
+    assert parse_config(written, "") == config
+
+
 @pytest.mark.parametrize("name", ["gelu_fast", "gelu_pytorch_tanh", "gelu_new"])
 def test_names_of_one_activation(name: str) -> None:
     assert parse_config({**OPT_350M, "activation_function": name}, "").activation == "gelu_new"
@@ -82,9 +105,12 @@ def test_names_of_one_activation(name: str) -> None:
         ({"num_hidden_layers": 10**9}, "has num_hidden_layers 1000000000; expected 1 to 4096"),
         ({"vocab_size": 10**12}, "has vocab_size 1000000000000; expected 1 to"),
         ({"do_layer_norm_before": 1}, "has do_layer_norm_before 1; expected bool"),
-        ({"eos_token_id": 50272}, "has eos_token_id 50272; expected an id below vocab_size 50272"),
-        ({"pad_token_id": -1}, "has pad_token_id -1; expected an id below"),
-        ({"eos_token_id": [2, 3]}, "has eos_token_id [2, 3]; expected int"),
+        ({"num_attention_heads": 2**24, "hidden_size": 2**24}, "has num_attention_heads 16777216; expected 1 to 4096"),
+        ({"bos_token_id": [2]}, "has bos_token_id [2]; expected a token id or null"),
+        ({"pad_token_id": "1"}, "has pad_token_id '1'; expected a token id or null"),
+        ({"eos_token_id": 2.0}, "has eos_token_id 2.0; expected a token id, a list of them, or null"),
+        ({"eos_token_id": [2, True]}, "has eos_token_id [2, True]; expected a token id, a list"),
+        ({"eos_token_id": {"2": 2}}, "has eos_token_id {'2': 2}; expected a token id, a list"),
         (
             {"activation_function": "quick_gelu"},
             "has activation_function 'quick_gelu'; expected one of gelu, gelu_fast",

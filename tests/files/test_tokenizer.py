@@ -8,10 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chai_jax.analyse.probe import probe
+from chai_jax.data.batches import Example, encode, encode_all
+from chai_jax.data.text import windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.files.tokenizer import load_tokenizer
+from chai_jax.model.model import Model
 from chai_jax.model.params import OPTConfig
+from chai_jax.serve.generate import generate, stream
 
 CONFIG = OPTConfig(300, 12, 2, 3, 20, 16, 12)
 Files = Callable[[Path], None]
@@ -69,11 +74,51 @@ def test_code_of_the_folder_is_not_run(tmp_path: Path, write_tokenizer: Files) -
     assert not (tmp_path / "made").exists()
 
 
-def test_more_tokens_than_the_model(tmp_path: Path, write_tokenizer: Files) -> None:
-    write_tokenizer(tmp_path)
-    small = OPTConfig(259, 12, 2, 3, 20, 16, 12)
-    with pytest.raises(InputError, match="has 260 tokens, the model 259; expected no more than the model"):
-        load_tokenizer(tmp_path, small)
+WAYS: dict[str, Callable[[Any, str], Any]] = {
+    "tokenizer": lambda model, text: model.tokenizer(text),
+    "many texts": lambda model, text: model.tokenizer(["a", text]),
+    "generate": lambda model, text: generate(model, ["a", text], 2),
+    "stream": lambda model, text: [*stream(model, text, 2)],
+    "task": lambda model, text: encode(model.tokenizer, "a", text),
+    "tasks": lambda model, text: encode_all(model.tokenizer, [Example("a", "b"), Example(text, "b")]),
+    "text": lambda model, text: windows(model.tokenizer, text, 8),
+    "lm-eval": lambda model, text: harness(model).tok_encode(text),
+    "calibration": lambda model, text: probe(model, [text]),
+}
+
+
+def harness(model: Model) -> Any:
+    pytest.importorskip("lm_eval")
+    from chai_jax.measure.lm_eval import LanguageModel
+
+    return LanguageModel(model)
+
+
+@pytest.fixture
+def short(tmp_path: Path, random_arrays: Any, fields: dict[str, Any], write: Any, write_tokenizer: Files) -> Model:
+    """A model with one token less than its tokenizer, which lacks the last: that of the letter \u0143, byte 173."""
+    fields["vocab_size"] = 259
+    folder = write(fields, random_arrays(fields))
+    write_tokenizer(folder)
+    return load(folder)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_token_that_the_model_has_not_is_refused_where_it_is_met(short: Model, way: str) -> None:
+    WAYS[way](short, "a b")
+    with pytest.raises(InputError, match="a text holds 'Ń', token 259 of the tokenizer; the model has 259: leave"):
+        WAYS[way](short, "a \u00ed b")  # bytes 195 and 173
+    assert short.tokenizer("")["input_ids"] == [2]
+
+
+def test_such_a_tokenizer_is_saved_as_what_it_is(tmp_path: Path, short: Model) -> None:
+    from transformers import AutoTokenizer
+
+    short.save(tmp_path / "saved")
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
+    assert type(theirs).__name__ == type(short.tokenizer).__name__
+    assert theirs("a b")["input_ids"] == short.tokenizer("a b")["input_ids"]
+    assert theirs("\u00ed")["input_ids"][-1] == 259
 
 
 def test_ids_fit_the_model(tmp_path: Path, write_tokenizer: Files) -> None:
