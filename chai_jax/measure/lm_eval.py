@@ -253,6 +253,8 @@ def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
     try:
         with _replaced(lm_eval, "simple_evaluate", watched):
             harness.execute(namespace)
+    except BrokenPipeError:  # nobody reads the tables that the harness prints
+        raise
     except (ConnectionError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
