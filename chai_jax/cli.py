@@ -10,10 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 from tyro.conf import OmitArgPrefixes, subcommand
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from chai_jax.commands.bench import BenchCommand
 from chai_jax.commands.harness import LmEvalCommand
@@ -23,7 +25,9 @@ from chai_jax.commands.planning import ExplainCommand, PlanCommand
 from chai_jax.commands.reports import ReportCommand
 from chai_jax.config import RunConfig
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
-from chai_jax.progress import console
+from chai_jax.files.atomic import finite
+from chai_jax.files.paths import user_path
+from chai_jax.progress import adapt_to_terminal, complain, console, finish_stdout
 from chai_jax.stopping import listening
 
 
@@ -51,42 +55,82 @@ Command = (
 )
 
 
+class Refused(Exception):
+    """Carries an InputError through tyro, which frames ValueErrors in boxes."""
+
+
+PATHS = ConstructorRegistry()
+
+
+@PATHS.primitive_rule
+def path_option(kind: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+    """How every option that is a path is read."""
+
+    def read(words: list[str]) -> Path:
+        try:
+            return user_path(words[0])
+        except InputError as error:
+            raise Refused(error) from None
+
+    if kind.type is not Path:
+        return None
+    return PrimitiveConstructorSpec(1, "PATH", read, lambda value: isinstance(value, Path), lambda path: [str(path)])
+
+
 def parse(argv: Sequence[str]) -> Any:
     """The command that `argv` asks for. What is no option of `lm-eval` goes to the harness, whose parser judges it.
 
     Raises:
+        InputError: a path that cannot be.
         SystemExit: an option or a value that is not known, status 2, or `--help`.
     """
     commands: Any = OmitArgPrefixes[Command]  # type: ignore[misc]
     program: dict[str, Any] = {
         "prog": "chai-jax",
         "description": "Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure.",
+        "registry": PATHS,
     }
-    if list(argv[:1]) != ["lm-eval"]:
-        return tyro.cli(commands, args=argv, **program)
-    command, unknown = tyro.cli(commands, args=argv, return_unknown_args=True, **program)
-    return dataclasses.replace(command, arguments=tuple(unknown))
+    try:
+        if list(argv[:1]) != ["lm-eval"]:
+            return tyro.cli(commands, args=argv, **program)
+        command, unknown = tyro.cli(commands, args=argv, return_unknown_args=True, **program)
+        return dataclasses.replace(command, arguments=tuple(unknown))
+    except Refused as error:
+        raise error.args[0] from None
+
+
+def perform(command: Any) -> None:
+    """Run a parsed command and print its result, the last line of stdout."""
+    if hasattr(command, "devices"):
+        from chai_jax.devices import start
+
+        start(command.devices)
+    result = run_job(command) if isinstance(command, RunConfig) else command.run()
+    print(json.dumps(finite(result)), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its result is the last line of stdout. Returns the exit status."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    command = parse(sys.argv[1:] if argv is None else argv)
+    adapt_to_terminal()
+    command = None
     try:
-        if hasattr(command, "devices"):
-            from chai_jax.devices import start
-
-            start(command.devices)
-        result = run_job(command) if isinstance(command, RunConfig) else command.run()
+        command = parse(sys.argv[1:] if argv is None else argv)
+        perform(command)
     except InputError as error:
-        console.quiet = False  # as it is in all processes but the first
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(str(error))
         return 2
+    except BrokenPipeError:  # the reader (head, say) has seen enough
+        pass
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        complain(f"{error}; {'make room' if full else 'mend that'} and repeat the command")
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
             raise
-        console.print(f"error: {error}; make room and repeat the command", style="red", markup=False, soft_wrap=True)
+        complain(f"there is not enough memory ({str(error)[:200]}); ask for less at once, or for a smaller model")
         return 2
     except Stopped:
         return EXIT_STOPPED
@@ -94,10 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         resumable = isinstance(command, RunConfig)
         console.print("stopped" + ": the same command goes on from the last checkpoint" * resumable)
         return 130
-    try:
-        print(json.dumps(result), flush=True)
-    except BrokenPipeError:  # the reader (head, say) has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        finish_stdout()
     return 0
 
 

@@ -19,6 +19,23 @@ def _require(holds: bool, name: str, value: object, expected: str) -> None:
         raise InputError(f"{name} is {value!r}; expected {expected}")
 
 
+def _require_count(name: str, value: int | None, most: int = 2**31 - 1) -> None:
+    _require(value is None or 1 <= value <= most, name, value, f"at least 1 and at most {most:,}")
+
+
+def _require_positive(name: str, value: float | None) -> None:
+    _require(value is None or 0 < value < math.inf, name, value, "a positive number")
+
+
+def check_seed(seed: int, name: str = "seed") -> None:
+    """Raise InputError unless every generator takes this seed: scikit-learn's have 32 bits.
+
+    Args:
+        name: of the option, for the message.
+    """
+    _require(0 <= seed < 2**32, name, seed, "a whole number from 0 on, below 2^32")
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One training stage: AdamW, learning rate decaying linearly to zero.
@@ -58,13 +75,15 @@ class TrainConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
-        _require(0 < self.lr < math.inf, "lr", self.lr, "a positive number")
+        _require(0 < self.lr <= 100, "lr", self.lr, "a number above 0, up to 100")
         _require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "a number from 0")
         _require(self.clip is None or self.clip > 0, "clip", self.clip, "a positive number or none")
-        for name in ("batch", "accumulation", "epochs", "max_steps", "max_examples"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1")
-        _require(self.seed >= 0, "seed", self.seed, "a whole number from 0")
+        _require_count("epochs", self.epochs, 10_000)  # the order of the examples is made for all of them at once
+        for name in ("batch", "accumulation"):
+            _require_count(name, getattr(self, name), 2**20)
+        for name in ("max_steps", "max_examples"):
+            _require_count(name, getattr(self, name))
+        check_seed(self.seed)
         _require(self.compute in (None, *DTYPES), "compute", self.compute, f"one of {', '.join(DTYPES)}, or none")
         _require(self.moments in DTYPES, "moments", self.moments, f"one of {', '.join(DTYPES)}")
 
@@ -91,11 +110,9 @@ class Checkpoints:
     deadline: float | None = None
 
     def __post_init__(self) -> None:
-        _require(self.every is None or self.every >= 1, "checkpoint_every", self.every, "at least 1")
-        _require(
-            self.minutes is None or self.minutes > 0, "checkpoint_minutes", self.minutes, "a positive number or none"
-        )
-        _require(self.keep >= 1, "keep", self.keep, "at least 1")
+        _require_count("checkpoint_every", self.every)
+        _require_positive("checkpoint_minutes", self.minutes)
+        _require_count("keep", self.keep)
 
 
 @dataclass(frozen=True)
@@ -122,7 +139,7 @@ class DistilConfig:
     def __post_init__(self) -> None:
         known = (None, "float32", "float16")
         _require(self.cache_teacher in known, "cache_teacher", self.cache_teacher, "float32, float16 or none")
-        _require(0 < self.temperature < math.inf, "temperature", self.temperature, "a positive number")
+        _require_positive("temperature", self.temperature)
         _require(0 <= self.alpha <= 1, "alpha", self.alpha, "a number from 0 to 1")
 
 
@@ -271,6 +288,15 @@ class PlanConfig:
         layers = (1.0 if toy else 0.5) if self.layers is None else self.layers
         return replace(self, layers=layers, clusters=self.clusters or ("2" if toy else "elbow"))
 
+    def check(self) -> None:
+        """Raise InputError where a number is out of its range, whichever model it is for."""
+        _require(self.layers is None or 0 <= self.layers <= 1, "--layers", self.layers, "a fraction from 0 to 1")
+        _require(0 < self.rank <= 1, "--rank", self.rank, "a fraction above 0, up to 1")
+        _require_positive("--kv-budget", self.kv_budget)
+        _require_positive("--model-budget", self.model_budget)
+        _require_count("--warmup-tokens", self.warmup_tokens)
+        _require_count("--calibration", self.calibration)
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -318,6 +344,17 @@ class RunConfig:
     train: TrainOverrides = field(default_factory=TrainOverrides)
     operation: RunOptions = field(default_factory=RunOptions)
     devices: DeviceConfig = field(default_factory=DeviceConfig)
+
+    def check(self) -> None:
+        """Raise InputError where a number is out of its range: before any work."""
+        check_seed(self.seed, "--seed")
+        _require_count("--limit", self.limit)
+        _require(0 <= self.gate < math.inf, "--gate", self.gate, "a number from 0 on")
+        self.planning.check()
+        _require_count("--max-train-examples", self.train.max_train_examples)
+        self.train.apply(TrainConfig())
+        _require_positive("--max-minutes", self.operation.max_minutes)
+        self.operation.at(Path(), None)
 
 
 # The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.

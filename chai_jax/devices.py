@@ -48,7 +48,7 @@ def parse_mesh(mesh: str | None) -> tuple[int | None, int]:
     if mesh is None:
         return None, 1
     data, _, model = mesh.partition("x")
-    if not (data.isdecimal() and model.isdecimal()):
+    if not (data.isdecimal() and model.isdecimal() and len(mesh) < 20):
         raise InputError(f"--mesh is {mesh!r}; expected DATAxMODEL, such as 8x1 or 4x2")
     return int(data), int(model)
 
@@ -78,10 +78,12 @@ def join_processes(config: DeviceConfig) -> None:
     named = [config.coordinator, config.process_count, config.process_id]
     if any(value is not None for value in named) and None in named:
         raise InputError("expected --coordinator HOST:PORT, --process-count and --process-id together, or none of them")
-    if not (config.coordinator or config.distributed or "JAX_COORDINATOR_ADDRESS" in os.environ or tpu_hosts() > 1):
+    coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not (coordinator or config.distributed or tpu_hosts() > 1):
         return
     # JAX's own handler of SIGTERM would take the place of ours (chai_jax.stopping), and knows of no deadline.
     jax.config.update("jax_enable_preemption_service", False)
+    _check_place(coordinator, config.process_count, config.process_id)
     try:
         jax.distributed.initialize(config.coordinator, config.process_count, config.process_id)
     except (RuntimeError, ValueError) as error:
@@ -89,6 +91,16 @@ def join_processes(config: DeviceConfig) -> None:
             f"cannot join the other processes ({error}); expected --coordinator HOST:PORT, --process-count and "
             "--process-id, or a cluster that JAX knows (TPU pod, SLURM, MPI)"
         ) from None
+
+
+def _check_place(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Refuse what `jax.distributed` would wait for in vain."""
+    if coordinator is not None:
+        host, _, port = coordinator.rpartition(":")
+        if not (host and host.isprintable() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 2**16):
+            raise InputError(f"the coordinator is {coordinator!r}; expected HOST:PORT, such as 10.0.0.1:1234")
+    if count is not None and index is not None and not 0 <= index < count < 2**31:
+        raise InputError(f"--process-id is {index} of {count}; expected a number from 0, below --process-count")
 
 
 def tpu_hosts() -> int:

@@ -2,14 +2,11 @@
 
 import dataclasses
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from chai_jax.adapt.distil import check_vocabulary
 from chai_jax.adapt.target import select_layers
@@ -18,14 +15,14 @@ from chai_jax.analyse.gate import Gate, tried
 from chai_jax.compress.quantize import with_storage
 from chai_jax.config import STAGES, RunConfig, TargetConfig
 from chai_jax.errors import InputError, Stopped
-from chai_jax.files.atomic import new_folder, write_json, write_text
+from chai_jax.files.atomic import finite, new_folder, write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.measure.bench import latency
 from chai_jax.model.model import Model
 from chai_jax.planning import check_options, plan_for
 from chai_jax.plans import Plan
 from chai_jax.processes import agreed, anywhere, first_process, once
-from chai_jax.progress import console
+from chai_jax.progress import console, print_table
 from chai_jax.report.page import write_page
 from chai_jax.report.saved import read_records
 from chai_jax.report.tables import as_csv, markdown, terminal
@@ -51,6 +48,7 @@ def run(config: RunConfig) -> Record:
         InputError: anything that cannot be used, found out before the work starts where that is possible.
     """
     began = time.monotonic()
+    config.check()
     order = parse_order(config.order)
     plan = Plan.read(config.plan) if config.plan else None
     config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
@@ -61,7 +59,7 @@ def run(config: RunConfig) -> Record:
         raise InputError(
             f"{config.model} is clustered already; expected a dense model: start from the one it was made from"
         )
-    teacher = load(config.teacher) if config.teacher else None
+    teacher = None if config.teacher is None else load(config.teacher)
     check_request(config, source, plan, teacher)
     job = Job(config, folder, open_work(config, source), source, teacher, began)
     with folder.open():
@@ -72,7 +70,6 @@ def run(config: RunConfig) -> Record:
 
 def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
     """Refuse, before the work starts, what a later stage would refuse."""
-    config.operation.at(Path(), None)
     if plan is not None:
         plan.check_model(source.config.num_layers, source.config.num_heads, source.config.hidden_size)
         if "target" in parse_order(config.order):
@@ -139,7 +136,7 @@ class Job:
         """Run a stage and record it, or take up what an earlier, interrupted run recorded."""
         if not self.folder.finished(index, stage.name):
             self._stop_if_asked(stage.name)
-            console.print(f"[bold]{stage.name}[/bold]", highlight=False)
+            console.print(stage.name, style="bold")
             began = time.monotonic()
             model = stage.apply(self.model)
             spent = time.monotonic() - began
@@ -256,7 +253,7 @@ class Job:
         with new_folder(path / "model") as copy:
             best = self.folder.stage_path(chosen, self.done[chosen])
             shutil.copytree(best / "model", copy, dirs_exist_ok=True)
-        write_json(path / "results.json", records)
+        write_json(path / "results.json", finite(records))
 
     def _held_out_cost(self, model: Model) -> float:
         """1 - accuracy (or, of a text, the loss) on held-out training examples."""
@@ -285,8 +282,3 @@ def summary(record: Record) -> Record:
         **{name: metrics[name] for name in (*score, "n")},
         **{name: record[name] for name in sizes},
     }
-
-
-def print_table(table: Any) -> None:
-    """Print a rich table on stdout, whole where stdout is no terminal."""
-    Console(width=None if sys.stdout.isatty() else 180).print(table)

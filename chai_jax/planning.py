@@ -54,9 +54,7 @@ def check_options(wanted: PlanConfig, config: OPTConfig) -> None:
     clusters = parse_clusters(wanted.clusters or "elbow")
     if clusters != "elbow":
         cluster_count(clusters, np.zeros((config.num_heads, 1)))
-    for name, fraction in (("--layers", wanted.layers), ("--rank", wanted.rank)):
-        if fraction is not None and not 0 <= fraction <= 1:
-            raise InputError(f"{name} is {fraction}; expected a fraction from 0 to 1")
+    parse_list("--storages", wanted.storages, STORAGES)
     if wanted.kv_budget is not None:
         budget_of(wanted).check_layers(config.num_layers)
     elif wanted.model_budget is not None:

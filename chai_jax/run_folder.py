@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from chai_jax.errors import InputError
-from chai_jax.files.atomic import check_writable, new_folder, read_jsonl, write_json, write_jsonl, write_text
+from chai_jax.files.atomic import check_writable, finite, new_folder, read_jsonl, write_json, write_jsonl, write_text
 from chai_jax.files.lock import LOCK, Busy, holder, locked
 from chai_jax.model.model import Model
 from chai_jax.processes import agreed, first_process, once
@@ -114,7 +114,7 @@ class RunFolder:
             with new_folder(self.stage_path(index, name)) as folder:
                 model.save(folder / "model")
                 write_jsonl(folder / "predictions.jsonl", predictions)
-                (folder / "record.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+                write_json(folder / "record.json", finite(record))
 
         once(write)
 

@@ -9,13 +9,20 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from chai_jax.config import DeviceConfig
+from chai_jax.config import DeviceConfig, check_seed
 from chai_jax.errors import InputError
 from chai_jax.processes import once
-from chai_jax.progress import console
+from chai_jax.progress import console, print_table
 
 Options = dict[str, Any]
 UNTOLD = ("devices", "out")  # options that decide no number
+BOUNDS = {
+    "new-tokens": (1, 2**20),
+    "question": (1, 2**20),
+    "trials": (1, 10**6),
+    "tokens": (0, 10**9),
+    "threads": (1, 2**12),
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,6 @@ class BenchCommand:
         from chai_jax.measure.peers import AWAKE, PEERS, check_peer
         from chai_jax.measure.sweep import sweep
         from chai_jax.model import kernels
-        from chai_jax.pipeline import print_table
         from chai_jax.report.bench import COLUMNS, note, write
         from chai_jax.report.tables import terminal
 
@@ -112,11 +118,11 @@ class BenchCommand:
         """
         if not self.models:
             raise InputError("no MODEL; expected one or more: hub ids, folders, toy or random:facebook/opt-125m")
-        least = {"new-tokens": 1, "question": 1, "trials": 1, "tokens": 0, "seed": 0, "threads": 1}
-        for name, bound in least.items():
+        check_seed(self.seed, "--seed")
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name.replace("-", "_"))
-            if value is not None and value < bound:
-                raise InputError(f"--{name} is {value}; expected at least {bound}")
+            if value is not None and not least <= value <= most:
+                raise InputError(f"--{name} is {value}; expected at least {least} and at most {most:,}")
         given = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in UNTOLD}
         lists = {
             "batch": numbers("batch", self.batch, int),
@@ -160,7 +166,7 @@ def open_model(source: str, seed: int) -> Any:
 
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
-    """Whole numbers from 1, or fractions above 0 and up to 1, of a list with commas: each once, in the order given.
+    """What a list with commas holds, each once, in its order: whole numbers from 1 to 2^20, or fractions up to 1.
 
     Raises:
         InputError: something else is in it.
@@ -171,8 +177,9 @@ def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:
             value = kind(part)
         except ValueError:
             value = kind(-1)
-        if not (value >= 1 if kind is int else 0 < value <= 1):
-            expected = "whole numbers from 1, such as 1,8" if kind is int else "fractions above 0, up to 1: 0.25,0.5"
+        if not (1 <= value <= 2**20 if kind is int else 0 < value <= 1):
+            counts, shares = "whole numbers from 1 to 1,048,576, such as 1,8", "fractions above 0, up to 1: 0.25,0.5"
+            expected = counts if kind is int else shares
             raise InputError(f"--{name} is {text!r}; expected {expected}")
         found.append(value)
     return list(dict.fromkeys(found))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from chai_jax.config import DeviceConfig
-from chai_jax.progress import console
+from chai_jax.progress import console, print_table
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,6 @@ class AotCommand:
         from chai_jax.measure.tpu import mesh_of, topology
         from chai_jax.model import kernels
         from chai_jax.model.sharding import Layout
-        from chai_jax.pipeline import print_table
         from chai_jax.plans import Plan
 
         config, plan = config_of(self.model), Plan.read(self.plan) if self.plan else None

@@ -46,16 +46,18 @@ class EvaluateCommand:
         if (self.task is None) == (self.text is None):
             raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
         tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
-        if self.samples:
-            check_writable(self.samples)
+        if not tasks and self.text is None:
+            raise InputError(f"--task is {self.task!r}; expected sst2, rte, piqa or toy; several with commas")
+        if self.samples is not None:
+            check_writable(self.samples, "--samples")
         model = load_any(self.model, self.revision)
         if self.text is not None:
             return {str(self.text): perplexity(model, self.text)}
-        baseline = load_any(self.baseline) if self.baseline else None
+        baseline = None if self.baseline is None else load_any(self.baseline)
         found = {}
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
-            if self.samples:
+            if self.samples is not None:
                 once(partial(result.write_samples, self.samples / f"samples_{task.name}.jsonl"))
             found[task.name] = result.metrics()
         return found

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 import tyro
 from tyro.conf import Positional
 
-from chai_jax.config import DeviceConfig, PlanConfig, RunConfig
+from chai_jax.config import DeviceConfig, PlanConfig, RunConfig, check_seed
+from chai_jax.progress import print_table
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,14 @@ class PlanCommand:
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
-        from chai_jax.files.atomic import check_writable, write_json
-        from chai_jax.pipeline import print_table
+        from chai_jax.files.atomic import claim_file, write_json
         from chai_jax.planning import plan_for
         from chai_jax.processes import once
         from chai_jax.work import open_work
 
-        check_writable(self.out.parent)
+        check_seed(self.seed, "--seed")
+        self.planning.check()
+        out = claim_file(self.out)
         planning = self.planning.filled(toy=self.model == "toy")
         config = RunConfig(
             self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
@@ -46,7 +48,7 @@ class PlanCommand:
         model = load_any(self.model, seed=self.seed)
         costs = self.out.with_suffix(".costs.json")
         plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
-        once(lambda: write_json(self.out, plan.to_json()))
+        once(lambda: write_json(out, plan.to_json()))
         print_table(explain_table(plan, model.config))
         return {"plan": str(self.out), "layers": explain(plan, model.config)}
 
@@ -63,10 +65,9 @@ class ExplainCommand:
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
-        from chai_jax.pipeline import print_table
         from chai_jax.plans import Plan
 
         plan = Plan.read(self.plan)
-        config = load_any(self.model).config if self.model else None
+        config = None if self.model is None else load_any(self.model).config
         print_table(explain_table(plan, config))
         return {"layers": explain(plan, config)}

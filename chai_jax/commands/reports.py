@@ -22,12 +22,9 @@ class ReportCommand:
 
     def run(self) -> Any:
         from chai_jax.errors import InputError
-        from chai_jax.files.atomic import check_writable
+        from chai_jax.files.atomic import claim_file
         from chai_jax.report.page import write_page
 
         if not self.runs:
             raise InputError("no RUN; expected one or more folders that chai-jax run wrote")
-        if self.out.is_dir():
-            raise InputError(f"{self.out} is a folder; expected a file for the page: add its name to -o")
-        check_writable(self.out.parent)
-        return write_page(self.runs, self.out)
+        return write_page(self.runs, claim_file(self.out))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.errors import InputError
+from chai_jax.files.paths import user_path
+from chai_jax.reading import reason, shown
 
 OWNER = uuid.uuid4().hex[:12]  # of the temporary files of this process, in their names
 
@@ -99,6 +102,15 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def finite(value: Any) -> Any:
+    """`value` as JSON can hold it: numbers that are infinite or none at all become null."""
+    if isinstance(value, dict):
+        return {name: finite(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects that `write_jsonl` wrote."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -107,29 +119,73 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
 def claim_folder(path: Path) -> Path:
     """Check, before any work, that `path` can become a new output folder: absent or empty, its parent writable.
 
+    Returns:
+        Where to put it: `path`, or the empty folder that it is a link to.
+
     Raises:
         InputError: `path` is a file, holds something, or cannot be written.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    target = _target(user_path(path))
+    if target.exists() and not _is_empty(target):
         raise _taken(path)
-    check_writable(path)
-    return path
+    if target == Path.cwd():
+        raise InputError(f"{shown(path)} is the folder you are in; expected a new or empty one: choose another --out")
+    _check_writable(target.parent, target.name)
+    return target
+
+
+def claim_file(path: Path) -> Path:
+    """Check, before any work, that a file can be written to `path`, where there may be one already.
+
+    Returns:
+        Where to write it: `path`, or the file that it is a link to.
+
+    Raises:
+        InputError: `path` is a folder or a device, or cannot be written.
+    """
+    target = _target(user_path(path))
+    if target.is_dir():
+        raise InputError(f"{shown(path)} is a folder; expected a file: add its name to --out")
+    if target.exists() and not target.is_file():
+        raise InputError(f"{shown(path)} is no regular file; expected one, or a new one: choose another --out")
+    _check_writable(target.parent, target.name)
+    return target
+
+
+def _target(path: Path) -> Path:
+    """`path`, or what it is a link to: a rename onto a link would not follow it."""
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{shown(path)} is a link to nothing; expected a new name: choose another --out")
+    return path.resolve() if path.exists() else path
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether `path` is a folder with nothing in it; false where it may not be looked into."""
+    try:
+        return not any(path.iterdir())
+    except OSError:
+        return False
 
 
 def _taken(path: Path) -> InputError:
-    return InputError(f"{path} already holds something; expected a new or empty folder: choose another --out")
+    return InputError(f"{shown(path)} already holds something; expected a new or empty folder: choose another --out")
 
 
 def check_writable(path: Path, option: str = "--out") -> None:
     """Raise InputError, which names `option`, unless a file can be made in `path` or its nearest parent that exists."""
-    folder = path
-    while not folder.exists():
+    _check_writable(path, "", option)
+
+
+def _check_writable(folder: Path, name: str, option: str = "--out") -> None:
+    """Likewise, where a file or folder `name` will be made in `folder` by way of a temporary sibling."""
+    longest = name
+    while not os.path.lexists(folder):  # a link to nothing is something, in which nothing can be made
+        longest = max(longest, folder.name, key=lambda part: len(os.fsencode(part)))
         folder = folder.parent
     try:
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.NamedTemporaryFile(prefix=f".{longest}.", dir=folder):
             pass
     except OSError as error:
-        reason = error.strerror or error
         raise InputError(
-            f"cannot write to {folder} ({reason}); expected a writable folder: choose another {option}"
+            f"cannot write to {shown(folder)} ({reason(error)}); expected a writable folder: choose another {option}"
         ) from None

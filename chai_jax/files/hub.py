@@ -4,7 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chai_jax.errors import InputError
+from chai_jax.files.paths import user_path
 from chai_jax.files.weights import FORMATS
+from chai_jax.reading import shown
 
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 
@@ -16,24 +18,27 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     variables of huggingface_hub (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...) apply; without network the cache serves.
 
     Raises:
-        InputError: no such folder or id; a revision of a folder; the hub out of reach and the id not in the cache.
+        InputError: no such folder or id, or no path that can be; a revision of a folder; the hub out of reach and the
+            id not in the cache.
     """
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         if revision is not None:
             raise InputError(
-                f"{source} is a folder, which has no revision {revision!r}; expected a hub id: leave it out"
+                f"{shown(source)} is a folder, which has no revision {revision!r}; expected a hub id: leave it out"
             )
         return path
     if path.exists():
-        raise InputError(f"{source} is a file; expected a model folder or a hub id: give the folder it is in")
+        raise InputError(f"{shown(source)} is a file; expected a model folder or a hub id: give the folder it is in")
     if isinstance(source, Path):
         raise _nothing(source)
     return _download(source, revision)
 
 
 def _nothing(source: str | Path) -> InputError:
-    return InputError(f"there is no folder {source}; expected a model folder or a hub id such as facebook/opt-125m")
+    return InputError(
+        f"there is no folder {shown(source)}; expected a model folder or a hub id such as facebook/opt-125m"
+    )
 
 
 def cached(repo: str, revision: str | None = None) -> Path | None:

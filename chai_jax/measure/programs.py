@@ -3,7 +3,6 @@
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,6 +22,7 @@ from chai_jax.config import DistilConfig, TargetConfig, TrainConfig
 from chai_jax.data.questions import Questions, padded_length
 from chai_jax.errors import InputError
 from chai_jax.files.hf_config import parse_config
+from chai_jax.files.paths import user_path
 from chai_jax.model import kernels
 from chai_jax.model.params import OPTConfig, Params, init
 from chai_jax.model.quantized import is_leaf
@@ -63,7 +63,7 @@ def config_of(model: str) -> OPTConfig:
     """
     if model in KNOWN:
         return KNOWN[model]
-    path = Path(model) / "config.json"
+    path = user_path(model) / "config.json"
     if not path.is_file():
         raise InputError(f"{model} is no folder with a config.json; expected one, or one of {', '.join(KNOWN)}")
     return parse_config(read_json(path), str(path))

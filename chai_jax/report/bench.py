@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from chai_jax.files.atomic import write_json, write_text
+from chai_jax.files.atomic import finite, write_json, write_text
 from chai_jax.report.figures import pareto
 from chai_jax.report.tables import Column, Record, as_csv, markdown, percent
 
@@ -86,7 +86,7 @@ def _rates(probe: Record) -> str:
 
 def write(record: Record, out: Path) -> None:
     """Write bench.json, bench.csv, bench.md and the pictures (see `pictures`) into the folder `out`."""
-    write_json(out / "bench.json", record)
+    write_json(out / "bench.json", finite(record))
     write_text(out / "bench.csv", as_csv(record["rows"]))
     text = [markdown(record["rows"], (*COLUMNS, *MORE)), "", f"{note(record)}.", ""]
     write_text(out / "bench.md", "\n".join(text))

@@ -187,7 +187,9 @@ def draw_front(path: Path, rows: Sequence[Row], measure: Measure, note: str) -> 
     pareto(path, [*line, *rows], [(measure.name, measure.label)], COST, f"Bars: 95 % intervals. {note}")
 
 
-def _around(value: float, error: float) -> list[float]:
+def _around(value: float | None, error: float | None) -> list[float | None]:
+    if value is None or error is None:  # not finite
+        return [value, value]
     return [value - 1.96 * error, value + 1.96 * error]
 
 

@@ -14,7 +14,7 @@ from chai_jax.report.figures import DPI
 from chai_jax.report.gallery import Picture, draw, draw_front, scores
 from chai_jax.report.markup import Markup, escape, image, join, pairs, table, tag
 from chai_jax.report.saved import SavedRun
-from chai_jax.report.tables import COLUMNS, Column, Record, percent, score
+from chai_jax.report.tables import COLUMNS, Column, Record, number, percent, score
 
 PIXELS_PER_INCH = 96
 FITS_A_PHONE = 560  # CSS pixels: shrunk to a phone's width, letters are still readable
@@ -44,7 +44,10 @@ def _calibration(record: Record) -> str:
 DETAILS: tuple[Column, ...] = (
     *COLUMNS[:-1],
     ("ECE [95 %]", _calibration),
-    ("loss ± s.e. (nats)", lambda record: f"{record['metrics']['loss']:.4f} ± {record['metrics']['loss_stderr']:.4f}"),
+    (
+        "loss ± s.e. (nats)",
+        lambda record: " ± ".join(number(record["metrics"][name], ".4f") for name in ("loss", "loss_stderr")),
+    ),
     ("took (s)", lambda record: f"{record['seconds']:,.1f}"),
 )
 LATENCIES: tuple[Column, ...] = (

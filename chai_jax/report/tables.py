@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,11 @@ from rich.table import Table
 
 Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str]]
+
+
+def number(value: float | None, form: str = ".2f", scale: float = 1) -> str:
+    """`scale` times a figure as text; "-" where there is none, or none that is finite: JSON has null for both."""
+    return "-" if value is None or not math.isfinite(value) else format(scale * value, form)
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -19,8 +25,8 @@ def score(record: Record) -> str:
     """Accuracy or perplexity with its standard error."""
     metrics = record["metrics"]
     if "acc" in metrics:
-        return f"{100 * metrics['acc']:.1f} ± {100 * metrics['acc_stderr']:.1f} %"
-    return f"ppl {metrics['perplexity']:.2f} ± {metrics['perplexity_stderr']:.2f}"
+        return f"{100 * metrics['acc']:.1f} ± {number(metrics['acc_stderr'], '.1f', 100)} %"
+    return f"ppl {number(metrics['perplexity'])} ± {number(metrics['perplexity_stderr'])}"
 
 
 def _difference(record: Record) -> str:
@@ -28,8 +34,8 @@ def _difference(record: Record) -> str:
     if paired is None:
         return "-"
     scale, unit = (100, " pts") if "acc" in record["metrics"] else (1, " nats")
-    low, high = (scale * bound for bound in record["metrics"]["difference_interval"])
-    return f"{scale * paired:+.{1 if scale == 100 else 3}f}{unit} [{low:+.2f}, {high:+.2f}]"
+    low, high = (number(bound, "+.2f", scale) for bound in record["metrics"]["difference_interval"])
+    return f"{scale * paired:+.{1 if scale == 100 else 3}f}{unit} [{low}, {high}]"
 
 
 def _flips(record: Record) -> str:

@@ -123,7 +123,9 @@ def scatter3d(
 
 
 def _range(values: np.ndarray) -> tuple[float, float]:
-    """From the least to the greatest, and a little to both sides, so that one point lies in the middle."""
+    """From the least to the greatest, with room on both sides, so that one point is in the middle; of none 0 to 1."""
+    if not len(values):
+        return 0.0, 1.0
     room = 0.08 * float(np.ptp(values)) or 0.5
     return float(values.min()) - room, float(values.max()) + room
 
