@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From below to above; what shares a line may import each other.
 ORDER = """
-errors progress processes peaks
+errors progress processes peaks canaries
 reading
 config spec data
 plans
