@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from chai_jax.canaries import outcomes
 from chai_jax.model import kernels
 from chai_jax.model.kernels import cpu
 from chai_jax.model.model import compute_dtype
@@ -49,11 +50,10 @@ def _quantized_weights() -> str:
 
 
 def environment() -> dict[str, Any]:
-    """All of it, for `chai-jax env`, with what new tokens are attended by; of one CPU, whether its matrix unit is used,
-    or what keeps it from its kernels."""
+    """All of it, for `chai-jax env`, with what new tokens are attended by; of one CPU, what keeps it from its kernels;
+    and whether this jax computes rightly on CPUs (`chai_jax.canaries`)."""
     attention = kernels.resolved("auto", jax.devices())
-    about: dict[str, Any] = {}
-    if kernels.one_cpu(jax.devices()):
-        about = {"matrix_unit": cpu.matrix_unit()} if attention == "native" else {"no_kernels": cpu.why_not()}
-    system = {"machine": platform.machine(), "system": platform.system()}
+    without = kernels.one_cpu(jax.devices()) and attention != "native"
+    about = {"no_kernels": cpu.why_not()} if without else {}
+    system = {"machine": platform.machine(), "system": platform.system(), "canaries": outcomes()}
     return {"versions": versions(), **where_computed(), "attention": attention, **about, **system}

@@ -18,7 +18,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From below to above; what shares a line may import each other.
 ORDER = """
-errors progress processes peaks stopping
+errors progress processes peaks stopping canaries
 reading fields
 config spec data
 plans

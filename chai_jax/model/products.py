@@ -29,19 +29,18 @@ def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..
 def _on_cpu(
     equation: str, operands: tuple[Array, Array], row: str, plain: Callable[..., Array]
 ) -> Callable[..., Array] | None:
-    """How CPUs multiply these, if not as all do: rows and a matrix by a kernel where there is one for so many.
+    """How CPUs multiply these, if not as all do: a few rows and a matrix by a kernel, where there are kernels.
 
-    Elsewhere XLA takes five to seven times as long for one row of bfloat16 as for two, which take the CPU's matrix unit
-    (AMX) or its instructions for bfloat16 where there are any: there a single row is multiplied twice.
+    Elsewhere XLA takes five to seven times as long for one row of bfloat16 as for two, which take the CPU's
+    instructions for bfloat16 where there are any: there a single row is multiplied twice.
     """
     terms, result = equation.split("->")
     names = terms.split(",")
     at = next(place for place, letters in enumerate(names) if row in letters)
     mine, other, dtype = names[at], names[1 - at], operands[1 - at].dtype.name
-    free, shared, own = (
-        "".join(filter(part.__contains__, letters))
-        for part, letters in ((set(mine) - set(other), mine), (set(mine), other), (set(other) - set(mine), other))
-    )
+    free = "".join(letter for letter in mine if letter not in other)
+    shared = "".join(letter for letter in other if letter in mine)
+    own = "".join(letter for letter in other if letter not in mine)
     size = dict(zip(mine + other, operands[at].shape + operands[1 - at].shape, strict=True))
     rows, summed, columns = (math.prod(size[letter] for letter in letters) for letters in (free, shared, own))
     turned = other == own + shared

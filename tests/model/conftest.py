@@ -32,7 +32,6 @@ def random_params() -> Callable[[OPTConfig, Spec, float], Params]:
 def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small they are, products are the kernels'."""
     monkeypatch.setattr(products_cpu, "LEAST", 1)
-    monkeypatch.setattr(products_cpu, "MANY_LEAST", 1)
 
 
 @pytest.fixture
@@ -41,13 +40,6 @@ def native() -> Iterator[None]:
     assert not cpu.why_not()
     with using("native"):
         yield
-
-
-@pytest.fixture
-def unit(native: None) -> None:
-    """Those of the matrix unit among them."""
-    if not cpu.matrix_unit():
-        pytest.skip("no matrix unit for bfloat16 in this CPU")
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
-"""cpu.cc and matrix_unit.cc for this machine: compiled once by the C++ compiler that is there, kept, known to XLA.
+"""decode_cpu.cc and products_cpu.cc for this machine: compiled once by the C++ compiler that is there, kept, and known
+to XLA.
 
 XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
-products are made for many rows, and multiply float32 without the matrix unit (measured: README.md). Where no C++
-compiler is found they are what computes.
+products are made for many rows (measured: README.md). Where no C++ compiler is found they are what computes.
+
+A library is code: what is kept is loaded only from a folder and a file that nobody but the user can write.
 """
 
 import ctypes
@@ -11,6 +13,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 import warnings
@@ -20,15 +23,16 @@ from pathlib import Path
 
 import jax
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cc", "matrix_unit.cc", "parallel.h")]
+from chai_jax.reading import reason, shown
+
+SOURCES = [Path(__file__).with_name(name) for name in ("decode_cpu.cc", "products_cpu.cc")]
+HEADERS = [Path(__file__).with_name(name) for name in ("checks.h", "parallel.h", "vectors.h")]
 COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math, which would change how the whole process rounds.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
-         "-shared", "-fPIC", "-w")  # fmt: skip
+         "-shared", "-fPIC", "-Wall", "-Wextra")  # fmt: skip
 TARGETS = ("chai_jax_attention", "chai_jax_few_rows")
-UNIT_TARGETS = ("chai_jax_many_rows",)  # on CPUs with a matrix unit alone
-SECONDS = 120  # that compiling may take
-_registered: set[str] = set()
+SECONDS = 300  # that compiling may take: some fifteen of an idle core, and others may compute too
 
 
 def compiler() -> tuple[str, ...]:
@@ -46,11 +50,6 @@ def available() -> bool:
     return not why_not()
 
 
-def matrix_unit() -> bool:
-    """Whether there are the kernels of CPUs with a matrix unit for bfloat16 (Intel's AMX)."""
-    return available() and _registered.issuperset(UNIT_TARGETS)
-
-
 @cache
 def why_not() -> str:
     """Why there are no kernels, one line; empty where there are. The first call compiles them, a few seconds."""
@@ -58,48 +57,94 @@ def why_not() -> str:
     if not found:
         return f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names)"
     try:
-        library = ctypes.CDLL(str(_built(*found)))
+        library = _library(found)
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
         reason = next((line for line in said if "error" in line), said[0] if said else type(error).__name__)
         warnings.warn(f"{shlex.join(found)} made no kernels for this CPU, XLA computes: {reason}", stacklevel=2)
         return f"{shlex.join(found)} failed: {reason}"
-    for name in (*TARGETS, *(UNIT_TARGETS if library.chai_jax_matrix_unit() else ())):
-        _registered.add(name)
+    for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return ""
 
 
-def _built(*compiler: str) -> Path:
-    """The library, from the user's cache where it is there: of this source, compiler, jaxlib and kind of CPU.
+def _library(compiler: tuple[str, ...]) -> ctypes.CDLL:
+    """The library: from the user's cache folder, where it is kept, or else made for this process alone.
 
     Raises:
         OSError, subprocess.SubprocessError: it could not be made.
     """
-    flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
-    told = (
-        *(source.read_text(encoding="utf-8") for source in SOURCES),
-        *compiler,
-        *flags,
-        metadata.version("jaxlib"),
-        _processor(),
-    )
-    name = f"cpu-{hashlib.sha256('|'.join(told).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chai_jax"
-    if (folder / name).is_file():
-        return folder / name
+    name = f"cpu-{_key(compiler)}.so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "chai_jax"
     try:
+        if not folder.is_absolute():
+            raise FileNotFoundError("not an absolute path")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        place = Path(tempfile.mkdtemp(dir=folder))
-    except OSError:  # a home that cannot be written to: for this process alone
-        folder = Path(tempfile.mkdtemp(prefix="chai_jax_"))
-        place = Path(tempfile.mkdtemp(dir=folder))
+        os.close(_opened(folder))
+        if not (folder / name).exists():
+            _compile(compiler, folder / name)
+        return _loaded(folder / name)
+    except OSError as error:  # not to be written, or by others too; damaged; a file system that runs no code
+        kept = f"{shown(folder)} keeps no kernels ({reason(error)})"
+        warnings.warn(f"{kept}: they are compiled anew for every process; expected a folder of yours", stacklevel=3)
+        with tempfile.TemporaryDirectory(prefix="chai_jax_") as private:
+            _compile(compiler, Path(private) / name)
+            return _loaded(Path(private) / name)
+
+
+def _key(compiler: tuple[str, ...]) -> str:
+    """Of all that decides what the library does: source, compiler and its version, flags, jaxlib and kind of CPU."""
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=SECONDS, check=False).stdout
+    told = (
+        *(source.read_bytes() for source in SOURCES + HEADERS),
+        version,
+        *(part.encode() for part in (*compiler, *_flags(), metadata.version("jaxlib"), _processor())),
+    )
+    return hashlib.sha256(b"|".join(told)).hexdigest()[:16]
+
+
+def _flags() -> list[str]:
+    return [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+
+
+def _compile(compiler: tuple[str, ...], library: Path) -> None:
+    """Make the library, whole or not at all; what the compiler warns of is shown."""
+    place = Path(tempfile.mkdtemp(dir=library.parent))
     try:
-        command = [*compiler, *flags, f"-I{jax.ffi.include_dir()}", *map(str, SOURCES[:-1]), "-o", str(place / name)]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=SECONDS)
-        return (place / name).replace(folder / name)
+        made = place / library.name
+        # jaxlib's headers are a system's: of them nothing is warned.
+        command = [*compiler, *_flags(), "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(made)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+        if done.stderr.strip():
+            warnings.warn(f"{shlex.join(compiler)} on the kernels for CPUs:\n{done.stderr.strip()}", stacklevel=2)
+        made.chmod(0o600)  # whatever the umask
+        made.replace(library)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+def _opened(path: Path) -> int:
+    """A descriptor of a file or folder that belongs to the user, and that nobody else can write.
+
+    Raises:
+        OSError: it cannot be opened, or is not so.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    found = os.fstat(handle)
+    if found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return handle
+    os.close(handle)
+    raise PermissionError(f"{shown(path.name)} belongs to another user, or others can write it")
+
+
+def _loaded(library: Path) -> ctypes.CDLL:
+    """A library of ours: the very file that was looked at, where the system can name it, whatever its path says by now.
+
+    Its descriptor stays open, since libraries are told apart by name, and this name must not come again.
+    """
+    handle = _opened(library)
+    same = Path(f"/proc/self/fd/{handle}")
+    return ctypes.CDLL(str(same if same.exists() else library))
 
 
 def _processor() -> str:

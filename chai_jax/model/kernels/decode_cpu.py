@@ -1,4 +1,4 @@
-"""Attention of one new token on a CPU (cpu.cc): a task for each cluster of each sequence.
+"""Attention of one new token on a CPU (decode_cpu.cc): a task for each cluster of each sequence.
 
 Columns that no token of the sequence uses, before and behind, are not read.
 """

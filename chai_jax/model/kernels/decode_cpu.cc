@@ -1,0 +1,208 @@
+// Attention of one new token over a stored cache, for CPUs.
+//
+// It is bound by memory: each key and value is read once, from several places of an array at a time, since one stream does
+// not fill a core's queue of loads. Compiled and registered by cpu.py; called by decode_cpu.py.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "checks.h"
+#include "parallel.h"
+#include "vectors.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+namespace ffi = xla::ffi;
+
+// e^x of x <= 0 (Cephes' expf, Moshier 1989: its relative error is below 2^-22), and 0 where that is no normal number.
+inline float Exp(float x) {
+  float clipped = std::max(x, -87.0f);
+  float power = std::floor(clipped * 1.44269504f + 0.5f);
+  float rest = clipped - power * 0.693359375f + power * 2.12194440e-4f;
+  float found = 1.9875691500e-4f;
+  for (float next : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    found = found * rest + next;
+  found = found * rest * rest + rest + 1.0f;
+  int32_t bits = (static_cast<int32_t>(power) + 127) << 23;
+  float two_to_power;
+  std::memcpy(&two_to_power, &bits, sizeof bits);
+  return x < -87.0f ? 0.0f : found * two_to_power;
+}
+
+constexpr int kStreams = 4;  // columns read at once, from as many stretches of the cache
+constexpr int kAhead = 2048;  // bytes
+
+template <typename T>
+inline void Prefetch(const T* row, int64_t rank) {
+  auto* bytes = reinterpret_cast<const char*>(row) + kAhead;
+  for (int64_t at = 0; at < static_cast<int64_t>(rank * sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
+}
+
+// scores[s] = <query, keys[s]>; kRank is the rank where it is known when this is compiled, else 0.
+template <int kRank, typename T>
+void Scores(const float* query, const T* keys, int64_t columns, int64_t any_rank, float* scores) {
+  const int64_t rank = kRank ? kRank : any_rank, whole = rank / kLanes * kLanes, stretch = columns / kStreams;
+  auto score = [&](int64_t column) {
+    const T* key = keys + column * rank;
+    Prefetch(key, rank);
+    Vec sums = {};
+    for (int64_t at = 0; at < whole; at += kLanes) sums += Load(query + at) * Load(key + at);
+    float total = Sum(sums);
+    for (int64_t at = whole; at < rank; ++at) total += query[at] * ToFloat(key[at]);
+    scores[column] = total;
+  };
+  for (int64_t column = 0; column < stretch; ++column)
+    for (int stream = 0; stream < kStreams; ++stream) score(column + stream * stretch);
+  for (int64_t column = kStreams * stretch; column < columns; ++column) score(column);
+}
+
+// sums[r] = sum over s of weights[s] * values[s][r].
+template <int kRank, typename T>
+void Mix(const float* weights, const T* values, int64_t columns, int64_t any_rank, float* sums) {
+  const int64_t rank = kRank ? kRank : any_rank, whole = rank / kLanes * kLanes, stretch = columns / kStreams;
+  std::fill(sums, sums + rank, 0.0f);
+  for (int64_t column = 0; column < stretch; ++column) {
+    const T* rows[kStreams];
+    float weight[kStreams];
+    for (int stream = 0; stream < kStreams; ++stream) {
+      rows[stream] = values + (column + stream * stretch) * rank;
+      weight[stream] = weights[column + stream * stretch];
+      Prefetch(rows[stream], rank);
+    }
+    for (int64_t at = 0; at < whole; at += kLanes) {
+      Vec sum = Load(sums + at);
+      for (int stream = 0; stream < kStreams; ++stream) sum += weight[stream] * Load(rows[stream] + at);
+      Store(sums + at, sum);
+    }
+    for (int64_t at = whole; at < rank; ++at)
+      for (int stream = 0; stream < kStreams; ++stream) sums[at] += weight[stream] * ToFloat(rows[stream][at]);
+  }
+  for (int64_t column = kStreams * stretch; column < columns; ++column)
+    for (int64_t at = 0; at < rank; ++at) sums[at] += weights[column] * ToFloat(values[column * rank + at]);
+}
+
+// The weights' sum; they are relative to the highest score.
+float SoftmaxWeights(float* scores, const bool* allowed, int64_t columns) {
+  constexpr float masked = std::numeric_limits<float>::lowest();  // as in columns.py
+  float highest = masked, total = 0;
+#ifndef __clang__  // which takes no maximum of float32 by vectors where there may be NaN, and warns of it
+#pragma omp simd reduction(max : highest)
+#endif
+  for (int64_t column = 0; column < columns; ++column) {
+    scores[column] = allowed[column] ? scores[column] : masked;
+    highest = scores[column] > highest ? scores[column] : highest;
+  }
+#pragma omp simd reduction(+ : total)
+  for (int64_t column = 0; column < columns; ++column) {
+    scores[column] = Exp(scores[column] - highest);
+    total += scores[column];
+  }
+  return total;
+}
+
+// One group's arrays: query [B, C, q, R], keys [B, C, S, R], values [B, C v, S, Rv], int8's scales [B, heads, S] or
+// nullptr, allowed [B, S], out [B, C, q v, Rv].
+template <typename T>
+struct Group {
+  const float* query;
+  const T *keys, *values;
+  const BFloat16 *key_scale, *value_scale;
+  const bool* allowed;
+  float* out;
+  int64_t batch, clusters, queries, heads, columns, rank, value_rank;
+
+  // Attention of one cluster of one sequence, over the columns that the sequence may read, and those between them.
+  template <int kRank>
+  void Attend(int64_t sequence, int64_t cluster) const {
+    const bool* readable = allowed + sequence * columns;
+    int64_t first = std::find(readable, readable + columns, true) - readable, end = columns;
+    const bool none = first == columns;  // then it reads all alike
+    if (none) first = 0;
+    while (!none && !readable[end - 1]) --end;
+    const int64_t count = end - first, at = sequence * clusters + cluster;
+    std::vector<float> scores(count), weights(count);
+    for (int64_t row = 0; row < queries; ++row) {
+      Scores<kRank>(query + (at * queries + row) * rank, keys + (at * columns + first) * rank, count, rank,
+                    scores.data());
+      if (key_scale) Scale(scores, key_scale + at * columns + first, scores);
+      float total = SoftmaxWeights(scores.data(), readable + first, count);
+      for (int64_t head = 0; head < heads; ++head) {
+        const int64_t value = at * heads + head;
+        if (value_scale) Scale(scores, value_scale + value * columns + first, weights);
+        float* sums = out + ((at * queries + row) * heads + head) * value_rank;
+        Mix<kRank>((value_scale ? weights : scores).data(), values + (value * columns + first) * value_rank, count,
+                   value_rank, sums);
+        for (int64_t entry = 0; entry < value_rank; ++entry) sums[entry] /= total;
+      }
+    }
+  }
+
+  static void Scale(const std::vector<float>& from, const BFloat16* scale, std::vector<float>& to) {
+    for (size_t column = 0; column < from.size(); ++column) to[column] = from[column] * ToFloat(scale[column]);
+  }
+};
+
+// `scales`: those of int8 keys and values, or none.
+template <typename T>
+ffi::Error AttendAll(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::BufferR2<ffi::PRED> allowed, const BFloat16* const (&scales)[2], float* out) {
+  auto asked = query.dimensions(), key = keys.dimensions(), value = values.dimensions();
+  Group<T> group{query.typed_data(),
+                 static_cast<const T*>(keys.untyped_data()),
+                 static_cast<const T*>(values.untyped_data()),
+                 scales[0], scales[1], allowed.typed_data(), out,
+                 key[0], key[1], asked[2], value[1] / key[1], key[2], key[3], value[3]};
+  bool usual = group.rank == 64 && group.value_rank == 64;  // every OPT up to 1.3b, but for what was cut
+  const int64_t bytes = keys.size_bytes() + values.size_bytes();
+  return AllDone(InParallel(pool, group.batch * group.clusters, bytes, [&](int64_t task) {
+    int64_t sequence = task / group.clusters, cluster = task % group.clusters;
+    usual ? group.template Attend<64>(sequence, cluster) : group.template Attend<0>(sequence, cluster);
+  }));
+}
+
+ffi::Error Attention(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::BufferR2<ffi::PRED> allowed, ffi::RemainingArgs scales,
+                     ffi::ResultBufferR4<ffi::F32> out) {
+  auto asked = query.dimensions(), key = keys.dimensions(), value = values.dimensions();
+  if (key.size() != 4 || value.size() != 4) return Wrong("keys and values have four axes");
+  const int64_t batch = key[0], clusters = key[1], columns = key[2], queries = asked[2], heads = value[1];
+  if (clusters < 1 || columns < 1 || heads % clusters) return Wrong("expected columns, and as many values for each key");
+  if (!Is(asked, {batch, clusters, queries, key[3]}) || !Is(value, {batch, heads, columns, value[3]}) ||
+      !Is(allowed.dimensions(), {batch, columns}) ||
+      !Is(out->dimensions(), {batch, clusters, queries * (heads / clusters), value[3]}))
+    return Wrong("expected query [B, C, q, R], keys [B, C, S, R], values [B, C v, S, Rv], allowed [B, S] and out "
+                 "[B, C, q v, Rv]");
+
+  const auto stored = keys.element_type();
+  if (values.element_type() != stored) return Wrong("keys and values are of one type");
+  if (scales.size() != (stored == ffi::S8 ? 2 : 0)) return Wrong("expected two scales of int8, and of others none");
+  const BFloat16* scale[2] = {nullptr, nullptr};
+  for (size_t index = 0; index < scales.size(); ++index) {
+    auto given = scales.get<ffi::BufferR3<ffi::BF16>>(index);
+    if (!given || !Is(given->dimensions(), {batch, index ? heads : clusters, columns}))
+      return Wrong("expected scales of bfloat16 [B, heads, S]");
+    scale[index] = reinterpret_cast<const BFloat16*>(given->untyped_data());
+  }
+  switch (stored) {
+    case ffi::F32: return AttendAll<float>(pool, query, keys, values, allowed, scale, out->typed_data());
+    case ffi::BF16: return AttendAll<BFloat16>(pool, query, keys, values, allowed, scale, out->typed_data());
+    case ffi::S8: return AttendAll<int8_t>(pool, query, keys, values, allowed, scale, out->typed_data());
+    default: return Wrong("expected keys and values of float32, bfloat16 or int8");
+  }
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(chai_jax_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::BufferR4<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::PRED>>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::BufferR4<ffi::F32>>());
