@@ -5,6 +5,7 @@ callback of a weak reference the exception is swallowed, and the job goes on as 
 """
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,8 +72,6 @@ def safe_point() -> None:
         return
     import jax
 
-    from chai_jax.progress import console
-
     if jax.process_count() == 1:
-        console.print("stopped (SIGTERM): the same command goes on from there")
+        print("stopped (SIGTERM): the same command goes on from there", file=sys.stderr)
         raise Stopped

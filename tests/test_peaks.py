@@ -18,40 +18,44 @@ def device(kind: str, platform: str, coords: list[list[int]]) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("kind", "per_chip", "flops"),
+    ("kind", "per_chip", "chip"),
     [
-        ("TPU v2", 2, 23e12),
-        ("TPU v3", 2, 61.5e12),
-        ("TPU v4", 2, 137.5e12),
-        ("TPU v4", 1, 275e12),
-        ("TPU v5 lite", 1, 197e12),
-        ("TPU v5p", 1, 459e12),
-        ("TPU v6 lite", 1, 918e12),
+        ("TPU v2", 2, "TPU v2"),
+        ("TPU v3", 2, "TPU v3"),
+        ("TPU v4", 2, "TPU v4"),
+        ("TPU v4", 1, "TPU v4"),
+        ("TPU v5 lite", 1, "TPU v5 lite"),
+        ("TPU v5p", 1, "TPU v5"),
+        ("TPU v6 lite", 1, "TPU v6 lite"),
     ],
 )
-def test_a_tpu_has_its_share_of_a_chip(kind: str, per_chip: int, flops: float) -> None:
-    coords = [[chip, 0, 0] for chip in range(4) for _ in range(per_chip)]
-    found = peak(device(kind, "tpu", coords))
+def test_a_tpu_has_its_share_of_a_chip(kind: str, per_chip: int, chip: str) -> None:
+    coords = [[number, 0, 0] for number in range(4) for _ in range(per_chip)]
+    found, whole = peak(device(kind, "tpu", coords)), CHIPS[chip]
     assert found is not None
-    assert found.flops == flops
-    chip = CHIPS[kind.removesuffix("p")]
-    assert chip.hbm is not None
-    assert found.hbm == chip.hbm / per_chip
+    assert whole.hbm is not None
+    assert whole.ici is not None
+    shares = [rate / per_chip for rate in (whole.flops, whole.hbm, whole.ici)]
+    assert [found.flops, found.hbm, found.ici] == shares
 
 
 @pytest.mark.parametrize(
-    ("kind", "flops"),
+    ("kind", "chip"),
     [
-        ("NVIDIA H100 80GB HBM3", 989e12),
-        ("NVIDIA H100 PCIe", 756e12),
-        ("NVIDIA A100-SXM4-40GB", 312e12),
-        ("NVIDIA L4", 121e12),
+        ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
+        ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
+        ("NVIDIA A100-SXM4-40GB", "NVIDIA A100"),
+        ("NVIDIA L40S", None),
     ],
 )
-def test_a_gpu_is_known_by_how_its_name_begins(kind: str, flops: float) -> None:
-    found = peak(device(kind, "gpu", [[0, 0, 0]] * 8))
-    assert found is not None
-    assert found.flops == flops
+def test_a_gpu_is_known_by_how_its_name_begins(kind: str, chip: str | None) -> None:
+    """All of it, though its devices have no coordinates that differ."""
+    assert peak(device(kind, "gpu", [[0, 0, 0]] * 8)) == CHIPS.get(str(chip))
+
+
+def test_no_chip_is_hidden_behind_another() -> None:
+    """Whose name its own begins with."""
+    assert {name: peak(device(name, "gpu", [[0, 0, 0]])) for name in CHIPS} == CHIPS
 
 
 def test_a_cpu_is_not_known() -> None:

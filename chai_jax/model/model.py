@@ -105,7 +105,7 @@ class Model:
 
     def save(self, path: str | Path) -> None:
         """Write the model as a folder (see `chai_jax.files.store.save`)."""
-        from chai_jax.files.store import save  # files and model are one level; at import time this would be a circle
+        from chai_jax.files.store import save  # from above, and so when it is called: `store` imports this module
 
         save(self, path)
 

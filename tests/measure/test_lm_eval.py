@@ -239,8 +239,6 @@ def test_the_command_hands_the_harness_its_options(
     logged = [[float(answer[0]) for answer in line["filtered_resps"]] for line in lines]
     np.testing.assert_array_equal(logged, result.loglikelihoods)
     # Word perplexity by its definition, over three documents; words are what blanks separate, at the ends too.
-    texts = [f" = {word} = \n\n the plot is {word}, said critics.\n" for word in ("dull", "great", "bad")]
-    del texts
     documents = [json.loads(line) for line in written["samples_wikitext"].read_text().splitlines()]
     total = sum(float(document["filtered_resps"][0]) for document in documents)
     words = sum(len(re.split(r"\s+", page)) for page in pages(read_text(data / "wikitext2/test.raw.txt")))

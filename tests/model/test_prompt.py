@@ -323,9 +323,15 @@ def test_sharded_equals_one_device(random_params: RandomParams, model: int) -> N
 def test_half_precision_activations(random_params: RandomParams) -> None:
     config, spec = dataclasses.replace(CONFIG, num_layers=1), spec_of("bfloat16", layers=1)
     params = random_params(config, spec, 0.3)
-    output = compiled(config, spec, params, random_tokens(), PADDING, dtype=jnp.bfloat16)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
+    output = compiled(config, spec, rounded, random_tokens(), PADDING, dtype=jnp.bfloat16)
     assert output.hidden.dtype == jnp.bfloat16
-    assert np.isfinite(np.asarray(output.hidden, np.float32)).all()
+    whole = compiled(config, spec, params, random_tokens(), PADDING)
+    for mine, theirs in zip(*memberships(output), *memberships(whole), strict=True):
+        print(mine, theirs)
+    error = np.abs(np.asarray(output.hidden, np.float32) - np.asarray(whole.hidden))[PADDING]
+    print("ERR", error.max(), error.mean(), np.abs(whole.hidden).max())
+    assert 0 < error.max() < 0.1
 
 
 def test_only_kept_keys_are_stored(random_params: RandomParams) -> None:
