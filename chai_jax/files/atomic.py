@@ -33,7 +33,7 @@ def remove_leftovers(folder: Path, owner: str) -> None:
 
 
 @contextmanager
-def _named_in_failures(path: Path) -> Iterator[None]:
+def named_in_failures(path: Path) -> Iterator[None]:
     """What the system refuses while `path` is written becomes an OSError that names it."""
     try:
         yield
@@ -54,7 +54,7 @@ def new_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _named_in_failures(path):
+        with named_in_failures(path):
             yield temporary
         temporary.chmod(0o644)
         os.replace(temporary, path)
@@ -71,7 +71,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = Path(tempfile.mkdtemp(**_temporary(path)))
     try:
-        with _named_in_failures(path):
+        with named_in_failures(path):
             yield temporary
         temporary.chmod(0o755)
         os.replace(temporary, path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chai_jax.files.atomic import OWNER, remove_leftovers
+from chai_jax.files.atomic import OWNER, named_in_failures, remove_leftovers
 from chai_jax.progress import console
 from chai_jax.reading import parse_json, read_text, reason, shown
 from chai_jax.stopping import safe_point
@@ -46,9 +46,10 @@ def locked(path: Path, wait: str | None = None) -> Iterator[None]:
             # First removed, then forgotten: whoever is killed in between leaves the name to the next.
             if before is not None:
                 remove_leftovers(path.parent, before["owner"])
-            os.ftruncate(handle, 0)
             about = {"host": socket.gethostname(), "pid": os.getpid(), "owner": OWNER}
-            os.pwrite(handle, json.dumps(about).encode(), 0)
+            with named_in_failures(path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(about).encode(), 0)
         yield
     finally:
         if handle is not None:
