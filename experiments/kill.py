@@ -143,11 +143,11 @@ def _untimed(value: Any) -> Any:
 
 def disturbed_runs(command: list[str], root: Path, kills: int, draw: random.Random, seconds: float) -> Iterator[Any]:
     """Runs that were disturbed until `kills` signals have stopped them: each one's folder and its signals."""
-    left = kills
+    left, runs = kills, 0
     while left > 0:
-        out, seen = root / f"run{left}", []
-        while left > 0 and (number := disturb(command, out, draw, seconds)) is not None:
-            seen.append(number.name)
+        out, seen, runs = root / f"run{runs}", [], runs + 1
+        while left > 0 and (sent := disturb(command, out, draw, seconds)) is not None:
+            seen.append(sent.name)
             left -= 1
         if left == 0 and (status := ended(start(command, out))):
             raise SystemExit(f"the last attempt ended with status {status}")

@@ -10,6 +10,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,26 @@ from chai_jax.errors import InputError
 from chai_jax.files.paths import user_path
 from chai_jax.reading import reason, shown
 
-OWNER = uuid.uuid4().hex[:12]  # of the temporary files of this process, in their names
+
+def owner() -> str:
+    """The mark of this process in the names of its temporary files; a fork has its own."""
+    return _mark(os.getpid())
+
+
+@cache
+def _mark(process: int) -> str:
+    return uuid.uuid4().hex[:12]
 
 
 def _temporary(path: Path) -> dict[str, Any]:
     """How a temporary sibling of `path` is named; not much longer than `path` itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return {"prefix": f".{path.name[:40]}.{OWNER}.", "dir": path.parent}
+    return {"prefix": f".{path.name[:40]}.{owner()}.", "dir": path.parent}
 
 
-def remove_leftovers(folder: Path, owner: str) -> None:
-    """Remove, at any depth of `folder`, what a process that was killed was writing; `owner` was its `OWNER`."""
-    for found in list(folder.rglob(f".*.{owner}.*")):
+def remove_leftovers(folder: Path, mark: str) -> None:
+    """Remove, at any depth of `folder`, what a process that was killed was writing; `mark` was its `owner()`."""
+    for found in list(folder.rglob(f".*.{mark}.*")):
         if found.is_dir() and not found.is_symlink():
             shutil.rmtree(found, ignore_errors=True)
         else:
@@ -36,7 +45,7 @@ def remove_leftovers(folder: Path, owner: str) -> None:
 
 
 @contextmanager
-def _named_in_failures(path: Path) -> Iterator[None]:
+def named_in_failures(path: Path) -> Iterator[None]:
     """What the system refuses while `path` is written becomes an OSError that names it."""
     try:
         yield
@@ -57,7 +66,7 @@ def new_file(path: Path) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        with _named_in_failures(path):
+        with named_in_failures(path):
             yield temporary
         temporary.chmod(0o644)
         os.replace(temporary, path)
@@ -74,7 +83,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     """
     temporary = Path(tempfile.mkdtemp(**_temporary(path)))
     try:
-        with _named_in_failures(path):
+        with named_in_failures(path):
             yield temporary
         temporary.chmod(0o755)
         os.replace(temporary, path)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from chai_jax.files.atomic import OWNER, remove_leftovers
+from chai_jax.files.atomic import named_in_failures, owner, remove_leftovers
 from chai_jax.progress import console
 from chai_jax.reading import parse_json, read_text, reason, shown
 from chai_jax.stopping import safe_point
@@ -46,9 +46,10 @@ def locked(path: Path, wait: str | None = None) -> Iterator[None]:
             # First removed, then forgotten: whoever is killed in between leaves the name to the next.
             if before is not None:
                 remove_leftovers(path.parent, before["owner"])
-            os.ftruncate(handle, 0)
-            about = {"host": socket.gethostname(), "pid": os.getpid(), "owner": OWNER}
-            os.pwrite(handle, json.dumps(about).encode(), 0)
+            about = {"host": socket.gethostname(), "pid": os.getpid(), "owner": owner()}
+            with named_in_failures(path):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, json.dumps(about).encode(), 0)
         yield
     finally:
         if handle is not None:
@@ -115,11 +116,11 @@ def _read(path: Path) -> dict[str, str] | None:
     """What a holder wrote of itself; None if it wrote nothing yet, or that file is something else."""
     try:
         about = parse_json(read_text(path, 4096))
-        host, pid, owner = str(about["host"]), int(about["pid"]), str(about["owner"])
+        host, pid, mark = str(about["host"]), int(about["pid"]), str(about["owner"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    known = host.isprintable() and len(host) < 256 and re.fullmatch("[0-9a-f]{12}", owner)
-    return {"host": host, "pid": str(pid), "owner": owner} if known else None
+    known = host.isprintable() and len(host) < 256 and re.fullmatch("[0-9a-f]{12}", mark)
+    return {"host": host, "pid": str(pid), "owner": mark} if known else None
 
 
 def _named(path: Path) -> str:

@@ -1,13 +1,16 @@
 """A file or folder is there whole or not at all."""
 
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from chai_jax.errors import InputError
-from chai_jax.files.atomic import new_file, new_folder, write_json
+from chai_jax.files import atomic
+from chai_jax.files.atomic import new_file, new_folder, owner, write_json
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -46,6 +49,12 @@ def test_a_full_disk_is_an_error_that_names_what_was_written(writing: Any, error
 def test_a_failure_of_another_kind_stays_what_it_is(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="weights"), new_folder(tmp_path / "out"):
         raise KeyError("weights")
+
+
+def test_a_fork_has_a_mark_of_its_own() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(owner).result() == owner()
+    assert atomic._mark(os.getpid()) == owner() != atomic._mark(os.getpid() + 1)
 
 
 def test_the_longest_name_can_be_written(tmp_path: Path) -> None:

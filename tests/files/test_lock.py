@@ -17,7 +17,7 @@ import pytest
 
 from chai_jax.errors import Stopped
 from chai_jax.files import lock
-from chai_jax.files.atomic import OWNER, new_file, new_folder
+from chai_jax.files.atomic import new_file, new_folder, owner
 from chai_jax.files.lock import Busy, holder, locked
 from chai_jax.stopping import listening
 
@@ -75,7 +75,7 @@ def test_a_killed_holder_locks_nobody_out_and_leaves_nothing(path: Path) -> None
         mine = living.enter_context(new_file(root / "plan.json"))
         other = living.enter_context(new_folder(root / "1-cluster"))
         with locked(path):
-            assert json.loads(path.read_text()) == {"host": socket.gethostname(), "pid": os.getpid(), "owner": OWNER}
+            assert json.loads(path.read_text()) == {"host": socket.gethostname(), "pid": os.getpid(), "owner": owner()}
             names = {entry.relative_to(root).as_posix() for entry in root.rglob("*")}
             assert names == {".lock", "deep", ".mine.0123456789ab.x", mine.name, other.name}
     assert not path.exists()
@@ -139,3 +139,15 @@ def test_where_there_are_no_locks_that_is_said(
     with locked(path):
         assert holder(path) is None
     assert "cannot be locked (No locks available)" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_full_disk_is_an_error_that_names_the_lock_and_leaves_none(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*/\.lock'"), locked(path):
+        pass
+    assert not path.exists()
