@@ -140,8 +140,9 @@ def _find(path: Path, module: str, name: str) -> Any:
 
 def _storage(known: dict[str, Storage], pid: Any) -> Storage:
     """The storage of a persistent id; it is added to those that are `known`."""
-    fits = type(pid) is tuple and len(pid) in (5, 6)
-    kind, dtype, key, _, numel, *view = pid if fits else (None,) * 5
+    if type(pid) is not tuple or len(pid) not in (5, 6):
+        raise ValueError("a storage without dtype, key or size")
+    kind, dtype, key, _, numel, *view = pid
     if kind != "storage" or dtype not in DTYPES.values() or not _is_name(key) or not _is_count(numel):
         raise ValueError("a storage without dtype, key or size")
     new = Storage(key, dtype, numel)
