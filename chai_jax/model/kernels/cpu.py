@@ -2,7 +2,7 @@
 to XLA.
 
 XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
-products are made for many rows (measured: README.md). Where no C++ compiler is found they are what computes.
+products are made for many rows (measured: docs/performance.md). Where no C++ compiler is found they are what computes.
 
 A library is code: what is kept is loaded only from a folder and a file that nobody but the user can write.
 """
