@@ -164,5 +164,7 @@ def test_refusals(text: Windows) -> None:
         cluster(bare, latent(4, 4), text)
     with pytest.raises(InputError, match="key_rank 4 with share 'qkv'"):
         dataclasses.replace(plan_of(PARTITION, "qkv", key_rank=4), score_merge="representative").check()
-    with pytest.raises(InputError, match="value_rank 0"):
+    with pytest.raises(InputError, match="value_rank is 0; expected a whole number from 1"):
         latent(4, 0).check()
+    with pytest.raises(InputError, match="layer 0 has rank 1000000; expected at most the model's width, 48"):
+        cluster(model, latent(10**6, 4), text)
