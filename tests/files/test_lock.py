@@ -97,6 +97,23 @@ def test_whatever_the_file_holds_it_is_no_pattern_of_files_to_remove(content: st
         assert (path.parent / ".a.b.c").exists()
 
 
+def test_a_lock_whose_holder_is_just_removing_it_is_made_anew(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a third process would make the file again, and both would hold a lock."""
+    flock, removed = fcntl.flock, False
+
+    def take(handle: int, operation: int) -> None:
+        nonlocal removed
+        flock(handle, operation)
+        if not removed:
+            path.unlink()
+            removed = True
+
+    monkeypatch.setattr(fcntl, "flock", take)
+    with locked(path):
+        assert removed
+        assert holder(path) == f"process {os.getpid()} on {socket.gethostname()}"
+
+
 def test_at_any_time_one_of_many(path: Path) -> None:
     """Each takes a lock that its predecessor is just removing."""
     count = path.parent / "count"
