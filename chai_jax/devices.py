@@ -10,6 +10,7 @@ import jax
 from chai_jax.config import DeviceConfig
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable
+from chai_jax.files.paths import user_path
 from chai_jax.model.model import set_compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh, set_layout
 from chai_jax.processes import first_process
@@ -27,8 +28,9 @@ def start(config: DeviceConfig) -> None:
     """
     join_processes(config)
     if config.compile_cache is not None:
-        check_writable(config.compile_cache, "--compile-cache")
-        jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.absolute()))
+        folder = user_path(config.compile_cache.absolute())
+        check_writable(folder, "--compile-cache")
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         # By default programs that take less than a second are left out: most of a small model's.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     require_backend(config.require_backend)
@@ -78,8 +80,10 @@ def join_processes(config: DeviceConfig) -> None:
     named = [config.coordinator, config.process_count, config.process_id]
     if any(value is not None for value in named) and None in named:
         raise InputError("expected --coordinator HOST:PORT, --process-count and --process-id together, or none of them")
-    coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if not (coordinator or config.distributed or tpu_hosts() > 1):
+    coordinator = config.coordinator
+    if coordinator is None:  # as JAX finds it
+        coordinator = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if coordinator is None and not config.distributed and tpu_hosts() == 1:
         return
     # JAX's own handler of SIGTERM would take the place of ours (chai_jax.stopping), and knows of no deadline.
     jax.config.update("jax_enable_preemption_service", False)

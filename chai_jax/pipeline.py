@@ -61,7 +61,10 @@ def run(config: RunConfig) -> Record:
         )
     teacher = None if config.teacher is None else load(config.teacher)
     check_request(config, source, plan, teacher)
-    job = Job(config, folder, open_work(config, source), source, teacher, began)
+    work = open_work(config, source)
+    if not work.training and {"distil", "target"} & set(order):
+        raise InputError(f"{work.name} leaves nothing to train on beside what is held out; expected more of it")
+    job = Job(config, folder, work, source, teacher, began)
     with folder.open():
         for index, stage in enumerate(job.stages(order, plan)):
             job.do(index, stage)

@@ -57,9 +57,10 @@ def finish_stdout() -> None:
 
 
 def complain(message: str) -> None:
-    """Print why a command ends, as one line, whatever names are in it."""
+    """Print why a command ends, as one line of some length at most, whatever names are in it."""
     console.quiet = False  # as it is in all processes but the first
     line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
+    line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-200:]}"
     console.print(f"error: {line}", style="red", soft_wrap=True)
 
 

@@ -141,6 +141,24 @@ def test_hosts_of_a_tpu_vm_from_its_metadata(
         server.server_close()
 
 
+@pytest.mark.parametrize(
+    "place", ["localhost", "localhost:", ":1234", "a:b", "a:0", "a:65536", "a:1234:", "", "a\nb:1", "\ud800"]
+)
+def test_a_coordinator_without_a_port(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """JAX would fail in a traceback, or wait for it in vain."""
+    with pytest.raises(InputError, match="expected HOST:PORT, such as"):
+        devices.join_processes(DeviceConfig(coordinator=place, process_count=2, process_id=0))
+    monkeypatch.setattr(os, "environ", {**os.environ, "JAX_COORDINATOR_ADDRESS": place})
+    with pytest.raises(InputError, match="expected HOST:PORT, such as"):
+        devices.join_processes(DeviceConfig())
+
+
+@pytest.mark.parametrize(("count", "index"), [(0, 0), (2, 2), (2, -1), (-1, 0), (2**70, 0)])
+def test_processes_that_cannot_be(count: int, index: int) -> None:
+    with pytest.raises(InputError, match="--process-id is"):
+        devices.join_processes(DeviceConfig(coordinator="localhost:1", process_count=count, process_id=index))
+
+
 def in_processes(count: int, *argv: str | Path) -> list[subprocess.CompletedProcess[str]]:
     """The same command in several processes of two devices each."""
     with socket.socket() as free:

@@ -178,3 +178,14 @@ def test_places_that_cannot_be(option: str, name: str, job: RunConfig, tmp_path:
     with pytest.raises(InputError) as caught:
         run(with_option(config, option, place))
     assert "\n" not in str(caught.value)
+
+
+def test_nothing_to_train_on(job: RunConfig) -> None:
+    """All texts are alike, so that those held out leave none."""
+    assert job.data_dir is not None
+    rows = [{"sentence": "the plot is dull ", "label": at % 2} for at in range(16)]
+    (job.data_dir / "sst2" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match="sst2 leaves nothing to train on"):
+        run(job)
+    with pytest.raises(Began):
+        run(dataclasses.replace(job, order="quantize"))

@@ -110,6 +110,10 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "toy", "--task", "a\nb\x1b[31m\u2028\ud800"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert r"a\nb\x1b[31m\u2028\ud800" in line
+    assert main(["evaluate", "toy", "--task", "n" * 5000]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert len(line) < 1000
+    assert line.endswith("expected one of sst2, rte, piqa, toy")
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,7 @@ def claim_folder(path: Path) -> Path:
     target = _target(user_path(path))
     if target.exists() and not _is_empty(target):
         raise _taken(path)
-    if target == Path.cwd():
+    if target.resolve() == Path.cwd():
         raise InputError(f"{shown(path)} is the folder you are in; expected a new or empty one: choose another --out")
     _check_writable(target.parent, target.name)
     return target
@@ -165,7 +165,7 @@ def _target(path: Path) -> Path:
     """`path`, or what it is a link to: a rename onto a link would not follow it."""
     if path.is_symlink() and not path.exists():
         raise InputError(f"{shown(path)} is a link to nothing; expected a new name: choose another --out")
-    return path.resolve() if path.exists() else path
+    return path.resolve() if path.is_symlink() else path
 
 
 def _is_empty(path: Path) -> bool:

@@ -102,8 +102,8 @@ class Job:
 
     def __post_init__(self) -> None:
         for name in ("batch", "seq", "targets", "accumulation"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1")
+            if not 1 <= getattr(self, name) < 2**31:
+                raise InputError(f"{name} is {getattr(self, name)}; expected at least 1, below 2^31")
         if self.kind in TRAINING and self.targets > self.seq:
             raise InputError(f"targets is {self.targets}; expected at most the {self.seq} tokens of an example")
 

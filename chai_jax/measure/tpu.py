@@ -57,7 +57,8 @@ def mesh_of(devices: tuple[Any, ...], shape: str | None = None) -> Mesh:
     Raises:
         InputError: the shape is not that of all devices.
     """
-    sizes = [int(size) for size in re.findall(r"\d+", shape or f"{len(devices)}x1")]
+    found = re.fullmatch(r"(\d{1,9})x(\d{1,9})", f"{len(devices)}x1" if shape is None else shape)
+    sizes = [int(size) for size in found.groups()] if found else []
     devices = devices[:1] if sizes == [1, 1] else devices
     if len(sizes) != 2 or sizes[0] * sizes[1] != len(devices):
         raise InputError(

@@ -12,7 +12,7 @@ Record = dict[str, Any]
 Column = tuple[str, Callable[[Record], str]]
 
 
-def number(value: float | None, form: str = ".2f", scale: float = 1) -> str:
+def number(value: int | float | None, form: str = ".2f", scale: int = 1) -> str:
     """`scale` times a figure as text; "-" where there is none, or none that is finite: JSON has null for both."""
     return "-" if value is None or not math.isfinite(value) else format(scale * value, form)
 

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from chai_jax.cli import main
@@ -179,7 +180,7 @@ def table_text(record: Record) -> str:
 
 
 @pytest.mark.parametrize("name", ["batch", "seq", "targets", "accumulation"])
-@pytest.mark.parametrize("value", [0, -8])
+@pytest.mark.parametrize("value", [0, -8, 2**70])
 def test_sizes_below_one(name: str, value: int) -> None:
     with pytest.raises(InputError, match=f"{name} is {value}; expected at least 1"):
         Job("decode", **{"batch": 8, "seq": 64, name: value})
@@ -201,6 +202,13 @@ def test_an_unknown_topology(name: str, capsys: pytest.CaptureFixture[str]) -> N
 def test_a_mesh_of_other_devices() -> None:
     with pytest.raises(InputError, match="'3x2' is not one of 8 devices"):
         mesh_of(topology("v3:2x2"), "3x2")
+
+
+@pytest.mark.parametrize("shape", ["", "x", "8", "8x", "-8x1", "8x1x1", "9" * 5000 + "x1", "8 1"])
+def test_meshes_that_cannot_be(shape: str) -> None:
+    with pytest.raises(InputError, match="is not one of 8 devices; expected DATAxMODEL, such as 4x2"):
+        mesh_of(tuple(jax.devices()), shape)
+    assert dict(mesh_of(tuple(jax.devices()), "2x4").shape) == {"data": 2, "model": 4}
 
 
 @needs_libtpu

@@ -1,5 +1,6 @@
 """Our model inside the lm-evaluation-harness, and our scores against the harness's own with torch."""
 
+import argparse
 import importlib
 import json
 import logging
@@ -317,6 +318,16 @@ def test_data_that_cannot_be_fetched(
     (tmp_path / "own.yaml").write_text(json.dumps({"include": str(source), "task": "own"}))
     assert main(["lm-eval", str(small_model), "--tasks", "own", "--include_path", str(tmp_path)]) == 2
     assert "give local rows with --data-dir" in capsys.readouterr().err
+
+
+def test_tables_that_nobody_reads_are_no_data_that_cannot_be_fetched(harness: Any) -> None:
+    """A broken pipe is a ConnectionError, too."""
+
+    def broken(namespace: Any) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        harness._execute(SimpleNamespace(execute=broken), argparse.Namespace())
 
 
 @pytest.mark.usefixtures("few_tasks")

@@ -3,12 +3,14 @@
 import json
 import math
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 
 from chai_jax.errors import InputError
+from chai_jax.files.atomic import finite
 from chai_jax.measure.result import Result, TextResult
 
 
@@ -87,3 +89,14 @@ def test_text_errors_take_windows_as_independent() -> None:
     short = TextResult(np.array([40.0, 40.0, 4.0]), np.array([10, 10, 1])).metrics()
     assert short["loss"] == pytest.approx(4)
     assert short["loss_stderr"] == pytest.approx(0)
+
+
+@pytest.mark.parametrize("loss", [708.9, 709.0, 800.0, 1e6])
+def test_a_perplexity_beyond_floats_is_infinite(loss: float, torch: ModuleType) -> None:
+    found = TextResult(np.array([10 * loss, 10 * loss + 1]), np.array([10, 10])).metrics()
+    expected = torch.tensor(loss + 0.05, dtype=torch.float64).exp().item()
+    assert found["perplexity"] == pytest.approx(expected, rel=1e-9)
+    assert found["perplexity_stderr"] == pytest.approx(expected * found["loss_stderr"], rel=1e-9)
+    written = json.loads(json.dumps(finite(found), allow_nan=False))
+    assert written == {name: value if math.isfinite(value) else None for name, value in found.items()}
+    assert written["loss"] == pytest.approx(loss + 0.05)
