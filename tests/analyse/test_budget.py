@@ -23,6 +23,7 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
 from chai_jax.fields import parse
+from chai_jax.fields import parse
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
@@ -262,7 +263,7 @@ def cost_of(layer: LayerPlan, costs: LayerCosts) -> float:
 @pytest.mark.parametrize("fraction", [0.8, 0.4, 0.2])
 def test_a_prediction_is_the_sum_of_what_was_measured(model: Model, seen: Probe, costs: Path, fraction: float) -> None:
     made = plan_within(model, seen, Budget(fraction), file=costs)
-    measured = [LayerCosts.from_json(one) for one in json.loads(costs.read_text())["layers"]]
+    measured = parse(tuple[LayerCosts, ...], json.loads(costs.read_text())["layers"], "layers")
     expected = sum(cost_of(*pair) for pair in zip(made.layers, measured, strict=True))
     assert made.predicted == pytest.approx(expected, abs=1e-7)
 

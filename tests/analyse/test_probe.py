@@ -220,12 +220,12 @@ def test_a_fingerprint_sees_every_weight_and_the_configuration(make: Make) -> No
 
 
 class Letters:
-    """A tokenizer of one token per character."""
+    """A tokenizer of one token per character, which begins texts as OPT's does."""
 
     bos_token_id = 2
 
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        return {"input_ids": [4 + ord(letter) % 60 for letter in text]}
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [2] * add_special_tokens + [4 + ord(letter) % 60 for letter in text]}
 
 
 def test_texts_are_cut_into_windows_that_start_with_the_start_token(make: Make) -> None:
@@ -233,7 +233,7 @@ def test_texts_are_cut_into_windows_that_start_with_the_start_token(make: Make) 
     found = probe(model, ["", "abcdefghijk", "xyz"], window=5)
     rows = ["abcd", "efgh", "ijk", "xyz"]
     assert [row[kept].tolist() for row, kept in zip(found.tokens, found.mask, strict=True)] == [
-        [2, *Letters()(row)["input_ids"]] for row in rows
+        Letters()(row)["input_ids"] for row in rows
     ]
     assert (found.tokens[~found.mask] == model.config.pad_token_id).all()
     assert found.tokens.dtype == np.int32
