@@ -23,7 +23,6 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
 from chai_jax.fields import parse
-from chai_jax.fields import parse
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans import ClusterPlan, LayerPlan, Plan
