@@ -38,6 +38,8 @@ CHIPS: Mapping[str, Peak] = {
     "NVIDIA H100 PCIe": Peak(756e12),
     "NVIDIA H100": Peak(989e12, 3352e9, 450e9),
     "NVIDIA A100": Peak(312e12),
+    "NVIDIA L40S": Peak(362e12),
+    "NVIDIA L40": Peak(181e12),
     "NVIDIA L4": Peak(121e12),
     "Tesla V100": Peak(125e12),
     "Tesla T4": Peak(65e12),

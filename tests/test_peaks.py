@@ -45,7 +45,10 @@ def test_a_tpu_has_its_share_of_a_chip(kind: str, per_chip: int, chip: str) -> N
         ("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
         ("NVIDIA H100 PCIe", "NVIDIA H100 PCIe"),
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100"),
-        ("NVIDIA L40S", None),
+        ("NVIDIA L4", "NVIDIA L4"),
+        ("NVIDIA L40", "NVIDIA L40"),
+        ("NVIDIA L40S", "NVIDIA L40S"),
+        ("NVIDIA GeForce RTX 4090", None),
     ],
 )
 def test_a_gpu_is_known_by_how_its_name_begins(kind: str, chip: str | None) -> None:

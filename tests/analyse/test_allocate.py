@@ -41,6 +41,14 @@ def test_nothing_fits_gives_the_smallest() -> None:
     assert [one.size for one in allocate(layers, 0.0)] == [min(one.size for one in layer) for layer in layers]
 
 
+def test_what_no_price_reaches_goes_where_it_saves_most() -> None:
+    """Choices inside the convex hull: at the price of 1/2 both layers would be whole, and above it both smallest."""
+    one = [Choice(0, 10.0), Choice(10, 9.0), Choice(20, 0.0)]
+    other = [Choice(0, 10.0), Choice(10, 8.0), Choice(20, 0.0)]
+    assert [choice.cost for choice in allocate([one, other], 10.0)] == [10.0, 8.0]
+    assert [choice.cost for choice in allocate([other, one], 19.0)] == [8.0, 10.0]
+
+
 def test_more_budget_never_costs_more() -> None:
     layers = random_layers(2, 5, 9)
     costs = [sum(one.cost for one in allocate(layers, float(budget))) for budget in range(60, 400, 20)]

@@ -14,7 +14,7 @@ from chai_jax.model.params import OPTConfig, init
 from chai_jax.spec import Spec
 
 TOKENIZER = toy_tokenizer()
-CONFIG = OPTConfig(len(TOKENIZER), 16, 1, 2, 32, 12, 16)
+CONFIG = OPTConfig(len(TOKENIZER), 16, 1, 2, 32, 24, 16)
 
 
 def random_model(seed: int, config: OPTConfig = CONFIG) -> Model:
@@ -24,11 +24,11 @@ def random_model(seed: int, config: OPTConfig = CONFIG) -> Model:
 
 def test_differences_are_those_of_the_texts_one_by_one() -> None:
     """Unpadded, in float64; longer texts are cut to the shorter of the two models."""
-    one, other = random_model(0), random_model(1, dataclasses.replace(CONFIG, max_positions=9))
+    one, other = random_model(0), random_model(1, dataclasses.replace(CONFIG, max_positions=12))
     found = verify(one, other)
     logits, kl, same = [], [], []
     for text in TEXTS:
-        tokens = np.array([TOKENIZER(text)["input_ids"][:9]])
+        tokens = np.array([TOKENIZER(text)["input_ids"][:12]])
         a, b = (np.asarray(model(tokens), np.float64)[0] for model in (one, other))
         log_a, log_b = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (a, b))
         logits += np.abs(a - b).max(axis=-1).tolist()
@@ -50,7 +50,7 @@ def test_a_model_is_itself() -> None:
 
 def test_without_a_tokenizer_tokens_are_drawn() -> None:
     model = random_model(0).replace(tokenizer=None)
-    assert verify(model, random_model(1))["n"] == 4 * 12
+    assert verify(model, random_model(1))["n"] == 4 * 24
 
 
 def test_another_vocabulary_is_refused() -> None:
