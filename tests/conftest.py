@@ -1,9 +1,13 @@
 """Tests run on eight virtual CPU devices, under strict dtype promotion, offline, apart from the user's caches.
 
 CHAI_JAX_TEST_PLATFORM=cuda or tpu runs them there instead, which is for the kernels': tests/model/test_*_kernel.py.
+CHAI_JAX_TEST_AS_USER=1 runs them as a user's machine would: on one CPU, with XLA's defaults and the kernels of CPUs.
+Then select those that are for it: `-m as_user`.
 """
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -26,6 +30,9 @@ SETTINGS = {
 }
 if version("jaxlib").startswith("0.10."):  # newer ones have no other emitter of loops, and stop at an unknown flag
     SETTINGS["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+AS_USER = os.environ.get("CHAI_JAX_TEST_AS_USER") == "1"
+if AS_USER:
+    del SETTINGS["JAX_NUM_CPU_DEVICES"], SETTINGS["XLA_FLAGS"]
 
 
 def isolate() -> tempfile.TemporaryDirectory[str]:
@@ -48,6 +55,22 @@ caches = None if "PYTEST_XDIST_WORKER" in os.environ else isolate()
 def pytest_configure(config: pytest.Config) -> None:
     if caches is not None:
         config.add_cleanup(caches.cleanup)
+        if AS_USER:  # the kernels are compiled once, before there are workers that would all begin to
+            subprocess.run(
+                [sys.executable, "-c", "from chai_jax.model.kernels import cpu; cpu.available()"], check=True
+            )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_for_small_matrices() -> Iterator[None]:
+    """As a user, whose matrices are larger than those here: their products are the kernels'."""
+    with pytest.MonkeyPatch.context() as patch:
+        if AS_USER:
+            from chai_jax.model.kernels import products_cpu
+
+            for name in [name for name in vars(products_cpu) if name.endswith("LEAST")]:
+                patch.setattr(products_cpu, name, 1)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -11,13 +11,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from chai_jax import pipeline, stages
 from chai_jax.adapt.stop import StopWatch
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
+from chai_jax.data.batches import encode
+from chai_jax.data.tasks import Task, get_task, load_rows
 from chai_jax.data.toy import toy_rows
 from chai_jax.errors import InputError, Stopped
+from chai_jax.files.atomic import read_jsonl
+from chai_jax.files.store import load
+from chai_jax.model.model import Model
 from chai_jax.run_folder import RunFolder
 
 TIMES = ("seconds", "latency")
@@ -56,7 +62,7 @@ def weights(out: Path) -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def no_page(undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     """The page of one run is enough: its pictures take seconds."""
     monkeypatch.setattr(pipeline, "write_page", lambda folders, out, keep: None)
 
@@ -296,3 +302,57 @@ def test_clusters_per_prompt_through_all_stages(small_model: Path, data: Path, t
         assert record["kv_bytes_per_token"] == record["kv_bytes_per_token_formula"]
     layer = json.loads((tmp_path / "out/model/spec.json").read_text())["layers"][0]
     assert (layer["membership"], layer["warmup"]) == ("prompt", 3)
+
+
+@pytest.fixture(scope="session")
+def finished(request: pytest.FixtureRequest) -> Path:
+    """The folder of a run: the one that CHAI_JAX_TEST_RUN names, or a small one."""
+    named = os.environ.get("CHAI_JAX_TEST_RUN")
+    return Path(named or request.getfixturevalue("undisturbed"))
+
+
+def scored_apart(model: Model, task: Task, rows: list[dict[str, Any]]) -> np.ndarray:
+    """Log-likelihoods [row, answer], by one uncached forward pass and in float64 from its logits on."""
+    requests = [task.request(row) for row in rows]
+    encoded = [encode(model.tokenizer, each.context, choice) for each in requests for choice in each.choices]
+    longest = max(len(one.tokens) for one in encoded)
+    tokens = np.array([[*one.tokens, *[1] * (longest - len(one.tokens))] for one in encoded], np.int32)
+    lengths = np.array([[len(one.tokens)] for one in encoded])
+    logits = np.asarray(model(tokens, np.arange(longest) < lengths), np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = [
+        sum(logprobs[at, place - 1, one.tokens[place]] for place in range(one.start, len(one.tokens)))
+        for at, one in enumerate(encoded)
+    ]
+    return np.array(found).reshape(len(rows), -1)
+
+
+def test_the_scores_of_a_run_are_those_of_its_models(finished: Path) -> None:
+    """Stage by stage, of the model that the stage left."""
+    config, records = json.loads((finished / "config.json").read_text()), results(finished)
+    task = get_task(config["task"] or "toy")
+    rows = load_rows(task, "validation", config["data_dir"])
+    labels = np.array([row["label"] for row in rows])
+    losses = []
+    for at, record in enumerate(records):
+        folder = finished / "stages" / f"{at}-{record['stage']}"
+        expected = scored_apart(load(folder / "model"), task, rows)
+        found = np.array([sample["loglikelihoods"] for sample in read_jsonl(folder / "predictions.jsonl")])
+        # Keys and values between two steps of bfloat16 or int8 may fall to either side.
+        print(
+            "STAGE",
+            record["stage"],
+            np.abs(found - expected).max(),
+            record["metrics"]["loss"] + expected[np.arange(len(rows)), labels].mean(),
+            record["metrics"]["loss"],
+            record["metrics"]["acc"],
+        )
+        np.testing.assert_allclose(found, expected, atol=1e-3)
+        losses.append(-expected[np.arange(len(rows)), labels].mean())
+        assert record["metrics"]["loss"] == pytest.approx(losses[-1], abs=1e-4)
+    assert np.diff(np.sort(losses)).min() > 3e-4  # each stage changed the model
+    if config["model"] == "toy":  # which is trained until it can tell good from bad, and compressed until it hardly can
+        accuracies = {record["stage"]: record["metrics"]["acc"] for record in records}
+        assert accuracies["dense"] > 0.88
+        assert accuracies["cluster"] < accuracies["distil"]
+        assert accuracies["target"] > accuracies["dense"] - 0.1

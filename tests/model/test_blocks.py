@@ -117,8 +117,11 @@ def uncached(random_params: RandomParams) -> tuple[Params, Output]:
 
 @pytest.mark.parametrize(
     "pieces",
-    [[1] * 80, [63, *[1] * 17], [20, 5, 7, 1, 40, 7]],
-    ids=["token by token", "prefilled", "pieces"],
+    [
+        pytest.param([1] * 80, id="token by token"),
+        pytest.param([63, *[1] * 17], id="prefilled", marks=pytest.mark.as_user),
+        pytest.param([20, 5, 7, 1, 40, 7], id="pieces"),
+    ],
 )
 def test_cached_equals_uncached_at_every_step(uncached: tuple[Params, Output], pieces: list[int]) -> None:
     """However the text is cut, each step's output and, in the end, every stored entry is that of the uncached pass."""

@@ -81,7 +81,15 @@ def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndar
     assert not same or np.concatenate(same).mean() >= 0.995
 
 
-CASES = [("pre_norm", storage) for storage in STORAGES] + [("post_norm", "float32"), ("post_norm", "mixed")]
+CASES = [
+    pytest.param(
+        norm,
+        storage,
+        marks=pytest.mark.as_user if storage == "mixed" or (norm, storage) == ("pre_norm", "float32") else (),
+    )
+    for norm, storages in (("pre_norm", STORAGES), ("post_norm", ("float32", "mixed")))
+    for storage in storages
+]
 
 
 @pytest.mark.parametrize(("norm", "storage"), CASES)

@@ -73,6 +73,7 @@ def assert_same_logits(torch: ModuleType, model: Model, module: Any, padding: st
     assert np.abs(ours - theirs)[mask].max() <= 1e-4
 
 
+@pytest.mark.as_user
 @pytest.mark.parametrize("padding", ["left", "right"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_logits_equal_torch(torch: ModuleType, tmp_path: Path, shape: str, padding: str) -> None:
@@ -86,7 +87,7 @@ def test_variants_equal_torch(torch: ModuleType, tmp_path: Path, variant: str) -
     assert_same_logits(torch, model, module, "left")
 
 
-@pytest.mark.parametrize("shape", ["125m", "350m"])  # 1.3b is of the first kind
+@pytest.mark.parametrize("shape", [pytest.param("125m", marks=pytest.mark.as_user), "350m"])  # 1.3b: of the first kind
 def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) -> None:
     """Of the next token's mean cross-entropy, for every parameter, compared through the loader's own name table."""
     model, module = random_opt(torch, tmp_path / "weights", **SHAPES[shape])
@@ -112,6 +113,7 @@ def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) ->
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(theirs)) > 1e-2
 
 
+@pytest.mark.as_user
 def test_opt_mini_equals_torch(torch: ModuleType, shared: Path) -> None:
     from transformers import OPTForCausalLM
 

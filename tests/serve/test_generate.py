@@ -70,6 +70,7 @@ def naive(model: Model, prompt: list[int], count: int) -> list[int]:
     return [int(token) for token in tokens[0, len(prompt) : length]]
 
 
+@pytest.mark.as_user
 def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: Model) -> None:
     found = generate_tokens(model, PROMPTS, max_new_tokens=12, stop=False)
     assert found == [naive(model, prompt, 12) for prompt in PROMPTS]
@@ -123,12 +124,14 @@ def test_the_cache_is_split_over_sequences_and_heads(model: Model, storage: str)
         state = serve.decode(*what, state, jnp.int32(40), *rule, dtype=jnp.float32)
 
 
+@pytest.mark.as_user
 @pytest.mark.parametrize("storage", ["bfloat16", "int8"])
 def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> None:
     stored = with_storage(model, storage)
     assert generate_tokens(stored, PROMPTS[:2], 12, stop=False) == [naive(stored, p, 12) for p in PROMPTS[:2]]
 
 
+@pytest.mark.as_user
 def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
     """Blocks are of columns: the uncached model, padded on the left alike, says the same token by token."""
     stored = with_storage(model, "int4")
@@ -143,6 +146,7 @@ def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
     assert found == tokens[:, 32:72].tolist()
 
 
+@pytest.mark.as_user
 def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(model: Model) -> None:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
     params["layers"]["0"]["up"]["kernel"] = quantize(params["layers"]["0"]["up"]["kernel"], (-2,))
@@ -151,6 +155,7 @@ def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(m
     assert generate_tokens(small, PROMPTS[:1], 12, stop=False) == [naive(small, PROMPTS[0], 12)]
 
 
+@pytest.mark.as_user
 def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path) -> None:
     from transformers import OPTConfig as TorchConfig
     from transformers import OPTForCausalLM
@@ -167,6 +172,26 @@ def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path)
     for prompt, found in zip(prompts, generate_tokens(ours, prompts, 16, stop=False), strict=True):
         expected = module.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
         assert found == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.as_user
+def test_texts_are_those_of_transformers(torch: ModuleType, shared: Path) -> None:
+    """Of a trained model, whose matrices are as large as a user's, each prompt alone and all in one batch."""
+    from transformers import AutoTokenizer, OPTForCausalLM
+
+    folder = shared / "models" / "opt-mini"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    module = OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    prompts = ["The capital of France is", "a gorgeous , witty film", "In 1914 the war"]
+    expected = []
+    for prompt in prompts:
+        given = tokenizer(prompt, return_tensors="pt")
+        made = module.generate(**given, max_new_tokens=24, do_sample=False)[0, given["input_ids"].shape[1] :]
+        expected.append(tokenizer.decode(made, skip_special_tokens=True))
+    ours = load(folder, dtype="float32")
+    assert generate(ours, prompts, max_new_tokens=24) == expected
+    assert [generate(ours, [prompt], max_new_tokens=24)[0] for prompt in prompts] == expected
+    assert len(set(expected)) == 3
 
 
 def test_each_sequence_stops_at_its_own_end(model: Model) -> None:
