@@ -3,9 +3,9 @@
 import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from chai_jax.errors import InputError
 
@@ -330,7 +330,7 @@ class RunConfig:
     """Which compressed stage becomes `model/`: the last, or the best (accuracy is judged on held-out training rows)."""
     storage: Literal["bfloat16", "float32"] = "bfloat16"
     """Cache format of layers that are not quantized (yet)."""
-    out: Path | None = None
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Run folder (default: runs/MODEL-TASK)."""
     seed: int = 0
     """Seed of clustering, shuffling and splits."""

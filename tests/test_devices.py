@@ -196,7 +196,7 @@ def test_two_processes_evaluate_as_one(
     small_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The first prints and writes; the second says nothing."""
-    job = ("evaluate", small_model, "--task", "sst2", "--data-dir", data, "--samples")
+    job = ("evaluate", small_model, "--task", "sst2", "--data-dir", data, "--out")
     first, second = in_processes(2, *job, tmp_path / "two")
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert second.stdout == ""
@@ -227,7 +227,7 @@ def test_two_processes_run_a_job(small_model: Path, data: Path, tmp_path: Path) 
 @pytest.mark.slow
 def test_the_others_stop_where_the_first_cannot_write(small_model: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "samples" / "samples_sst2.jsonl").mkdir(parents=True)
-    job = ("evaluate", small_model, "--task", "sst2", "--data-dir", data, "--samples", tmp_path / "samples")
+    job = ("evaluate", small_model, "--task", "sst2", "--data-dir", data, "--out", tmp_path / "samples")
     first, second = in_processes(2, *job)
     assert first.returncode != 0
     assert second.returncode == 2

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from chai_jax.config import DeviceConfig, check_seed
 from chai_jax.errors import InputError
@@ -65,7 +65,7 @@ class BenchCommand:
     """Threads of the peers (default: as many as the CPUs this process may run on, which is what XLA takes)."""
     seed: int = 0
     """Seed of prompts and of random weights."""
-    out: Path | None = None
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """A new folder for bench.json, bench.csv, bench.md and pictures."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 

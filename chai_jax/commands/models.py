@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from chai_jax.config import DeviceConfig
 from chai_jax.errors import InputError
@@ -30,7 +30,7 @@ class EvaluateCommand:
     """Another model, for paired differences and flips."""
     limit: int | None = None
     """Score the first N examples only."""
-    samples: Path | None = None
+    out: Annotated[Path | None, arg(aliases=["-o"])] = None
     """Folder for one JSONL file of per-example results per task."""
     revision: str | None = None
     """Revision of a hub model."""
@@ -48,8 +48,8 @@ class EvaluateCommand:
         tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
         if not tasks and self.text is None:
             raise InputError(f"--task is {self.task!r}; expected sst2, rte, piqa or toy; several with commas")
-        if self.samples is not None:
-            check_writable(self.samples, "--samples")
+        if self.out is not None:
+            check_writable(self.out)
         model = load_any(self.model, self.revision)
         if self.text is not None:
             return {str(self.text): perplexity(model, self.text)}
@@ -57,8 +57,8 @@ class EvaluateCommand:
         found = {}
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
-            if self.samples is not None:
-                once(partial(result.write_samples, self.samples / f"samples_{task.name}.jsonl"))
+            if self.out is not None:
+                once(partial(result.write_samples, self.out / f"samples_{task.name}.jsonl"))
             found[task.name] = result.metrics()
         return found
 

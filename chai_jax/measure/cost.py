@@ -8,7 +8,12 @@ once and is reported as such. XLA's account of bytes does not tell HBM from fast
 from dataclasses import dataclass
 
 import jax
-from jaxlib import _hlo, _jax  # type: ignore[attr-defined]
+from jaxlib import _jax
+
+try:
+    from jaxlib import _hlo  # type: ignore[attr-defined]
+except ImportError:  # before jaxlib 0.10.2
+    _hlo = _jax
 
 from chai_jax.measure.hlo import Instruction, Module, group_size, nbytes, parts
 
