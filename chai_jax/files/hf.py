@@ -11,7 +11,7 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import claim_folder, new_folder, write_json
 from chai_jax.files.card import write_card
 from chai_jax.files.convert import to_hf
-from chai_jax.files.hf_config import config_fields
+from chai_jax.files.hf_config import TOKENS, config_fields
 from chai_jax.files.weights import MAX_SHARD_BYTES, write_weights
 from chai_jax.model.generation import NOT_OBEYED, OBEYED, Generation
 from chai_jax.model.model import Model
@@ -20,7 +20,6 @@ from chai_jax.reading import read_json, shown
 
 MODEL_TYPE = "opt"
 GENERATION = "generation_config.json"
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def export(model: Model, out: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

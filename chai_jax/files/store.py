@@ -35,7 +35,8 @@ def load(
     """Load an OPT from a folder (a Hugging Face one, or one that `Model.save` wrote) or from the Hugging Face hub.
 
     Weights are read one at a time from safetensors, a Flax msgpack or a PyTorch .bin, whichever is there first in this
-    order, whole or in shards; the last by a reader that runs nothing of it. Weights keep their dtype.
+    order, whole or in shards; the last by a reader that runs nothing of it. Weights keep their dtype, but float64
+    becomes float32.
 
     Args:
         source: folder or hub id.
