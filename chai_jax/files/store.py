@@ -79,7 +79,7 @@ def _read_kind(folder: Path) -> tuple[dict[str, Any], bool]:
     fields = read_json(folder / "config.json")
     kind, kinds = fields.get("model_type"), (hf.MODEL_TYPE, compressed.MODEL_TYPE)
     if kind not in kinds:
-        raise InputError(f"{folder} holds a model of type {kind!r}; expected an OPT: {' or '.join(kinds)}")
+        raise InputError(f"{folder} holds a model of type {kind!r:.80}; expected an OPT: {' or '.join(kinds)}")
     ordinary = kind == hf.MODEL_TYPE
     if ordinary and fields.get("quantization_config"):
         raise InputError(f"{folder} holds quantized weights; expected float ones: load the model it was made from")
