@@ -339,14 +339,6 @@ def test_the_scores_of_a_run_are_those_of_its_models(finished: Path) -> None:
         expected = scored_apart(load(folder / "model"), task, rows)
         found = np.array([sample["loglikelihoods"] for sample in read_jsonl(folder / "predictions.jsonl")])
         # Keys and values between two steps of bfloat16 or int8 may fall to either side.
-        print(
-            "STAGE",
-            record["stage"],
-            np.abs(found - expected).max(),
-            record["metrics"]["loss"] + expected[np.arange(len(rows)), labels].mean(),
-            record["metrics"]["loss"],
-            record["metrics"]["acc"],
-        )
         np.testing.assert_allclose(found, expected, atol=1e-3)
         losses.append(-expected[np.arange(len(rows)), labels].mean())
         assert record["metrics"]["loss"] == pytest.approx(losses[-1], abs=1e-4)
