@@ -136,19 +136,23 @@ def _exhausted(error: Exception) -> tuple[int, int] | None:
 
 @cache
 def hbm_limit(mesh: Mesh) -> int:
-    """Bytes of HBM that a program gets on one device. Asked for a petabyte, libtpu's compiler says what it gives; of a
-    GPU it is what JAX may take."""
+    """Bytes of HBM that a program gets on one device; of a GPU it is what JAX may take.
+
+    libtpu's compiler says what it gives once it is asked for too much. It is asked for two arrays, each twice as large
+    every time: libtpu 0.0.41 aborts where a single one is far larger than the memory.
+    """
     if mesh.devices.flat[0].platform == "gpu":
         return gpu.limit(mesh.devices.flat[0])
     whole = NamedSharding(mesh, PartitionSpec())
-    shape = jax.ShapeDtypeStruct((2**50,), jnp.int8, sharding=whole)
-    try:
-        jax.jit(lambda x: x + 1).lower(shape).compile()
-    except jax.errors.JaxRuntimeError as error:
-        found = _exhausted(error)
-        if found is not None:
-            return found[1]
-        raise
+    for rows in (2**power for power in range(10, 30)):
+        shape = jax.ShapeDtypeStruct((rows, 2**20), jnp.int8, sharding=whole)
+        try:
+            jax.jit(lambda x: x + 1).lower(shape).compile()
+        except jax.errors.JaxRuntimeError as error:
+            found = _exhausted(error)
+            if found is not None:
+                return found[1]
+            raise
     raise AssertionError("a petabyte fits")
 
 
