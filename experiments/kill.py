@@ -161,6 +161,8 @@ def main() -> None:
     options = parser.parse_args()
     import chai_jax.pipeline  # noqa: F401  (for all attempts)
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
+
     with tempfile.TemporaryDirectory(prefix="chai_jax_kill_") as folder:
         root = Path(folder)
         maker = os.fork()  # a program that has computed cannot be forked
