@@ -59,13 +59,19 @@ def why_not() -> str:
     try:
         library = _library(found)
     except (OSError, subprocess.SubprocessError) as error:
-        said = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in said if "error" in line), said[0] if said else type(error).__name__)
-        warnings.warn(f"{shlex.join(found)} made no kernels for this CPU, XLA computes: {reason}", stacklevel=2)
-        return f"{shlex.join(found)} failed: {reason}"
+        why = _said(error)
+        warnings.warn(f"{shlex.join(found)} made no kernels for this CPU, XLA computes: {why}", stacklevel=2)
+        return f"{shlex.join(found)} failed: {why}"
     for name in TARGETS:
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return ""
+
+
+def _said(error: OSError | subprocess.SubprocessError) -> str:
+    """The compiler's first line about an error; of one that ended without a word or in time, what became of it."""
+    text = getattr(error, "stderr", None)
+    lines = text.strip().splitlines() if isinstance(error, subprocess.CalledProcessError) and text else []
+    return next((line for line in lines if "error" in line), lines[0] if lines else reason(error))
 
 
 def _library(compiler: tuple[str, ...]) -> ctypes.CDLL:
