@@ -27,7 +27,7 @@ from chai_jax.config import RunConfig
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.files.atomic import finite
 from chai_jax.files.paths import user_path
-from chai_jax.progress import adapt_to_terminal, complain, console, finish_stdout
+from chai_jax.progress import adapt_to_terminal, complain, console, finish_stdout, nobody_reads
 from chai_jax.stopping import listening
 
 
@@ -121,9 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         complain(str(error))
         return 2
-    except BrokenPipeError:  # the reader (head, say) has seen enough
-        pass
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and nobody_reads():
+            return 0
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         complain(f"{error}; {'make room' if full else 'mend that'} and repeat the command")
         return 2

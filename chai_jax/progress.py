@@ -2,6 +2,7 @@
 
 import io
 import os
+import select
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
@@ -46,6 +47,14 @@ def adapt_to_terminal() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
+
+
+def nobody_reads() -> bool:
+    """Whether stdout or stderr is a pipe whose reader (head, say) has seen enough."""
+    poll = select.poll()
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
+        poll.register(stream.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def finish_stdout() -> None:

@@ -120,19 +120,20 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     ("failure", "message"),
     [
         (PermissionError(13, "Permission denied", "x"), "error: [Errno 13] Permission denied: 'x'"),
+        (BrokenPipeError(32, "Broken pipe"), "error: [Errno 32] Broken pipe"),  # of a socket, while stdout is read
         (MemoryError("Unable to allocate 1 PiB"), "error: there is not enough memory (Unable to allocate 1 PiB)"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "error: there is not enough memory"),
     ],
 )
 def test_what_the_machine_refuses_is_one_line(
-    failure: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    failure: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def fail(config: object) -> None:
         raise failure
 
     monkeypatch.setattr(pipeline, "run", fail)
     assert main(["run"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith(message)
 
 
