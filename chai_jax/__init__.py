@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 # scripts that need one part do not wait for all. Type checkers read the same names below.
 HOMES = {
     "InputError": "errors",
-    "Plan": "plans",
-    "Spec": "spec",
+    "Plan": "plans.plan",
+    "Spec": "plans.spec",
     "Example": "data.batches",
     "TASKS": "data.tasks",
     "load_rows": "data.tasks",
     "Model": "model.model",
     "load": "files.store",
     "save": "files.store",
-    "export": "files.hf",
+    "export": "files.export",
     "Probe": "analyse.probe",
     "probe": "analyse.probe",
     "plan": "analyse.planner",
@@ -28,11 +28,11 @@ HOMES = {
     "target": "adapt.target",
     "generate": "serve.generate",
     "warm_up": "serve.generate",
-    "Result": "measure.result",
-    "evaluate": "measure.evaluate",
-    "perplexity": "measure.evaluate",
-    "latency": "measure.bench",
-    "verify": "measure.verify",
+    "Result": "evaluation.result",
+    "evaluate": "evaluation.tasks",
+    "perplexity": "evaluation.tasks",
+    "latency": "bench.race",
+    "verify": "evaluation.verify",
 }
 
 if TYPE_CHECKING:
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from chai_jax.analyse.planner import plan as plan
     from chai_jax.analyse.probe import Probe as Probe
     from chai_jax.analyse.probe import probe as probe
+    from chai_jax.bench.race import latency as latency
     from chai_jax.compress.cluster import cluster as cluster
     from chai_jax.compress.expand import expand as expand
     from chai_jax.compress.quantize import quantize as quantize
@@ -50,19 +51,18 @@ if TYPE_CHECKING:
     from chai_jax.data.tasks import TASKS as TASKS
     from chai_jax.data.tasks import load_rows as load_rows
     from chai_jax.errors import InputError as InputError
-    from chai_jax.files.hf import export as export
+    from chai_jax.evaluation.result import Result as Result
+    from chai_jax.evaluation.tasks import evaluate as evaluate
+    from chai_jax.evaluation.tasks import perplexity as perplexity
+    from chai_jax.evaluation.verify import verify as verify
+    from chai_jax.files.export import export as export
     from chai_jax.files.store import load as load
     from chai_jax.files.store import save as save
-    from chai_jax.measure.bench import latency as latency
-    from chai_jax.measure.evaluate import evaluate as evaluate
-    from chai_jax.measure.evaluate import perplexity as perplexity
-    from chai_jax.measure.result import Result as Result
-    from chai_jax.measure.verify import verify as verify
     from chai_jax.model.model import Model as Model
-    from chai_jax.plans import Plan as Plan
+    from chai_jax.plans.plan import Plan as Plan
+    from chai_jax.plans.spec import Spec as Spec
     from chai_jax.serve.generate import generate as generate
     from chai_jax.serve.generate import warm_up as warm_up
-    from chai_jax.spec import Spec as Spec
 
 __all__ = sorted(HOMES)
 

@@ -24,17 +24,17 @@ from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCom
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
 from chai_jax.commands.reports import ReportCommand
 from chai_jax.config import RunConfig
+from chai_jax.console import adapt_to_terminal, complain, console, finish_stdout, nobody_reads
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.files.atomic import finite
-from chai_jax.files.paths import user_path
-from chai_jax.progress import adapt_to_terminal, complain, console, finish_stdout, nobody_reads
+from chai_jax.inputs.paths import user_path
 from chai_jax.stopping import listening
 
 
 def run_job(config: RunConfig) -> Any:
     """The main job, which SIGTERM stops at its next safe point: while it trains, with the state saved."""
     with listening():
-        from chai_jax.pipeline import run
+        from chai_jax.run.pipeline import run
 
         return run(config)
 
@@ -102,7 +102,7 @@ def parse(argv: Sequence[str]) -> Any:
 def perform(command: Any) -> None:
     """Run a parsed command and print its result, the last line of stdout."""
     if hasattr(command, "devices"):
-        from chai_jax.devices import start
+        from chai_jax.run.devices import start
 
         start(command.devices)
     result = run_job(command) if isinstance(command, RunConfig) else command.run()

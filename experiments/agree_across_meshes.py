@@ -46,12 +46,13 @@ def models() -> tuple[Any, Any]:
     from chai_jax.compress.cluster import cluster
     from chai_jax.data.toy import POSITIONS, toy_tokenizer
     from chai_jax.model.model import Model
-    from chai_jax.model.params import OPTConfig, init
-    from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-    from chai_jax.spec import Spec
+    from chai_jax.model.params import init
+    from chai_jax.plans.architecture import Architecture
+    from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+    from chai_jax.plans.spec import Spec
 
     tokenizer = toy_tokenizer()
-    config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 1, 4, 64, POSITIONS, 32)
+    config = Architecture(-(-len(tokenizer) // 8) * 8, 32, 1, 4, 64, POSITIONS, 32)
     spec = Spec.dense(1, 4, 8)
     dense = Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "random")
     clusters = tuple(ClusterPlan(heads, heads[0], storage="float32") for heads in ((0,), (1, 3), (2,)))
@@ -82,7 +83,7 @@ class Job:
 
         from chai_jax.adapt import train
         from chai_jax.data.tasks import TASKS, load_rows
-        from chai_jax.measure.evaluate import evaluate_rows
+        from chai_jax.evaluation.tasks import evaluate_rows
 
         with mock.patch.object(train, "optimizer", lambda config, *_: optax.sgd(config.lr)):
             model, log = self.tuned(0.1)

@@ -30,13 +30,13 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
-from chai_jax.environment import versions, where_computed
 from chai_jax.errors import InputError
+from chai_jax.evaluation.harness_tasks import local_rows, write_tasks
+from chai_jax.evaluation.tasks import Result, evaluate
 from chai_jax.files.atomic import write_json
 from chai_jax.files.store import load
-from chai_jax.measure.evaluate import Result, evaluate
-from chai_jax.measure.harness_tasks import local_rows, write_tasks
 from chai_jax.model.model import Model
+from chai_jax.run.environment import versions, where_computed
 
 TOLERANCE = 1e-3  # nats, of a choice, between two implementations
 RELATIVE = 1e-5  # of a word perplexity
@@ -135,7 +135,7 @@ def pages(theirs: Record, ours: Record) -> Record:
 
 def agreement(chosen: argparse.Namespace) -> Record:
     """Both comparisons, by model and task."""
-    from chai_jax.measure.lm_eval import LanguageModel  # says so where the harness is not there; --help needs none
+    from chai_jax.evaluation.lm_eval import LanguageModel  # says so where the harness is not there; --help needs none
 
     names = chosen.tasks.split(",")
     limits = {name: chosen.pages if name == "wikitext" else chosen.limit for name in names}

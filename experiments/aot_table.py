@@ -20,12 +20,13 @@ from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is here to compile; jax must not look for the TPU
 
+from chai_jax.aot.compiled import GIB, find_largest_batch, measure, size
+from chai_jax.aot.programs import Job, Shapes, spec_of
+from chai_jax.aot.tpu import mesh_of, topology
+from chai_jax.console import console
 from chai_jax.files.atomic import write_json, write_text
-from chai_jax.measure.aot import GIB, find_largest_batch, measure, size
-from chai_jax.measure.programs import Job, Shapes, config_of, spec_of
-from chai_jax.measure.tpu import mesh_of, topology
+from chai_jax.files.published import architecture_of
 from chai_jax.model.sharding import Layout
-from chai_jax.progress import console
 
 Record = dict[str, Any]
 MODELS = ("125m", "350m", "1.3b", "6.7b")
@@ -105,7 +106,7 @@ def rows() -> Iterator[Row]:
 
 
 def compile_row(row: Row) -> Record:
-    config = config_of(f"facebook/opt-{row.model}")
+    config = architecture_of(f"facebook/opt-{row.model}")
     layout = Layout(mesh_of(topology(row.topology), row.mesh), row.fsdp)
     share = {"share": "qkv", "clusters": 0.5, "storage": "int8"} if row.cache == "compressed" else {}
     shapes = Shapes(config, spec_of(config, **share), layout)

@@ -34,19 +34,19 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
+from chai_jax.bench.floor import Rates, probe_rates
+from chai_jax.bench.race import Shape
+from chai_jax.bench.sweep import random_model, variants
 from chai_jax.commands.bench import numbers
 from chai_jax.compress.quantize import with_storage
-from chai_jax.devices import require_backend
+from chai_jax.console import console
 from chai_jax.errors import InputError
-from chai_jax.measure.bench import Shape
-from chai_jax.measure.floor import Rates, probe_rates
-from chai_jax.measure.programs import config_of
-from chai_jax.measure.sweep import random_model, variants
+from chai_jax.files.published import architecture_of
 from chai_jax.model import kernels
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh
-from chai_jax.planning import parse_list
-from chai_jax.progress import console
+from chai_jax.run.devices import require_backend
+from chai_jax.run.options import parse_list
 from chai_jax.serve.decode import cast, serving_params
 from lab.decoding import Held, Ours, Transformers, exhausted, release, torch_absent, torch_version
 from lab.goals import COLUMNS, DENSE, KERNELS, PEER, SMALL, findings
@@ -121,7 +121,7 @@ class GpuOptions:
         for name in ("batch", "start", "steps", "prompt_batch", "question", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        positions = config_of(self.model).max_positions
+        positions = architecture_of(self.model).max_positions
         if self.start + self.steps > positions:
             raise InputError(f"--start {self.start} and --steps {self.steps} do not fit {positions} positions")
 

@@ -17,8 +17,8 @@ the training losses of the last configuration.
 from itertools import product
 
 from chai_jax.config import STAGES
-from chai_jax.pipeline import choose
 from chai_jax.report.figures import heatmap, losses, radar, scatter3d
+from chai_jax.run.pipeline import choose
 from lab.options import Options, Record, start
 from lab.paper import TABLE_7
 from lab.pictures import tradeoff, where

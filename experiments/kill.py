@@ -34,13 +34,15 @@ def prepare(root: Path) -> None:
     import jax
 
     from chai_jax.data.toy import POSITIONS, toy_rows, toy_tokenizer
+    from chai_jax.files.store import save
     from chai_jax.model.model import Model
-    from chai_jax.model.params import OPTConfig, init
-    from chai_jax.spec import Spec
+    from chai_jax.model.params import init
+    from chai_jax.plans.architecture import Architecture
+    from chai_jax.plans.spec import Spec
 
     tokenizer = toy_tokenizer()
-    config, spec = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32), Spec.dense(2, 4, 8)
-    Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small").save(root / "small")
+    config, spec = Architecture(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32), Spec.dense(2, 4, 8)
+    save(Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small"), root / "small")
     (root / "data" / "sst2").mkdir(parents=True)
     for split, count in (("train", 96), ("validation", 32)):
         lines = [json.dumps(row) + "\n" for row in toy_rows(split, count)]
@@ -159,7 +161,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0, help="of the signals and their moments")
     options = parser.parse_args()
-    import chai_jax.pipeline  # noqa: F401  (for all attempts)
+    import chai_jax.run.pipeline  # noqa: F401  (for all attempts)
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job would ignore it
 

@@ -12,7 +12,7 @@ Writes layer_sweep.json, .csv, .md and, per task, a picture of accuracy against 
 
 from dataclasses import replace
 
-from chai_jax.measure.statistics import Z95
+from chai_jax.evaluation.statistics import Z95
 from chai_jax.report.figures import pareto
 from lab.options import Options, Record, start
 from lab.paper import TABLE_1, TABLE_2, TABLE_5

@@ -35,22 +35,22 @@ from chai_jax.analyse.planner import plan
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
+from chai_jax.console import track
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
 from chai_jax.data.text import read_text, windows
-from chai_jax.environment import versions, where_computed
 from chai_jax.errors import InputError
+from chai_jax.evaluation.tasks import evaluate_rows, evaluate_windows
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.files.store import load
-from chai_jax.measure.evaluate import evaluate_rows, evaluate_windows
 from chai_jax.model.cache import bytes_per_sequence, empty
+from chai_jax.model.decoder import Seen, forward
 from chai_jax.model.membership import cluster_heads, farthest_points, features
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Seen, forward
 from chai_jax.model.params import Params
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.progress import track
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.report.tables import as_csv
+from chai_jax.run.environment import versions, where_computed
 from lab.variants import at_random
 
 WARMUPS = (5, 10, 20)

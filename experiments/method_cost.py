@@ -26,12 +26,12 @@ import numpy as np
 
 from chai_jax.analyse.planner import plan
 from chai_jax.analyse.probe import probe
+from chai_jax.bench.sweep import random_model
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
-from chai_jax.files.store import load
-from chai_jax.measure.sweep import random_model
+from chai_jax.console import console
+from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
-from chai_jax.progress import console
 from chai_jax.report.tables import Column
 from lab.memory import gib, peak, resident
 from lab.options import Common, Record, start
@@ -65,7 +65,7 @@ def write(shape: str, folder: Path, seed: int) -> None:
     """Random float16 weights of a shape."""
     model = random_model(shape, seed)
     halves = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
-    model.replace(params=halves).save(folder)
+    save(model.replace(params=halves), folder)
 
 
 def costs(options: CostOptions, shape: str, folder: Path) -> Iterator[Record]:
@@ -95,7 +95,7 @@ def costs(options: CostOptions, shape: str, folder: Path) -> Iterator[Record]:
     yield row
     small, row = step("store by tier", lambda: quantize(small, wanted))
     yield row
-    yield step("save", lambda: small.save(folder.with_name(f"{folder.name}-compressed")), small)[1]
+    yield step("save", lambda: save(small, folder.with_name(f"{folder.name}-compressed")), small)[1]
 
 
 def method_cost(options: CostOptions) -> Record:

@@ -24,9 +24,9 @@ from chai_jax.analyse.sensitivity import METHODS, tiers
 from chai_jax.compress.quantize import with_storage
 from chai_jax.files.atomic import write_json
 from chai_jax.files.store import load
-from chai_jax.planning import parse_clusters
-from chai_jax.reading import read_json
+from chai_jax.inputs.reading import read_json
 from chai_jax.report.figures import sensitivity as draw_layers
+from chai_jax.run.options import parse_clusters
 from lab.options import Options, Record, start
 from lab.paper import SENSITIVITY
 from lab.pictures import where

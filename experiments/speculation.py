@@ -22,12 +22,12 @@ import numpy as np
 from chai_jax.analyse.planner import plan
 from chai_jax.analyse.probe import probe
 from chai_jax.compress.cluster import cluster
+from chai_jax.console import track
 from chai_jax.data.batches import Encoded
 from chai_jax.data.text import read_text, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.progress import track
 from chai_jax.report.tables import Column, percent
 from chai_jax.serve.generate import generate_tokens
 from chai_jax.serve.speculate import Speculated, speculate

@@ -22,9 +22,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from chai_jax.console import track
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.progress import track
 from chai_jax.report.tables import Column
 from chai_jax.serve.generate import generate_tokens, warm_up
 from lab.memory import gib, resident

@@ -36,19 +36,19 @@ from chai_jax.analyse.sensitivity import spread
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.config import DistilConfig, TrainConfig
+from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded, Windows, encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
 from chai_jax.data.text import read_text, windows
 from chai_jax.errors import InputError
+from chai_jax.evaluation.result import Result, TextResult
+from chai_jax.evaluation.tasks import evaluate_rows, evaluate_windows
 from chai_jax.files.atomic import new_folder, read_jsonl, write_json, write_jsonl
 from chai_jax.files.store import load
-from chai_jax.measure.evaluate import evaluate_rows, evaluate_windows
-from chai_jax.measure.result import Result, TextResult
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.plans import Plan
-from chai_jax.progress import console, track
-from chai_jax.spec import Spec
+from chai_jax.plans.plan import Plan
+from chai_jax.plans.spec import Spec
 from lab.options import Record, parse_seeds, start
 from lab.study_tables import publish_study
 from lab.texts import documents

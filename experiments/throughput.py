@@ -19,17 +19,19 @@ from typing import Any
 
 import jax
 
-from chai_jax.adapt.flops import cost
+from chai_jax.aot.compiled import measure
+from chai_jax.aot.programs import Job, Shapes, spec_of
+from chai_jax.aot.tpu import mesh_of, topology
+from chai_jax.bench.race import Shape, latency
+from chai_jax.console import console
 from chai_jax.data.batches import Encoded
-from chai_jax.measure.aot import measure
-from chai_jax.measure.bench import Shape, latency
-from chai_jax.measure.programs import Job, Shapes, config_of, spec_of
-from chai_jax.measure.tpu import mesh_of, topology
-from chai_jax.model.params import Declared, OPTConfig, declare
+from chai_jax.files.published import architecture_of
+from chai_jax.machine.peaks import CHIPS
+from chai_jax.model.flops import cost
+from chai_jax.model.params import Declared, declare
 from chai_jax.model.sharding import Layout
-from chai_jax.peaks import CHIPS
-from chai_jax.progress import console
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 from lab.options import Options, Record, start
 from lab.paper import THROUGHPUT
 from lab.publish import publish
@@ -78,7 +80,7 @@ def measured(branch: Branch, batches: list[int]) -> Iterator[Record]:
             }
 
 
-def counted(config: OPTConfig, spec: Spec, batch: int) -> Record:
+def counted(config: Architecture, spec: Spec, batch: int) -> Record:
     """The floor of one batch on the slice by counting: FLOPs, and every weight in bfloat16 read once by every chip."""
     peak = CHIPS[CHIP]
     assert peak.hbm is not None
@@ -90,13 +92,13 @@ def counted(config: OPTConfig, spec: Spec, batch: int) -> Record:
     return {"how": "floor, counted", "ms": 1e3 * times[bound], "bound": bound, "flops": flops, "bytes": weights}
 
 
-def parameters(config: OPTConfig, spec: Spec) -> int:
+def parameters(config: Architecture, spec: Spec) -> int:
     """Weights of a model of this shape."""
     leaves = jax.tree.leaves(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 
-def compiled(config: OPTConfig, spec: Spec, batch: int) -> Record:
+def compiled(config: Architecture, spec: Spec, batch: int) -> Record:
     """The floor of the program that the TPU's compiler makes of the same batch."""
     layout = Layout(mesh_of(topology(SLICE)), False)
     found = measure(Job("score", batch, TOKENS), Shapes(config, spec, layout))
@@ -107,7 +109,7 @@ def floors(batches: list[int]) -> Iterator[Record]:
     """The slice's floors for every size, cache and batch."""
     ways = [counted, compiled] if find_spec("libtpu") else [counted]
     for model in SIZES:
-        config = config_of(model)
+        config = architecture_of(model)
         for cache, choices in CACHES.items():
             spec = spec_of(config, **choices)
             for batch in batches:

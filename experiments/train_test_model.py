@@ -32,22 +32,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chai_jax.adapt.finetune import finetune
 from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
+from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded, encode
 from chai_jax.data.tasks import TASKS, Task, get_task, load_rows
 from chai_jax.data.text import windows
 from chai_jax.data.toy import SPECIAL
-from chai_jax.environment import versions, where_computed
 from chai_jax.errors import InputError
+from chai_jax.evaluation.tasks import evaluate
 from chai_jax.files.atomic import claim_folder, new_folder, write_json
-from chai_jax.files.hf import export
+from chai_jax.files.export import export
 from chai_jax.files.store import load
 from chai_jax.files.tokenizer import load_tokenizer
-from chai_jax.measure.evaluate import evaluate
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.planning import parse_list
-from chai_jax.progress import console, track
-from chai_jax.spec import Spec
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
+from chai_jax.run.environment import versions, where_computed
+from chai_jax.run.options import parse_list
 from lab.options import Record
 from lab.texts import documents
 
@@ -179,9 +180,9 @@ def rounds(random: np.random.Generator, size: int, count: int) -> list[int]:
 def untrained(training: Training, folder: Path) -> Model:
     """A random model of the shape asked for with the tokenizer in `folder`."""
 
-    def shaped(vocabulary: int) -> OPTConfig:
+    def shaped(vocabulary: int) -> Architecture:
         ffn = 4 * training.width
-        return OPTConfig(
+        return Architecture(
             vocabulary, training.width, training.layers, training.heads, ffn, training.positions, training.width
         )
 

@@ -119,15 +119,17 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import jax
 
     from chai_jax.data.toy import POSITIONS, toy_tokenizer
+    from chai_jax.files.store import save
     from chai_jax.model.model import Model
-    from chai_jax.model.params import OPTConfig, init
-    from chai_jax.spec import Spec
+    from chai_jax.model.params import init
+    from chai_jax.plans.architecture import Architecture
+    from chai_jax.plans.spec import Spec
 
     folder = tmp_path_factory.mktemp("small") / "model"
     tokenizer = toy_tokenizer()
-    config = OPTConfig(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32)
+    config = Architecture(-(-len(tokenizer) // 8) * 8, 32, 2, 4, 64, POSITIONS, 32)
     spec = Spec.dense(2, 4, 8)
-    Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small").save(folder)
+    save(Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "small"), folder)
     return folder
 
 

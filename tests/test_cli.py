@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from chai_jax import pipeline
 from chai_jax.cli import main
 from chai_jax.data.toy import POSITIONS
+from chai_jax.run import pipeline
 
 ROWS = [{"sentence": f"the plot is {word} ", "label": at % 2} for at, word in enumerate(["dull", "great"] * 8)]
 

@@ -243,7 +243,7 @@ def test_rank_correlations_of_known_scores() -> None:
 
 
 def test_comparisons_of_known_answers() -> None:
-    rows, result = script("lab.rows"), script("chai_jax.measure.result")
+    rows, result = script("lab.rows"), script("chai_jax.evaluation.result")
 
     def answers(right: list[int]) -> Any:
         labels = np.zeros(len(right), int)
@@ -269,7 +269,7 @@ def test_comparisons_of_known_answers() -> None:
 def test_floors_of_a_v3_8() -> None:
     """Of one question the weights bound, of many the arithmetic: with the published peaks of the chip."""
     module = script("throughput")
-    config = module.config_of("facebook/opt-125m")
+    config = module.architecture_of("facebook/opt-125m")
     spec = module.spec_of(config)
     # 125,239,296 parameters (Zhang et al. 2022), in bfloat16, at 900 GB/s
     one, many = (module.counted(config, spec, batch) for batch in (1, 4096))
@@ -294,9 +294,9 @@ def test_throughput(small_model: Path, data: Path, out: Path) -> None:
 
 @pytest.mark.slow
 def test_a_bigger_teacher(small_model: Path, data: Path, tmp_path: Path, out: Path) -> None:
-    from chai_jax.files.store import load
+    from chai_jax.files.store import load, save
 
-    load(small_model).save(tmp_path / "large")
+    save(load(small_model), tmp_path / "large")
     module, kind = script("bigger_teacher"), "bigger_teacher.TeacherOptions"
     module.bigger_teacher(options(small_model, data, out, kind, teacher=str(tmp_path / "large")))
     rows = written(out, "bigger_teacher")["rows"]

@@ -21,15 +21,17 @@ import pytest
 import tyro
 from tyro.conf import OmitArgPrefixes
 
+from chai_jax.aot.programs import spec_of
+from chai_jax.bench import sweep
+from chai_jax.bench.floor import Rates
 from chai_jax.cli import Command
 from chai_jax.config import DistilConfig, RunConfig, TargetConfig
-from chai_jax.measure import sweep
-from chai_jax.measure.floor import Rates
-from chai_jax.measure.programs import config_of, spec_of
+from chai_jax.files.published import architecture_of
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.spec import Spec
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -206,7 +208,7 @@ def test_what_a_gpu_would_be_measured_for(bench_gpu: Any, small_model: Path, tmp
     options = bench_gpu.GpuOptions(source, source, **sizes, anywhere=True, out=tmp_path)
     bench_gpu.bench_gpu(options)
     record = json.loads((tmp_path / "bench_gpu.json").read_text(encoding="utf-8"))
-    config = config_of(source)
+    config = architecture_of(source)
     specs = {"dense": spec_of(config), "compressed": spec_of(config, share="qkv", clusters=0.5, storage="int8")}
     rows = {(row["part"], row["cache"]): row for row in record["rows"]}
     assert len(rows) == 10
@@ -267,7 +269,7 @@ def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) 
     """From the same cache, lap after lap; compiled as far as tracing goes, which is where models break."""
     from lab.decoding import Ours, Transformers
 
-    config = OPTConfig(64, 32, 2, 4, 64, 48, embed_dim=32)
+    config = Architecture(64, 32, 2, 4, 64, 48, embed_dim=32)
     spec = Spec.dense(2, 4, 8)
     model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
     shape = bench_gpu.Shape(3, 20, 6)
@@ -287,7 +289,7 @@ def test_transformers_reads_what_we_read(bench_gpu: Any, torch: ModuleType) -> N
     """The same prompts, lap after lap, to the same first new tokens."""
     from lab.reading import Read, TransformersReads
 
-    config = OPTConfig(64, 32, 2, 4, 64, 48, embed_dim=32)
+    config = Architecture(64, 32, 2, 4, 64, 48, embed_dim=32)
     spec = Spec.dense(2, 4, 8)
     model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
     shape = bench_gpu.Shape(24, 20)

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from chai_jax import run_folder
 from chai_jax.cli import Command, main, parse
 from chai_jax.commands.planning import PlanCommand
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
-from chai_jax.devices import parse_mesh
 from chai_jax.errors import InputError
-from chai_jax.pipeline import run
+from chai_jax.run import folder as run_folder
+from chai_jax.run.devices import parse_mesh
+from chai_jax.run.pipeline import run
 
 GROUPS = {"planning": PlanConfig, "train": TrainOverrides, "operation": RunOptions}
 HUGE = 2**70

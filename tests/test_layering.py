@@ -19,35 +19,32 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # From below to above; each imports from lines below its own alone.
 ORDER = """
-errors peaks canaries
-stopping
-progress
-fields processes reading sinks
-config spec
-data plans
+errors
+config inputs stopping
+console plans
+machine
+data
 model
-compress files score
-adapt analyse devices run_folder
+files
+compress score
+adapt analyse
 report serve
-environment measure
-__init__ work
-planning stages
-pipeline
+aot bench evaluation
+__init__
+run
 commands
 cli
 __main__
 """
 LEVELS = {part: level for level, parts in enumerate(ORDER.split("\n")) for part in parts.split()}
-# The one way up, taken when it is called: a model saves itself.
-UPWARD = {"model/model.py": ["chai_jax.files.store.save"]}
 
 # A library -> the only file or folder that may import it.
 DOORS = {
     "flax": "model/",
     "matplotlib": "report/figures/",
-    "lm_eval": "measure/lm_eval.py",
-    "torch": "measure/peers.py",
-    "ctranslate2": "measure/peers.py",
+    "lm_eval": "evaluation/lm_eval.py",
+    "torch": "bench/peers.py",
+    "ctranslate2": "bench/peers.py",
 }
 
 
@@ -97,15 +94,15 @@ def test_imports_point_one_way(source: Path) -> None:
     own = source.relative_to(PACKAGE).parts[0].removesuffix(".py")
     ours = {name: part(name) for name in imports_of(source) if name.split(".")[0] == "chai_jax"}
     upward = [name for name, other in ours.items() if other != own and LEVELS[other] >= LEVELS[own]]
-    assert upward == UPWARD.get(label(source), []), f"{label(source)} imports from beside or above itself"
+    assert upward == [], f"{label(source)} imports from beside or above itself"
 
 
 def test_imports_are_seen_however_they_are_written() -> None:
     source = """
-from chai_jax.spec import Spec
+from chai_jax.plans.spec import Spec
 from . import plans
 from .files.store import load
-HOMES = {"Plan": "measure.bench", "Probe": "no.such.module"}
+HOMES = {"Plan": "bench.race", "Probe": "no.such.module"}
 def late():
     import torch
     importlib.import_module(f"chai_jax.{HOMES[name]}")
@@ -113,10 +110,10 @@ def late():
     import_module("flax.nnx")
 """
     assert set(imports(source, "chai_jax")) == {
-        *("chai_jax.spec.Spec", "chai_jax.plans", "chai_jax.files.store.load", "torch", "flax"),
-        *("chai_jax.measure.bench", "chai_jax.serve.generate"),
+        *("chai_jax.plans.spec.Spec", "chai_jax.plans", "chai_jax.files.store.load", "torch", "flax"),
+        *("chai_jax.bench.race", "chai_jax.serve.generate"),
     }
-    assert "chai_jax.measure.bench" in imports_of(PACKAGE / "__init__.py")
+    assert "chai_jax.bench.race" in imports_of(PACKAGE / "__init__.py")
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=label)

@@ -22,7 +22,7 @@ def test_all_names_come_with_a_star() -> None:
     space: dict[str, object] = {}
     exec("from chai_jax import *", space)
     assert set(chai_jax.HOMES) == set(chai_jax.__all__) == set(space) - {"__builtins__"} == set(dir(chai_jax))
-    assert space["Plan"] is importlib.import_module("chai_jax.plans").Plan
+    assert space["Plan"] is importlib.import_module("chai_jax.plans.plan").Plan
     with pytest.raises(AttributeError, match="no attribute 'Plans'"):
         _ = chai_jax.Plans
 

@@ -103,7 +103,7 @@ def test_the_experiments_have_these_options(
     monkeypatch.syspath_prepend(str(script.parent))
     monkeypatch.setattr(sys, "argv", [str(script), "--help"])
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # which is not there after README's own commands
-    monkeypatch.delitem(sys.modules, "chai_jax.measure.lm_eval", raising=False)
+    monkeypatch.delitem(sys.modules, "chai_jax.evaluation.lm_eval", raising=False)
     before = set(sys.modules)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_path(str(script), run_name="__main__")

@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, Params, init
+from chai_jax.model.params import Params, init
 from chai_jax.model.sharding import Layout, make_mesh, use
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
-CONFIG = OPTConfig(vocab_size=61, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=64, embed_dim=16)
+CONFIG = Architecture(
+    vocab_size=61, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=64, embed_dim=16
+)
 
 
 @pytest.fixture(autouse=True)

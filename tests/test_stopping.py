@@ -11,11 +11,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from chai_jax import pipeline
 from chai_jax.cli import main
 from chai_jax.commands.models import EvaluateCommand, GenerateCommand
+from chai_jax.console import track
 from chai_jax.errors import EXIT_STOPPED, Stopped
-from chai_jax.progress import track
+from chai_jax.run import pipeline
 from chai_jax.stopping import listening, safe_point, terminated
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from chai_jax.data.toy import toy_rows
 from chai_jax.files.store import load
-from chai_jax.model.params import OPTConfig
+from chai_jax.plans.architecture import Architecture
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 
@@ -100,7 +100,7 @@ def test_a_small_study(small_model: Path, tmp_path: Path) -> None:
     assert all(path.stat().st_mtime_ns == when for path, when in kept.items())
     found = json.loads((tmp_path / "out" / "study.json").read_text())
     rows = {row["row"]: row for row in found["rows"]}
-    config: OPTConfig = load(str(small_model)).config
+    config: Architecture = load(str(small_model)).config
     dense = 2 * config.num_layers * config.hidden_size * 2
     assert rows["dense"]["kv_bytes_per_token"] == dense
     assert rows["dense"]["output_error"] == pytest.approx(0, abs=1e-3)

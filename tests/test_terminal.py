@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from chai_jax import pipeline
 from chai_jax.cli import main
-from chai_jax.progress import console, print_table
+from chai_jax.console import console, print_table
 from chai_jax.report.tables import terminal
+from chai_jax.run import pipeline
 
 
 @pytest.fixture

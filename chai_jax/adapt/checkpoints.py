@@ -21,9 +21,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from chai_jax.adapt.fingerprint import Record, checksums, first_difference, named
 from chai_jax.config import Checkpoints
+from chai_jax.console import console
 from chai_jax.errors import InputError, Stopped
-from chai_jax.processes import anywhere, first_process
-from chai_jax.progress import console
+from chai_jax.machine.processes import anywhere, first_process
 from chai_jax.stopping import listening, terminated
 
 NO_SPACE = "No space left on device"

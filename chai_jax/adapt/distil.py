@@ -13,7 +13,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from chai_jax.adapt.finetune import cross_entropy, sum_over_targets
-from chai_jax.adapt.flops import cost
 from chai_jax.adapt.step import Sums
 from chai_jax.adapt.teacher import cache_teacher
 from chai_jax.adapt.train import Log, train
@@ -21,12 +20,14 @@ from chai_jax.adapt.updates import Batch
 from chai_jax.config import Checkpoints, DistilConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
+from chai_jax.model.decoder import forward
+from chai_jax.model.flops import cost
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout, current_layout
-from chai_jax.score import logits_at
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
+from chai_jax.score.loglikelihood import logits_at
 
 
 def distil(
@@ -101,7 +102,7 @@ def check_vocabulary(one: Model, other: Model, names: tuple[str, str] = ("studen
 
 
 def distillation_loss(
-    configs: tuple[OPTConfig, OPTConfig],
+    configs: tuple[Architecture, Architecture],
     specs: tuple[Spec, Spec],
     dtype: DTypeLike,
     temperature: float,

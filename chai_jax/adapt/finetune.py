@@ -15,12 +15,13 @@ from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
 from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
+from chai_jax.model.decoder import forward
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout
-from chai_jax.score import logits_at
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
+from chai_jax.score.loglikelihood import logits_at
 
 HEAD_ROWS = 1024  # hidden states that meet the vocabulary head at once: 206 MB of float32 logits at V = 50,272
 
@@ -50,7 +51,7 @@ def loss_of(model: Model, train: TrainConfig) -> Loss:
 
 
 def completion_loss(
-    config: OPTConfig,
+    config: Architecture,
     spec: Spec,
     dtype: DTypeLike,
     params: Params,

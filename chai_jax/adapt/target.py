@@ -16,7 +16,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout
-from chai_jax.plans import Plan
+from chai_jax.plans.plan import Plan
 
 
 def target(

@@ -20,17 +20,18 @@ from jaxtyping import Array, Float
 
 from chai_jax.adapt.fingerprint import Record, checksums, hash_arrays
 from chai_jax.adapt.updates import Batch, pack
+from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file, write_json
 from chai_jax.model import kernels
+from chai_jax.model.decoder import forward
 from chai_jax.model.model import Model
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout
-from chai_jax.progress import console, track
-from chai_jax.score import logits_at
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
+from chai_jax.score.loglikelihood import logits_at
 
 ROWS = 1024  # positions that meet the vocabulary head at once
 FULLEST = 0.9  # of the free disk space that may be filled
@@ -129,7 +130,7 @@ def fill(values: Any, begins: Any, compute: Any, layout: Layout, encoded: Sequen
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def logprobs(config: OPTConfig, spec: Spec, dtype: DTypeLike, params: Params, batch: Batch) -> Float[Array, "B P V"]:
+def logprobs(config: Architecture, spec: Spec, dtype: DTypeLike, params: Params, batch: Batch) -> Float[Array, "B P V"]:
     """float32 log-probabilities of the next token at the positions of a batch."""
     with kernels.using("xla"):  # as in an update: chai_jax.adapt.step
         hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype).hidden

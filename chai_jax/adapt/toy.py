@@ -8,15 +8,16 @@ import jax
 
 from chai_jax.adapt.finetune import finetune
 from chai_jax.config import FinetuneConfig, TrainConfig
+from chai_jax.console import console
 from chai_jax.data.tasks import TASKS, load_rows
 from chai_jax.data.toy import POSITIONS, toy_tokenizer
 from chai_jax.files.lock import LOCK, locked
-from chai_jax.files.store import load
+from chai_jax.files.store import load, save
+from chai_jax.inputs.reading import reason, shown
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.progress import console
-from chai_jax.reading import reason, shown
-from chai_jax.spec import Spec
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 VERSION = 1  # raise it with anything that changes what is trained
 LAYERS, HEADS, WIDTH = 4, 8, 64
@@ -57,14 +58,14 @@ def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
         console.print("training the built-in toy" + " (kept for the next run)" * keep)
         model = _trained(seed)
         if keep:
-            model.save(folder)
+            save(model, folder)
         return model
 
 
 def _trained(seed: int) -> Model:
     tokenizer = toy_tokenizer()
     vocabulary = -(-len(tokenizer) // 8) * 8
-    config = OPTConfig(vocabulary, WIDTH, LAYERS, HEADS, 4 * WIDTH, POSITIONS, WIDTH)
+    config = Architecture(vocabulary, WIDTH, LAYERS, HEADS, 4 * WIDTH, POSITIONS, WIDTH)
     spec = Spec.dense(LAYERS, HEADS, config.head_dim)
     untrained = Model(config, spec, init(config, spec, jax.random.key(seed), std=STD), tokenizer, "toy")
     task = TASKS["toy"]

@@ -13,7 +13,6 @@ from jax.sharding import Mesh
 
 from chai_jax.adapt.checkpoints import Keeper
 from chai_jax.adapt.fingerprint import checksums, fingerprint
-from chai_jax.adapt.flops import Cost, cost
 from chai_jax.adapt.step import (
     Loss,
     State,
@@ -29,14 +28,15 @@ from chai_jax.adapt.step import (
 from chai_jax.adapt.teacher import CachedTeacher
 from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
 from chai_jax.config import Checkpoints, StageConfig, TrainConfig
+from chai_jax.console import bar
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
+from chai_jax.machine.peaks import peak
+from chai_jax.model.flops import Cost, cost
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, is_leaf
 from chai_jax.model.sharding import Layout, current_layout, put
-from chai_jax.peaks import peak
-from chai_jax.progress import bar
 from chai_jax.stopping import safe_point
 
 Log = Callable[[dict[str, Any]], None]
@@ -83,7 +83,7 @@ def train(
         log: called after every update with stage, step (from 1), steps, lr, grad_norm before clipping, the loss's means
             per target, step_s (seconds; an update of a new shape includes its compilation), tokens_per_s (real tokens
             through the model) and, where the devices' peak is known, mfu (model FLOPs utilisation, of the bfloat16
-            peak; see `chai_jax.adapt.flops`). A stage that goes on from a checkpoint logs from the update after it.
+            peak; see `chai_jax.model.flops`). A stage that goes on from a checkpoint logs from the update after it.
         checkpoints: a folder to keep the state in, and to go on from if it holds one; None: nothing is kept.
 
     Raises:

@@ -18,18 +18,19 @@ import numpy as np
 
 from chai_jax.analyse.allocate import Choice, allocate
 from chai_jax.analyse.costs import FindClusters, LayerCosts, Measure, Sizes, interpolate, latent, measure_costs
-from chai_jax.analyse.explain import planned_layer
 from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
 from chai_jax.analyse.probe import Probe
 from chai_jax.analyse.sensitivity import spread, tiers
 from chai_jax.compress.quantize import store_weights
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.layerwise import rest_of
 from chai_jax.model.model import Model
-from chai_jax.model.params import Declared, OPTConfig, Params, declare
-from chai_jax.model.stream import rest_of
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.spec import Spec
+from chai_jax.model.params import Declared, Params, declare
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.planned import planned_layer
+from chai_jax.plans.spec import Spec
 
 RANK_STEPS = tuple(2 ** (-step / 2) for step in range(1, 13))  # 0.7, 1/2, 0.35, 1/4, ... 1/64
 REFERENCE_CLUSTERS, REFERENCE_RANK = 1 / 2, 1 / 8  # the changes whose cost is a layer's sensitivity
@@ -151,7 +152,9 @@ def _key(probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, seed: in
     return digest.hexdigest()
 
 
-def _choices(config: OPTConfig, costs: LayerCosts, budget: Budget, index: int, find: FindClusters) -> Iterator[Choice]:
+def _choices(
+    config: Architecture, costs: LayerCosts, budget: Budget, index: int, find: FindClusters
+) -> Iterator[Choice]:
     """All that a layer could become: every number of clusters and pair of their ranks, every pair of latent ranks, in
     every format."""
     heads = config.num_heads
@@ -182,13 +185,13 @@ def _ranks(measured: dict[str, Sizes], size: int) -> Iterator[tuple[int | None, 
         yield key, value, one + other
 
 
-def _pinned(config: OPTConfig) -> Iterator[Choice]:
+def _pinned(config: Architecture) -> Iterator[Choice]:
     """The one choice of a layer that stays as it is."""
     layer = LayerPlan(singletons(config.num_heads))
     yield Choice(_cache_bytes(layer, config), 0.0, layer)
 
 
-def _cache_bytes(layer: LayerPlan, config: OPTConfig) -> int | float:
+def _cache_bytes(layer: LayerPlan, config: Architecture) -> int | float:
     return bytes_per_token(Spec((planned_layer(layer, layer.share or "dense", config),)))
 
 
@@ -227,7 +230,7 @@ def _weight_bytes(declared: Params, weights: str, loaded: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(stored))
 
 
-def _sensitivity(config: OPTConfig, costs: LayerCosts) -> float:
+def _sensitivity(config: Architecture, costs: LayerCosts) -> float:
     """A layer's score: the cost of half its clusters (or of a latent of an eighth of its width), in nats per token."""
     for sizes in costs.clusters.values():
         return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.num_heads)))

@@ -19,14 +19,14 @@ from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import LayerMerge, Stream
 from chai_jax.compress.quantize import layer_with_storage, store_weights
+from chai_jax.console import track
 from chai_jax.errors import InputError
-from chai_jax.fields import Count, parse
 from chai_jax.files.atomic import write_json
+from chai_jax.inputs.fields import Count, parse
+from chai_jax.inputs.reading import read_json, shown
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.progress import track
-from chai_jax.reading import read_json, shown
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
 RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, for a latent; of a head, for clusters

@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.compress.quantize import with_storage
+from chai_jax.model.decoder import OPT, unembed
+from chai_jax.model.layerwise import embed, rest_of, through, through_layer
 from chai_jax.model.model import Model
-from chai_jax.model.opt import OPT, unembed
-from chai_jax.model.params import OPTConfig, Params
-from chai_jax.model.stream import embed, rest_of, through, through_layer
-from chai_jax.score import HEAD_ROWS
-from chai_jax.spec import LayerSpec, Spec
+from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import LayerSpec, Spec
+from chai_jax.score.loglikelihood import HEAD_ROWS
 
 
 class Damage:
@@ -71,7 +72,7 @@ def _energies(before: Array, after: Array, x: Array, mask: Array) -> tuple[Float
 
 @partial(jax.jit, static_argnums=0)
 def _compare(
-    config: OPTConfig,
+    config: Architecture,
     params: Params,
     targets: Int32[Array, " M"],
     truth: Float[Array, "M D"],

@@ -5,48 +5,20 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from chai_jax.compress.cluster import prompt_layer
-from chai_jax.compress.slice import cluster_order
 from chai_jax.model.cache import BYTES, bytes_per_token
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import LayerPlan, Plan
-from chai_jax.spec import STORAGES, LayerSpec, Spec, group_clusters
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import Plan
+from chai_jax.plans.planned import planned_spec
+from chai_jax.plans.spec import STORAGES, Spec
 
 
-def cache_fraction(plan: Plan, config: OPTConfig) -> float:
+def cache_fraction(plan: Plan, config: Architecture) -> float:
     """Cache bytes of a plan's model over those of the dense bfloat16 cache, by formula."""
     dense = Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16")
     return bytes_per_token(planned_spec(plan, config)) / bytes_per_token(dense)
 
 
-def planned_spec(plan: Plan, config: OPTConfig) -> Spec:
-    """The spec of the model that `cluster` and `quantize` make by this plan.
-
-    Raises:
-        InputError: the plan is for another shape of model.
-    """
-    plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
-
-    def layer(wanted: LayerPlan) -> LayerSpec:
-        if plan.membership == "prompt" and wanted.clustered:
-            return prompt_layer(wanted, wanted.clusters[0].storage, config.head_dim, plan.warmup_tokens)
-        return planned_layer(wanted, plan.share, config)
-
-    return Spec(tuple(layer(wanted) for wanted in plan.layers))
-
-
-def planned_layer(wanted: LayerPlan, share: str, config: OPTConfig) -> LayerSpec:
-    """The spec of one layer; `share` is the plan's, for a layer that names none."""
-    share = (wanted.share or share) if wanted.merged else "dense"
-    storages = [one.storage for one in wanted.clusters]
-    order = cluster_order(share, [one.heads for one in wanted.clusters], storages)
-    clusters = tuple(wanted.clusters[at].heads for at in order)
-    groups = group_clusters(share, clusters, [storages[at] for at in order])
-    ranks = (wanted.key_rank or config.head_dim, wanted.value_rank or config.head_dim)
-    return LayerSpec(share, clusters, groups, *ranks, wanted.weights)
-
-
-def explain(plan: Plan, config: OPTConfig | None = None) -> list[dict[str, Any]]:
+def explain(plan: Plan, config: Architecture | None = None) -> list[dict[str, Any]]:
     """A plan as plain rows, one per layer; with a model's configuration also bytes, and a last row of totals.
 
     `kv_bytes_per_token` and `dense_kv_bytes_per_token` (bfloat16) are by formula, for one sequence;
@@ -84,7 +56,7 @@ def _sizes(size: int | float, dense: int) -> dict[str, Any]:
     return {"kv_bytes_per_token": size, "dense_kv_bytes_per_token": dense, "kv_reduction": 1 - size / dense}
 
 
-def explain_table(plan: Plan, config: OPTConfig | None = None) -> Table:
+def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     """`explain` as a table that fits 80 columns."""
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]

@@ -7,9 +7,9 @@ import numpy as np
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.sensitivity import spread
 from chai_jax.compress.quantize import quantize
+from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
-from chai_jax.model.stream import Text
-from chai_jax.plans import Plan
+from chai_jax.plans.plan import Plan
 
 TOKENS = 1024  # of calibration text that are looked at, about
 

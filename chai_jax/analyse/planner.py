@@ -9,10 +9,10 @@ from jaxtyping import Float
 from chai_jax.analyse.cluster import assign, cluster_count, medoid, round_up
 from chai_jax.analyse.probe import Probe, fingerprint
 from chai_jax.analyse.sensitivity import critical, sensitivities, tiers
+from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.progress import track
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 # tier: (storage of critical clusters, storage of redundant clusters, weights); the paper's section 3.3
 TIER_FORMATS = {

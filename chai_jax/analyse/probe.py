@@ -20,19 +20,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, jaxtyped
 
+from chai_jax.console import track
 from chai_jax.data.batches import Windows
 from chai_jax.data.text import windows as cut
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
+from chai_jax.inputs.reading import open_regular, reason, shown
+from chai_jax.model.decoder import Seen
+from chai_jax.model.layerwise import anonymous, embed, seen_through
 from chai_jax.model.model import Model
-from chai_jax.model.opt import Seen
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
 from chai_jax.model.sharding import Layout, current_layout, whole
-from chai_jax.model.stream import anonymous, embed, seen_through
-from chai_jax.progress import track
-from chai_jax.reading import open_regular, reason, shown
-from chai_jax.spec import LayerSpec, Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import LayerSpec, Spec
 
 Sums = dict[str, Array]
 MOST = 2**30  # bytes of a saved probe, unpacked, at most
@@ -209,7 +210,7 @@ def head_sums(layer: int, seen: Seen, params: Params) -> Sums:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _layer_sums(
-    config: OPTConfig, layer: LayerSpec, params: Params, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
 ) -> tuple[Float[Array, "B T D"], Sums]:
     """What leaves a layer that `x` enters, and the layer's sums."""
     after, seen = seen_through(config, layer, params, x, mask)

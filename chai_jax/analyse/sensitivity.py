@@ -17,13 +17,13 @@ from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import LayerMerge, Stream
 from chai_jax.compress.quantize import layer_with_storage, store_weights
+from chai_jax.console import track
 from chai_jax.errors import InputError
+from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.stream import Text
-from chai_jax.plans import METHODS, LayerPlan, Plan
-from chai_jax.progress import track
-from chai_jax.spec import LayerSpec
+from chai_jax.plans.plan import METHODS, LayerPlan, Plan
+from chai_jax.plans.spec import LayerSpec
 
 HIGH, LOW = 0.2, 0.3  # shares of the layers in the high (rounded up) and low (rounded down) tier
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from chai_jax.config import DeviceConfig, check_seed
+from chai_jax.console import console, print_table
 from chai_jax.errors import InputError
-from chai_jax.processes import once
-from chai_jax.progress import console, print_table
+from chai_jax.machine.processes import once
 
 Options = dict[str, Any]
 UNTOLD = ("devices", "out")  # options that decide no number
@@ -72,13 +72,13 @@ class BenchCommand:
     def run(self) -> Any:
         import jax
 
-        from chai_jax.environment import versions, where_computed
+        from chai_jax.bench.peers import AWAKE, PEERS, check_peer
+        from chai_jax.bench.sweep import sweep
         from chai_jax.files.atomic import claim_folder
-        from chai_jax.measure.peers import AWAKE, PEERS, check_peer
-        from chai_jax.measure.sweep import sweep
         from chai_jax.model import kernels
         from chai_jax.report.bench import COLUMNS, note, write
         from chai_jax.report.tables import terminal
+        from chai_jax.run.environment import versions, where_computed
 
         options = self._checked()
         attention = kernels.resolved(self.attention, jax.devices()[:1])
@@ -135,8 +135,8 @@ class BenchCommand:
 
     def _entrants(self, options: Options, threads: int) -> tuple[list[Any], list[Any]]:
         """Who is timed, the first MODEL first, and at which shapes."""
-        from chai_jax.measure.bench import Shape
-        from chai_jax.measure.sweep import ours, peer, shapes, variants
+        from chai_jax.bench.race import Shape
+        from chai_jax.bench.sweep import ours, peer, shapes, variants
 
         models = {source: open_model(source, self.seed) for source in dict.fromkeys(self.models)}
         rest = Shape(new_tokens=self.new_tokens, question=self.question)
@@ -159,7 +159,7 @@ def open_model(source: str, seed: int) -> Any:
         InputError: there is none.
     """
     from chai_jax.adapt.toy import load_any
-    from chai_jax.measure.sweep import random_model
+    from chai_jax.bench.sweep import random_model
 
     kind, _, shape = source.partition(":")
     return random_model(shape, seed) if kind == "random" else load_any(source, seed=seed)

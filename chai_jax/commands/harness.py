@@ -26,8 +26,8 @@ class LmEvalCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.environment import versions, where_computed
-        from chai_jax.measure.lm_eval import run
+        from chai_jax.evaluation.lm_eval import run
+        from chai_jax.run.environment import versions, where_computed
 
         found = run(self.model, self.arguments, self.data_dir, self.revision)
         return {**found, "software": versions(), **where_computed()}

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from chai_jax.config import DeviceConfig
-from chai_jax.progress import console, print_table
+from chai_jax.console import console, print_table
 
 
 @dataclass(frozen=True)
@@ -61,15 +61,16 @@ class AotCommand:
         # Else jax would look for the TPU that libtpu is for, or the GPU.
         os.environ["JAX_PLATFORMS"] = "cpu"
         jax.config.update("jax_platforms", "cpu")
-        from chai_jax.measure import gpu
-        from chai_jax.measure.aot import find_largest_batch, measure, report
-        from chai_jax.measure.programs import Job, Shapes, config_of, spec_of
-        from chai_jax.measure.tpu import mesh_of, topology
+        from chai_jax.aot import gpu
+        from chai_jax.aot.compiled import find_largest_batch, measure, report
+        from chai_jax.aot.programs import Job, Shapes, spec_of
+        from chai_jax.aot.tpu import mesh_of, topology
+        from chai_jax.files.published import architecture_of
         from chai_jax.model import kernels
         from chai_jax.model.sharding import Layout
-        from chai_jax.plans import Plan
+        from chai_jax.plans.plan import Plan
 
-        config, plan = config_of(self.model), Plan.read(self.plan) if self.plan else None
+        config, plan = architecture_of(self.model), Plan.read(self.plan) if self.plan else None
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)
         devices = (gpu.topology if self.topology in gpu.DESCRIPTIONS else topology)(self.topology)
         mesh = mesh_of(devices, self.mesh)
@@ -96,6 +97,6 @@ class EnvCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.environment import environment
+        from chai_jax.run.environment import environment
 
         return environment()

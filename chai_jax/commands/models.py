@@ -39,9 +39,9 @@ class EvaluateCommand:
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
         from chai_jax.data.tasks import get_task
+        from chai_jax.evaluation.tasks import evaluate, perplexity
         from chai_jax.files.atomic import check_writable
-        from chai_jax.measure.evaluate import evaluate, perplexity
-        from chai_jax.processes import once
+        from chai_jax.machine.processes import once
 
         if (self.task is None) == (self.text is None):
             raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
@@ -129,7 +129,7 @@ class VerifyCommand:
 
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
-        from chai_jax.measure.verify import verify
+        from chai_jax.evaluation.verify import verify
 
         return verify(load_any(self.first), load_any(self.second))
 
@@ -147,7 +147,7 @@ class ExportCommand:
         from chai_jax.adapt.toy import load_any
         from chai_jax.compress.expand import expand
         from chai_jax.files.atomic import claim_folder
-        from chai_jax.files.hf import export
+        from chai_jax.files.export import export
 
         claim_folder(self.out)
         model = load_any(self.model)

@@ -8,7 +8,7 @@ import tyro
 from tyro.conf import Positional
 
 from chai_jax.config import DeviceConfig, PlanConfig, RunConfig, check_seed
-from chai_jax.progress import print_table
+from chai_jax.console import print_table
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class PlanCommand:
         from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import claim_file, write_json
-        from chai_jax.planning import plan_for
-        from chai_jax.processes import once
-        from chai_jax.work import open_work
+        from chai_jax.machine.processes import once
+        from chai_jax.run.options import plan_for
+        from chai_jax.run.work import open_work
 
         check_seed(self.seed, "--seed")
         self.planning.check()
@@ -65,7 +65,7 @@ class ExplainCommand:
     def run(self) -> Any:
         from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
-        from chai_jax.plans import Plan
+        from chai_jax.plans.plan import Plan
 
         plan = Plan.read(self.plan)
         config = None if self.model is None else load_any(self.model).config

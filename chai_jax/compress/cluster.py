@@ -18,21 +18,16 @@ from chai_jax.compress.merge import (
     low_rank_values,
 )
 from chai_jax.compress.moments import input_moments, output_moments
-from chai_jax.compress.slice import (
-    cluster_order,
-    every_value,
-    reorder,
-    representative_scores,
-    representative_values,
-)
+from chai_jax.compress.slice import every_value, reorder, representative_scores, representative_values
+from chai_jax.console import track
 from chai_jax.errors import InputError
+from chai_jax.model.layerwise import Text, embed, through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Quantized
-from chai_jax.model.stream import Text, embed, through
-from chai_jax.plans import LayerPlan, Plan
-from chai_jax.progress import track
-from chai_jax.spec import LayerSpec, group_clusters
+from chai_jax.plans.plan import LayerPlan, Plan
+from chai_jax.plans.planned import cluster_order, prompt_layer
+from chai_jax.plans.spec import LayerSpec, group_clusters
 
 
 def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
@@ -91,13 +86,6 @@ def _assign(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan, war
     order = sorted(range(len(layer.clusters)), key=lambda at: layer.clusters[at])
     new = prompt_layer(wanted, formats[0], layer.key_rank, warmup)
     return dataclasses.replace(new, weights=layer.weights), reorder(layer, params, order)
-
-
-def prompt_layer(wanted: LayerPlan, storage: str, head_dim: int, warmup: int) -> LayerSpec:
-    """A layer whose clusters are found per prompt, with the plan's for prompts shorter than the warm-up."""
-    clusters = tuple((one.keep, *(head for head in one.heads if head != one.keep)) for one in wanted.clusters)
-    groups = group_clusters("qk", clusters, [storage] * len(clusters), "prompt")
-    return LayerSpec("qk", clusters, groups, head_dim, head_dim, wanted.weights, "prompt", warmup)
 
 
 class Stream:

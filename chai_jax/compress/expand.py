@@ -8,7 +8,7 @@ from chai_jax.compress.slice import take_heads
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.spec import LayerSpec, Spec, group_clusters
+from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
 
 def expand(model: Model) -> Model:

@@ -10,16 +10,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.compress.merge import InputMoments, OutputMoments
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.layerwise import anonymous, seen_through
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
-from chai_jax.model.stream import anonymous, seen_through
-from chai_jax.spec import LayerSpec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import LayerSpec
 
 BATCH = 8  # windows of one pass
 
 
 def input_moments(
-    config: OPTConfig, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Any
+    config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Any
 ) -> InputMoments:
     """Of the normed input of a layer that `x` enters; only real tokens count."""
     total = _sum(partial(_input_moments, config, anonymous(layer)), params, x, mask)
@@ -27,7 +28,7 @@ def input_moments(
 
 
 def output_moments(
-    config: OPTConfig,
+    config: Architecture,
     layers: tuple[LayerSpec, LayerSpec],
     params: tuple[Params, Params],
     clusters: Sequence[int],
@@ -75,7 +76,9 @@ def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _input_moments(config: OPTConfig, layer: LayerSpec, params: Params, x: Array, mask: Array) -> Float[Array, "D1 D1"]:
+def _input_moments(
+    config: Architecture, layer: LayerSpec, params: Params, x: Array, mask: Array
+) -> Float[Array, "D1 D1"]:
     _, seen = seen_through(config, layer, params, x, mask)
     rows = jnp.where(mask[..., None], jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), 0.0)
     return jnp.einsum("nwx,nwy->xy", rows, rows, precision="highest")
@@ -83,7 +86,7 @@ def _input_moments(config: OPTConfig, layer: LayerSpec, params: Params, x: Array
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _output_moments(
-    config: OPTConfig,
+    config: Architecture,
     layers: tuple[LayerSpec, LayerSpec],
     members: Float[Array, "M H"],
     clusters: Int32[Array, " M"],

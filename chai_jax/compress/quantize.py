@@ -7,14 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from chai_jax.compress.slice import cluster_order, reorder
+from chai_jax.compress.slice import reorder
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4
 from chai_jax.model.quantized import quantize as quantize_array
-from chai_jax.plans import LayerPlan, Plan
-from chai_jax.spec import STORAGES, LayerSpec, Spec
+from chai_jax.plans.plan import LayerPlan, Plan
+from chai_jax.plans.planned import cluster_order
+from chai_jax.plans.spec import STORAGES, LayerSpec, Spec
 
 # The contracted axes of each kernel of a layer: int8 weights have one scale per output channel, int4 weights one for
 # each GROUP entries along the last of these axes.

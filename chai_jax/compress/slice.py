@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray
-from chai_jax.spec import STORAGES, LayerSpec
+from chai_jax.plans.spec import LayerSpec
 
 
 def representative_scores(params: Params, kept: Sequence[int]) -> Params:
@@ -44,13 +44,6 @@ def representative_values(params: Params, kept: Sequence[int], members: Sequence
         bias[[at for at, heads in enumerate(members) if len(heads) > 1]] = 0
         new_value["bias"] = jnp.asarray(bias)
     return {"value": new_value, "output": new_output}
-
-
-def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str]) -> list[int]:
-    """The order that makes groups contiguous: by storage, then (where it decides the shape) by cluster size; stable, so
-    that singletons of one storage keep the heads' order."""
-    sizes = [len(heads) if share in ("qk", "kv") else 1 for heads in clusters]
-    return sorted(range(len(clusters)), key=lambda at: (STORAGES.index(storages[at]), sizes[at]))
 
 
 def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:

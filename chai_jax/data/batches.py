@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int32
 
 from chai_jax.data.tokens import prefix_token, tokenize
 from chai_jax.errors import InputError
-from chai_jax.processes import divided
+from chai_jax.machine.processes import divided
 
 
 @dataclass(frozen=True)

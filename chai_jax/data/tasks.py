@@ -15,7 +15,7 @@ from chai_jax.data.batches import Example
 from chai_jax.data.tokens import check_characters
 from chai_jax.data.toy import ANSWERS, PROMPT, toy_rows
 from chai_jax.errors import InputError
-from chai_jax.reading import open_utf8, parse_json, reason, shown
+from chai_jax.inputs.reading import open_utf8, parse_json, reason, shown
 
 Row = dict[str, Any]
 SPLITS = ("train", "validation")  # the test splits of GLUE have no labels

@@ -7,7 +7,7 @@ from typing import Any
 from chai_jax.data.batches import Encoded
 from chai_jax.data.tokens import bare_tokens, opening
 from chai_jax.errors import InputError
-from chai_jax.reading import open_utf8, shown
+from chai_jax.inputs.reading import open_utf8, shown
 
 
 def read_text(path: str | Path) -> str:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.errors import InputError
-from chai_jax.files.paths import user_path
-from chai_jax.reading import reason, shown
+from chai_jax.inputs.paths import user_path
+from chai_jax.inputs.reading import reason, shown
 
 
 def owner() -> str:

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 
 from chai_jax.files.hub import cached
+from chai_jax.inputs.reading import SMALL, read_text
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
-from chai_jax.reading import SMALL, read_text
-from chai_jax.spec import LayerSpec, Spec
+from chai_jax.plans.spec import LayerSpec, Spec
 
 OPT_IDS = "facebook/opt-"
 OPT_LICENCE = {

@@ -12,18 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.convert import flatten, read_finite
-from chai_jax.files.hf_config import config_fields
+from chai_jax.files.families.opt import config_fields
 from chai_jax.files.stored import Stored
 from chai_jax.files.weights import write_weights
+from chai_jax.inputs.reading import read_json
 from chai_jax.model.model import Model
-from chai_jax.model.params import Declared, OPTConfig, Params, declare
+from chai_jax.model.params import Declared, Params, declare
 from chai_jax.model.quantized import Int4Array, QuantizedArray
-from chai_jax.progress import track
-from chai_jax.reading import read_json
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 MODEL_TYPE = "chai_opt"
 # transformers stops at a quantization that names no method, even where it is made to look past the model_type.
@@ -68,7 +69,7 @@ def _stored(array: jax.Array) -> Stored:
     return Stored(array.shape, str(array.dtype), "", lambda: np.asarray(array))
 
 
-def read_spec(path: Path, config: OPTConfig) -> tuple[Spec, dict[str, Any]]:
+def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
     """The spec in a spec.json, and how arrays are quantized (axes, or axis and group) by name.
 
     Raises:
@@ -96,7 +97,7 @@ def read_spec(path: Path, config: OPTConfig) -> tuple[Spec, dict[str, Any]]:
     return spec, how
 
 
-def read_params(config: OPTConfig, spec: Spec, tensors: dict[str, Stored], how: dict[str, Any]) -> Params:
+def read_params(config: Architecture, spec: Spec, tensors: dict[str, Stored], how: dict[str, Any]) -> Params:
     """Read our own weights, each checked against what configuration and spec demand; `tensors` is emptied on the way.
 
     Raises:

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.files.stored import Stored, check_floats, same_numbers
-from chai_jax.model.params import Declared, OPTConfig, Params, declare
+from chai_jax.model.params import Declared, Params, declare
 from chai_jax.model.quantized import dequantize, is_leaf
-from chai_jax.progress import track
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 PREFIXES = ("model.decoder.", "decoder.", "")
 # A format number that fairseq's checkpoints carry into some conversions; transformers drops it as well.
@@ -72,12 +73,12 @@ def flatten(tree: Params) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
     return [(tuple(key.key for key in path), leaf) for path, leaf in pairs], structure
 
 
-def table(config: OPTConfig) -> list[Entry]:
+def table(config: Architecture) -> list[Entry]:
     """Every tensor that a dense OPT of this configuration has, no more and no less."""
     return [_entry(path, declared) for path, declared in flatten(_declare(config))[0]]
 
 
-def _declare(config: OPTConfig) -> Params:
+def _declare(config: Architecture) -> Params:
     return declare(config, Spec.dense(config.num_layers, config.num_heads, config.head_dim))
 
 
@@ -110,7 +111,7 @@ def _canonical(tensors: dict[str, Stored]) -> dict[str, tuple[str, Stored]]:
     return found
 
 
-def to_params(config: OPTConfig, tensors: dict[str, Stored], dtype: str | None = None) -> Params:
+def to_params(config: Architecture, tensors: dict[str, Stored], dtype: str | None = None) -> Params:
     """Read a dense OPT's parameters, leaf by leaf, in `dtype` or else in the dtypes that `read_finite` gives.
 
     `tensors` is emptied on the way, so that what a reader holds in memory goes as it is used.
@@ -130,7 +131,7 @@ def to_params(config: OPTConfig, tensors: dict[str, Stored], dtype: str | None =
     return jax.tree.unflatten(jax.tree.structure(_declare(config)), arrays)
 
 
-def _check_names(config: OPTConfig, rows: list[Entry], found: dict[str, tuple[str, Stored]]) -> None:
+def _check_names(config: Architecture, rows: list[Entry], found: dict[str, tuple[str, Stored]]) -> None:
     found.pop(IGNORED, None)
     # A tied table may go by either name (safetensors keeps one of them), or be stored twice, as older torch does.
     head = found.pop(HEAD, None) if config.tied else None
@@ -191,7 +192,7 @@ def _check_finite(what: str, x: np.ndarray, remedy: str) -> None:
         raise InputError(f"{what} {number}; expected finite numbers: {remedy}")
 
 
-def to_hf(config: OPTConfig, params: Params) -> dict[str, Stored]:
+def to_hf(config: Architecture, params: Params) -> dict[str, Stored]:
     """A dense model's tensors by Hugging Face name, each made when it is read; quantized leaves become float32."""
     tree = dict(flatten(params)[0])
     return {row.full_name: _export(row, tree[row.path]) for row in table(config)}

@@ -12,7 +12,7 @@ import numpy as np
 
 from chai_jax.errors import InputError
 from chai_jax.files.stored import READ_FLOATS, Stored
-from chai_jax.reading import open_regular, reason, shown
+from chai_jax.inputs.reading import open_regular, reason, shown
 
 ARRAY = 1  # flax.serialization's extension code of an array: packed (shape, dtype name, bytes)
 CHUNKED = "__msgpack_chunked_array__"  # how it marks an array of more than 1 GiB, cut into flat pieces

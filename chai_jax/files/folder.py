@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.errors import InputError
-from chai_jax.reading import shown
+from chai_jax.inputs.reading import shown
 
 MOST_BYTES = 255  # of a file's name: as many as file systems take
 

@@ -4,9 +4,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from chai_jax.errors import InputError
-from chai_jax.files.paths import user_path
 from chai_jax.files.weights import FORMATS
-from chai_jax.reading import shown
+from chai_jax.inputs.paths import user_path
+from chai_jax.inputs.reading import shown
 
 SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 

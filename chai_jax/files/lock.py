@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from chai_jax.console import console
 from chai_jax.files.atomic import named_in_failures, owner, remove_leftovers
-from chai_jax.progress import console
-from chai_jax.reading import parse_json, read_text, reason, shown
+from chai_jax.inputs.reading import parse_json, read_text, reason, shown
 from chai_jax.stopping import safe_point
 
 LOCK = ".lock"  # its name in the folder of a run: there while the run is under way, and after it was killed

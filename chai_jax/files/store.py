@@ -7,21 +7,22 @@ from typing import Any
 import jax.numpy as jnp
 
 from chai_jax.errors import InputError
-from chai_jax.files import compressed, hf
+from chai_jax.files import compressed
+from chai_jax.files import export as hf
 from chai_jax.files.atomic import claim_folder, new_folder, write_json
 from chai_jax.files.card import write_card
 from chai_jax.files.convert import flatten, to_params
-from chai_jax.files.hf_config import parse_config
+from chai_jax.files.families.opt import parse_config
 from chai_jax.files.hub import resolve
 from chai_jax.files.stored import FLOATS
 from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.files.weights import open_weights
+from chai_jax.inputs.reading import read_json
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import is_leaf
-from chai_jax.plans import Plan
-from chai_jax.reading import read_json
-from chai_jax.spec import STORAGES, Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import Plan
+from chai_jax.plans.spec import STORAGES, Spec
 
 
 def load(
@@ -86,7 +87,7 @@ def _read_kind(folder: Path) -> tuple[dict[str, Any], bool]:
     return fields, ordinary
 
 
-def _read_spec(folder: Path, config: OPTConfig, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:
+def _read_spec(folder: Path, config: Architecture, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:
     """The folder's spec.json, which an ordinary OPT need not have, and how its arrays are quantized, by name."""
     if ordinary and (storage is not None or not (folder / "spec.json").is_file()):
         return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage or "float32"), {}

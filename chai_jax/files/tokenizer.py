@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 
 from chai_jax.errors import InputError
-from chai_jax.model.params import OPTConfig
+from chai_jax.plans.architecture import Architecture
 
 WHOLE = "tokenizer.json"
 PARTS = ("vocab.json", "merges.txt")
 
 
-def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
+def load_tokenizer(folder: Path, config: Architecture) -> Any:
     """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
 
     Where it has more tokens than the model, it refuses the texts that hold one of these. One that names neither a
@@ -28,8 +28,8 @@ def load_tokenizer(folder: Path, config: OPTConfig) -> Any:
     if WHOLE not in there and len(there) < len(PARTS):
         raise InputError(f"{folder} has {there[0]} alone of the tokenizer; expected {' and '.join(PARTS)}, or {WHOLE}")
     # Importing transformers takes seconds, so only where it is used.
-    from transformers import AutoTokenizer
     from transformers import OPTConfig as HFConfig
+    from transformers import AutoTokenizer
 
     try:
         # With a configuration given, the folder's own is not read: "chai_opt" means nothing to transformers.

@@ -22,7 +22,7 @@ import numpy as np
 from chai_jax.errors import InputError
 from chai_jax.files.stored import Stored
 from chai_jax.files.unpickle import MOST_BYTES, Limited, Pairs, unpickle
-from chai_jax.reading import open_regular, reason, shown
+from chai_jax.inputs.reading import open_regular, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257

@@ -13,14 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.flax_msgpack import read_flax
 from chai_jax.files.folder import beside
 from chai_jax.files.stored import Stored, same_numbers
 from chai_jax.files.torch_pickle import read_torch
-from chai_jax.progress import track
-from chai_jax.reading import read_json, reason, shown
+from chai_jax.inputs.reading import read_json, reason, shown
 
 MAX_SHARD_BYTES = 5_000_000_000
 SAFETENSORS_DTYPES = {

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model import kernels
-from chai_jax.model.blocks import Windowed
+from chai_jax.model.int4_store import Windowed
 from chai_jax.model.kernels import decode_gpu, prompt_gpu, prompt_tpu
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.products import apart, product, side_by_side

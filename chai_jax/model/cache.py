@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Bool, Float, Int32
 
-from chai_jax.model.blocks import (
+from chai_jax.model.int4_store import (
     BLOCK,
     BY_CHANNEL,
     BY_TOKEN,
@@ -28,7 +28,7 @@ from chai_jax.model.blocks import (
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
 from chai_jax.model.quantized import Leaf, dequantize, quantize
-from chai_jax.spec import Group, LayerSpec, Spec
+from chai_jax.plans.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)

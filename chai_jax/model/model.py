@@ -3,7 +3,6 @@
 import dataclasses
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,11 +12,12 @@ from jaxtyping import Array, Float
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import measured_bytes_per_token
+from chai_jax.model.decoder import forward, unembed
 from chai_jax.model.generation import Generation
-from chai_jax.model.opt import forward, unembed
-from chai_jax.model.params import OPTConfig, Params
-from chai_jax.plans import Plan
-from chai_jax.spec import Spec
+from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import Plan
+from chai_jax.plans.spec import Spec
 
 _compute: str | None = None
 
@@ -51,7 +51,7 @@ class Model:
         generation: how its texts are made, if its folder says so.
     """
 
-    config: OPTConfig
+    config: Architecture
     spec: Spec
     params: Params = field(repr=False)
     tokenizer: Any = field(default=None, repr=False)
@@ -103,14 +103,8 @@ class Model:
         """Cache bytes of one more token, summed from really allocated arrays, scales included."""
         return measured_bytes_per_token(self.spec)
 
-    def save(self, path: str | Path) -> None:
-        """Write the model as a folder (see `chai_jax.files.store.save`)."""
-        from chai_jax.files.store import save  # from above, and so when it is called: `store` imports this module
-
-        save(self, path)
-
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(config: OPTConfig, spec: Spec, dtype: Any, params: Params, tokens: Array, mask: Array) -> Array:
+def _logits(config: Architecture, spec: Spec, dtype: Any, params: Params, tokens: Array, mask: Array) -> Array:
     output = forward(config, spec, params, tokens, mask, dtype=dtype)
     return unembed(config, params, output.hidden)

@@ -10,42 +10,12 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray
-from chai_jax.spec import LayerSpec, Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import LayerSpec, Spec
 
 POSITION_OFFSET = 2  # the position table's first two rows are padding's
 
 Params = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class OPTConfig:
-    """The shape of an OPT; names as in the field, values as in the checkpoint's config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    ffn_dim: int
-    max_positions: int
-    embed_dim: int
-    pre_norm: bool = True
-    remove_final_norm: bool = False
-    bias: bool = True
-    activation: str = "relu"
-    norm_affine: bool = True
-    tied: bool = True
-    bos_token_id: int | None = 2
-    eos_token_id: int | tuple[int, ...] | None = 2  # one, several, or none
-    pad_token_id: int = 1
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_heads
-
-    @property
-    def final_norm(self) -> bool:
-        """Post-norm models end in their last layer's norm; pre-norm ones have one more, unless it was removed."""
-        return self.pre_norm and not self.remove_final_norm
 
 
 @dataclass(frozen=True)
@@ -57,7 +27,7 @@ class Declared:
     kind: str = "kernel"  # kernel | bias | scale | embedding: how it is initialised
 
 
-def declare(config: OPTConfig, spec: Spec) -> Params:
+def declare(config: Architecture, spec: Spec) -> Params:
     """The parameter tree of a model as `Declared` leaves: one source for initialising, loading and sharding."""
     width, table = config.hidden_size, (config.vocab_size, config.embed_dim)
 
@@ -112,7 +82,7 @@ def _normal(key: Array, std: float, shape: tuple[int, ...]) -> Array:
     return std * jax.random.normal(key, shape)
 
 
-def init(config: OPTConfig, spec: Spec, key: Array, std: float = 0.02) -> Params:
+def init(config: Architecture, spec: Spec, key: Array, std: float = 0.02) -> Params:
     """Random parameters as OPT's: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
     declared, treedef = jax.tree.flatten(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))
     keys = jax.random.split(key, len(declared))

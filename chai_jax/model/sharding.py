@@ -22,9 +22,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding
 
 from chai_jax.errors import InputError
-from chai_jax.model.params import Declared, OPTConfig, Params, declare
+from chai_jax.model.params import Declared, Params, declare
 from chai_jax.model.quantized import Int4Array, QuantizedArray, is_leaf
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 Table = Mapping[str, str | tuple[str, ...] | None]
 
@@ -158,11 +159,11 @@ class Layout:
         """How many parts a batch is split into."""
         return self.mesh.shape["data"]
 
-    def shardings(self, config: OPTConfig, spec: Spec) -> Any:
+    def shardings(self, config: Architecture, spec: Spec) -> Any:
         """Where each of a model's parameters lies."""
         return shardings(declare(config, spec), self.mesh, FSDP if self.fsdp else TABLE)
 
-    def params(self, config: OPTConfig, spec: Spec, params: Params) -> Params:
+    def params(self, config: Architecture, spec: Spec, params: Params) -> Params:
         """A model's parameters, placed."""
         return place(params, self.shardings(config, spec))
 

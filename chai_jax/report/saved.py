@@ -9,11 +9,11 @@ from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.gate import Gate
 from chai_jax.config import RunConfig
 from chai_jax.errors import InputError
-from chai_jax.files.hf_config import parse_config
+from chai_jax.files.families.opt import parse_config
 from chai_jax.files.lock import LOCK, holder
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import Plan
-from chai_jax.reading import parse_json, read_json, read_text, reason, shown
+from chai_jax.inputs.reading import parse_json, read_json, read_text, reason, shown
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import Plan
 from chai_jax.report.tables import Record, percent
 
 NEEDED = ("stage", "task", "metrics", "kv_bytes_per_token", "kv_reduction", "model_bytes", "latency")
@@ -34,7 +34,7 @@ class SavedRun:
     path: Path
     config: Record
     plan: Plan
-    shape: OPTConfig | None
+    shape: Architecture | None
     records: list[Record]
     updates: list[Record]
 

@@ -16,16 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from chai_jax.data.questions import most_rows
 from chai_jax.model import kernels
 from chai_jax.model.cache import Cache, extend
+from chai_jax.model.decoder import Output, forward, unembed
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import Output, forward, unembed
-from chai_jax.model.params import OPTConfig, Params, fold_projections
+from chai_jax.model.params import Params, fold_projections
 from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray, dequantize, is_leaf
 from chai_jax.model.sharding import Layout
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
+from chai_jax.score.questions import most_rows
 from chai_jax.serve.sample import Sampling, sample
-from chai_jax.spec import Spec
 
 NEVER = -1  # as a token to stop at
 
@@ -94,7 +95,7 @@ def serving_params(model: Model, layout: Layout) -> Params:
 
 
 def _choose(
-    config: OPTConfig, params: Params, hidden: Float[Array, "B T D"], state: State, sampling: Sampling, eos: Array
+    config: Architecture, params: Params, hidden: Float[Array, "B T D"], state: State, sampling: Sampling, eos: Array
 ) -> State:
     """Write the next token of every sequence behind the columns that the cache holds."""
     keys = jax.vmap(jax.random.split)(state.keys)
@@ -105,7 +106,7 @@ def _choose(
 
 
 def _read(
-    config: OPTConfig, spec: Spec, params: Params, tokens: Array, mask: Array, dtype: Any, layout: Layout | None
+    config: Architecture, spec: Spec, params: Params, tokens: Array, mask: Array, dtype: Any, layout: Layout | None
 ) -> Output:
     """`forward` over prompts: of their hidden states, the last ones.
 
@@ -133,7 +134,7 @@ def _read(
 
 @partial(jax.jit, static_argnames=("config", "spec", "dtype", "capacity", "layout"))
 def prefill(
-    config: OPTConfig,
+    config: Architecture,
     spec: Spec,
     params: Params,
     tokens: Int32[Array, "B T"],
@@ -165,7 +166,7 @@ def prefill(
 
 @partial(jax.jit, static_argnames=("config", "spec", "dtype"), donate_argnames="state")
 def decode(
-    config: OPTConfig,
+    config: Architecture,
     spec: Spec,
     params: Params,
     state: State,

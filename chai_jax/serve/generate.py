@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key, UInt32
 
+from chai_jax.console import track
 from chai_jax.data.tokens import prefix_token, tokenize
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout, current_layout, whole
-from chai_jax.progress import track
 from chai_jax.serve.decode import State, bucket, decode, pad_left, prefill, serving_params
 from chai_jax.serve.request import Request, check_prompts
 

@@ -21,15 +21,16 @@ from jaxtyping import Array, Bool, Float, Int32, Key
 from chai_jax.adapt.distil import check_vocabulary
 from chai_jax.errors import InputError
 from chai_jax.model.cache import Cache
+from chai_jax.model.decoder import forward, unembed
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.opt import forward, unembed
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.params import Params
 from chai_jax.model.sharding import current_layout, whole
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 from chai_jax.serve.decode import bucket, pad_left, prefill, serving_params
 from chai_jax.serve.generate import STREAM_TOKENS, as_text, encode_prompt, keys_of
 from chai_jax.serve.request import Request, check_prompts
 from chai_jax.serve.sample import Sampling, chances
-from chai_jax.spec import Spec
 
 PROPOSED = 4  # tokens a round, unless told
 
@@ -38,7 +39,7 @@ PROPOSED = 4  # tokens a round, unless told
 class Shape:
     """What of a model its programs are compiled for."""
 
-    config: OPTConfig
+    config: Architecture
     spec: Spec
 
 

@@ -17,14 +17,15 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from chai_jax.measure.bench import Shape, clock, program_bytes
-from chai_jax.measure.peers import torch_model
+from chai_jax.bench.peers import torch_model
+from chai_jax.bench.race import Shape, clock
+from chai_jax.machine.memory import program_bytes
 from chai_jax.model.cache import Cache, cache_bytes, empty
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params, fold_projections
+from chai_jax.plans.spec import Spec
 from chai_jax.serve.decode import NEVER, State, cast, decode
 from chai_jax.serve.sample import Sampling
-from chai_jax.spec import Spec
 
 FIRST = 4  # the token that every sequence goes on from
 

@@ -5,14 +5,16 @@ from typing import Any
 
 import jax
 
-from chai_jax.measure import gpu
-from chai_jax.measure.aot import GIB, largest_batch
-from chai_jax.measure.bench import Shape, program_bytes
-from chai_jax.measure.programs import Job, Shapes, config_of, lower, spec_of
+from chai_jax.aot import gpu
+from chai_jax.aot.compiled import GIB, largest_batch
+from chai_jax.aot.programs import Job, Shapes, lower, spec_of
+from chai_jax.bench.race import Shape
+from chai_jax.console import console
+from chai_jax.files.published import architecture_of
+from chai_jax.machine.memory import program_bytes
 from chai_jax.model import kernels
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
-from chai_jax.progress import console
 from lab.decoding import Held, Ours, exhausted, random_layers
 from lab.options import Record
 
@@ -32,7 +34,7 @@ def searched(shape: str, choices: dict[str, Any], end: int, first: int, limit: i
         end: columns of the cache.
         first: batch to begin with.
     """
-    config, on_gpu = config_of(shape), jax.default_backend() == "gpu"
+    config, on_gpu = architecture_of(shape), jax.default_backend() == "gpu"
     shapes = Shapes(config, spec_of(config, **choices), Layout(make_mesh(1)))
     attention = kernels.resolved("auto", jax.devices()[:1])
 

@@ -12,10 +12,10 @@ import tyro
 from tyro.conf import OmitArgPrefixes, Positional
 
 from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
+from chai_jax.console import console
 from chai_jax.data.tasks import TASKS
 from chai_jax.errors import InputError
-from chai_jax.planning import parse_list
-from chai_jax.progress import console
+from chai_jax.run.options import parse_list
 
 Record = dict[str, Any]
 

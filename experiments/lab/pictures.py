@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from chai_jax.environment import where_computed
+from chai_jax.run.environment import where_computed
 from lab.options import Record
 
 

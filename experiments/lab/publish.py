@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from chai_jax.environment import versions, where_computed
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.report.tables import Column, as_csv, markdown
+from chai_jax.run.environment import versions, where_computed
 from lab.options import Record
 from lab.paper import Claim
 

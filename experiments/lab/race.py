@@ -3,9 +3,9 @@
 from dataclasses import asdict
 from typing import Any
 
-from chai_jax.measure.bench import interleaved, spread
-from chai_jax.measure.floor import Rates, works
-from chai_jax.measure.sweep import throughput
+from chai_jax.bench.floor import Rates, works
+from chai_jax.bench.race import interleaved, spread
+from chai_jax.bench.sweep import throughput
 from chai_jax.model.model import Model, compute_dtype
 from lab.options import Record
 

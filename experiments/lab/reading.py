@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from chai_jax.measure.bench import Shape, clock, program_bytes
-from chai_jax.measure.peers import torch_model
+from chai_jax.bench.peers import torch_model
+from chai_jax.bench.race import Shape, clock
+from chai_jax.machine.memory import program_bytes
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
 from chai_jax.serve.decode import NEVER, prefill

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from chai_jax.measure.result import Result
-from chai_jax.measure.statistics import paired, standard_error
+from chai_jax.evaluation.result import Result
+from chai_jax.evaluation.statistics import paired, standard_error
 from chai_jax.report.tables import Column, percent
 from lab.options import Record
 from lab.tree import Branch

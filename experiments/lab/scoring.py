@@ -4,10 +4,10 @@ from typing import Any
 
 import jax
 
-from chai_jax.measure.bench import Shape, clock, split_questions
+from chai_jax.bench.race import Shape, clock, split_questions
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
-from chai_jax.score import target_logprobs
+from chai_jax.score.loglikelihood import target_logprobs
 
 
 class Scored:

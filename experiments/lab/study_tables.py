@@ -11,12 +11,12 @@ from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import Stream
 from chai_jax.compress.low_rank import dense_heads
 from chai_jax.compress.merge import spectra
-from chai_jax.environment import versions, where_computed
+from chai_jax.console import track
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.model.model import Model
-from chai_jax.progress import track
 from chai_jax.report.figures import pareto, spectrum
 from chai_jax.report.tables import Column, as_csv, markdown
+from chai_jax.run.environment import versions, where_computed
 from lab.options import Record
 
 ENERGY = 0.99  # of a spectrum, that a rank is to hold

@@ -18,19 +18,19 @@ from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 
+from chai_jax.bench.race import latency
 from chai_jax.compress.quantize import with_storage
 from chai_jax.config import Checkpoints, PlanConfig
+from chai_jax.console import console
 from chai_jax.errors import InputError
+from chai_jax.evaluation.result import Result
 from chai_jax.files.atomic import check_writable, new_folder, read_jsonl, write_json, write_jsonl
-from chai_jax.files.store import load
-from chai_jax.measure.bench import latency
-from chai_jax.measure.result import Result
+from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
-from chai_jax.planning import plan_for
-from chai_jax.plans import Plan
-from chai_jax.progress import console
-from chai_jax.stages import Stages
-from chai_jax.work import Measured, Work, open_work
+from chai_jax.plans.plan import Plan
+from chai_jax.run.options import plan_for
+from chai_jax.run.stages import Stages
+from chai_jax.run.work import Measured, Work, open_work
 from lab.options import Options, Record
 
 # From a model, with the branch it lies on and what training is to be given, to the next.
@@ -158,7 +158,7 @@ class Branch:
         seconds = time.monotonic() - began
         made = self.tree.stages.record(label, model, {}, seconds) | {"model": self.tree.name, "updates": len(log)}
         with new_folder(path) as folder:
-            model.save(folder / "model")
+            save(model, folder / "model")
             write_jsonl(folder / "log.jsonl", log)
             write_json(folder / "made.json", made)
         shutil.rmtree(partial, ignore_errors=True)

@@ -9,7 +9,7 @@ import numpy as np
 from chai_jax.analyse.planner import find_clusters, plan, singletons
 from chai_jax.analyse.probe import Probe
 from chai_jax.model.model import Model
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 RATIOS = (0.75, 0.5, 0.25)  # of the heads
 RANKS = (0.375, 0.25, 0.125, 0.0625)  # of the width, which is also the fraction of the cache

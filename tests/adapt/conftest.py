@@ -12,11 +12,14 @@ import pytest
 from chai_jax.compress.quantize import store_weights
 from chai_jax.data.batches import Encoded
 from chai_jax.model.model import Model
-from chai_jax.model.params import Declared, OPTConfig, declare
+from chai_jax.model.params import Declared, declare
 from chai_jax.model.sharding import Layout, make_mesh
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
-CONFIG = OPTConfig(vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16)
+CONFIG = Architecture(
+    vocab_size=53, hidden_size=16, num_layers=1, num_heads=2, ffn_dim=32, max_positions=32, embed_dim=16
+)
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from chai_jax.data.batches import Encoded
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 pytestmark = pytest.mark.slow  # together they take a minute
 

@@ -14,7 +14,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.model.sharding import Layout
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 Build = Callable[..., Model]
 

@@ -13,20 +13,20 @@ import numpy as np
 import optax
 import pytest
 
-from chai_jax import score
 from chai_jax.adapt import step as steps
 from chai_jax.adapt import train as training
 from chai_jax.adapt.finetune import completion_loss, finetune
-from chai_jax.adapt.flops import cost
 from chai_jax.adapt.target import layer_mask
 from chai_jax.adapt.updates import Batch, pack
 from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
+from chai_jax.model.flops import cost
 from chai_jax.model.model import Model
 from chai_jax.model.params import declare
 from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.model.sharding import Layout, make_mesh
+from chai_jax.score.loglikelihood import loglikelihood as score
 
 Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)

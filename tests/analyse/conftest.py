@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.spec import Spec
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
-PRE = OPTConfig(64, 48, 3, 6, 64, 24, 48)
+PRE = Architecture(64, 48, 3, 6, 64, 24, 48)
 
 
 @pytest.fixture(params=["pre-norm", "post-norm"])
-def config(request: pytest.FixtureRequest) -> OPTConfig:
+def config(request: pytest.FixtureRequest) -> Architecture:
     """Three layers of six heads; OPT's two ways to place norms and to embed."""
     return PRE if request.param == "pre-norm" else dataclasses.replace(PRE, pre_norm=False, embed_dim=16)
 
@@ -24,7 +25,7 @@ def config(request: pytest.FixtureRequest) -> OPTConfig:
 def make() -> Callable[..., Model]:
     """`make(config=PRE)`: a random dense model whose biases are not zero."""
 
-    def make(config: OPTConfig = PRE) -> Model:
+    def make(config: Architecture = PRE) -> Model:
         spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
         params = init(config, spec, jax.random.key(0), std=0.3)
         noise = jax.random.normal(jax.random.key(1), (10_000,))

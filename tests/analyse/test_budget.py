@@ -15,18 +15,19 @@ import pytest
 from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.costs import LayerCosts, Measure, interpolate, latent
 from chai_jax.analyse.damage import Damage
-from chai_jax.analyse.explain import cache_fraction, planned_spec
+from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.gate import Gate, tried
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.compress.cluster import LayerMerge, Stream, cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
-from chai_jax.fields import parse
+from chai_jax.inputs.fields import parse
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.spec import Spec
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.planned import planned_spec
+from chai_jax.plans.spec import Spec
 
 Make = Callable[..., Model]
 DENSE = bytes_per_token(Spec.dense(3, 6, 8, "bfloat16"))

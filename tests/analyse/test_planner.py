@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from chai_jax.analyse.explain import explain, explain_table, planned_spec
+from chai_jax.analyse.explain import explain, explain_table
 from chai_jax.analyse.planner import plan, redundancy
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.compress.cluster import cluster
@@ -21,7 +21,8 @@ from chai_jax.compress.quantize import quantize
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.plans import ClusterPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, Plan
+from chai_jax.plans.planned import planned_spec
 
 Make = Callable[..., Model]
 TWINS = {0: 1, 2: 3}  # head -> the head that is made a copy of it

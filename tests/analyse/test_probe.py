@@ -17,10 +17,10 @@ from chai_jax.analyse.probe import Probe, fingerprint, head_sums, probe
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.errors import InputError
+from chai_jax.model.decoder import forward
 from chai_jax.model.model import Model
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 Make = Callable[..., Model]
 
@@ -44,7 +44,7 @@ def by_loop(seen: Any, kernel: np.ndarray, mask: np.ndarray) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_sums_are_those_of_a_loop(make: Make, config: OPTConfig, padding: str) -> None:
+def test_sums_are_those_of_a_loop(make: Make, config: Architecture, padding: str) -> None:
     model = make(config)
     tokens = np.random.default_rng(1).integers(4, 64, (4, 9)).astype(np.int32)
     mask = np.ones((4, 9), bool)

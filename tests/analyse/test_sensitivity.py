@@ -13,9 +13,9 @@ from chai_jax.analyse.sensitivity import critical, perturbed, sensitivities, tie
 from chai_jax.compress.quantize import CONTRACTED
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig
 from chai_jax.model.quantized import QuantizedArray
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 Make = Callable[..., Model]
 PARTITION = (ClusterPlan((0, 3, 5), 3), ClusterPlan((1,), 1), ClusterPlan((2, 4), 2))
@@ -27,7 +27,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
 
 
-def test_damage_is_that_of_the_whole_perturbed_model(make: Make, config: OPTConfig, windows: list[list[int]]) -> None:
+def test_damage_is_that_of_the_whole_perturbed_model(
+    make: Make, config: Architecture, windows: list[list[int]]
+) -> None:
     model, plan = make(config), Plan((), "qkv" if config.pre_norm else "qk")
     found = probe(model, windows)
     tokens, mask = found.tokens, found.mask

@@ -16,12 +16,12 @@ from chai_jax.compress.expand import expand
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
-from chai_jax.files.store import load
+from chai_jax.files.store import load, save
 from chai_jax.model.cache import bytes_per_token, extend
+from chai_jax.model.decoder import forward
 from chai_jax.model.model import Model
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from tests.compress.test_compress import PARTITION, POST, PRE, inputs, random_model
 
 HEADS = tuple(range(6))
@@ -50,7 +50,7 @@ def logits(model: Model) -> np.ndarray:
 
 
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
-def test_a_latent_of_full_rank_is_the_dense_model(config: OPTConfig, text: Windows) -> None:
+def test_a_latent_of_full_rank_is_the_dense_model(config: Architecture, text: Windows) -> None:
     model = random_model(config)
     small = cluster(model, latent(48, 48), text)
     assert small.kv_bytes_per_token == 3 * 4 * (48 + 48)
@@ -69,7 +69,7 @@ def test_more_rank_is_closer(text: Windows) -> None:
 
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
-def test_merging_twins_costs_nothing(config: OPTConfig, values: str, text: Windows) -> None:
+def test_merging_twins_costs_nothing(config: Architecture, values: str, text: Windows) -> None:
     """Heads with equal queries and keys share their attention exactly; their two values have rank 2 K together."""
     model = random_model(config)
     for layer in model.params["layers"].values():
@@ -103,11 +103,11 @@ def test_heads_that_stay_alone_stay_as_they_are(text: Windows) -> None:
 )
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
 def test_expanded_model_in_torch_equals_ours(
-    torch: ModuleType, tmp_path: Path, config: OPTConfig, plan: Plan, text: Windows
+    torch: ModuleType, tmp_path: Path, config: Architecture, plan: Plan, text: Windows
 ) -> None:
     from transformers import OPTForCausalLM
 
-    from chai_jax.files.hf import export
+    from chai_jax.files.export import export
 
     small = cluster(random_model(config), plan, text)
     export(expand(small), tmp_path / "out")
@@ -128,7 +128,7 @@ def test_a_latent_is_saved_cached_and_counted(storage: str, tmp_path: Path, text
     small = with_storage(cluster(random_model(), latent(10, 7), text), storage)
     per_token = 3 * (17 * 4 if storage == "float32" else 17 + 2 * 2)
     assert small.kv_bytes_per_token == bytes_per_token(small.spec) == per_token
-    small.save(tmp_path / "model")
+    save(small, tmp_path / "model")
     again = load(tmp_path / "model")
     assert again.spec == small.spec
     np.testing.assert_array_equal(logits(again), logits(small))

@@ -16,17 +16,18 @@ from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, init
+from chai_jax.model.params import init
 from chai_jax.model.quantized import Int4Array, QuantizedArray
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.spec import Spec
 
-PRE = OPTConfig(64, 48, 3, 6, 64, 24, 48)
+PRE = Architecture(64, 48, 3, 6, 64, 24, 48)
 POST = dataclasses.replace(PRE, pre_norm=False, embed_dim=16)
 PARTITION = ((0, 3, 5), (1,), (2, 4))
 
 
-def random_model(config: OPTConfig = PRE) -> Model:
+def random_model(config: Architecture = PRE) -> Model:
     spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
     params = init(config, spec, jax.random.key(0), std=0.2)
     noise = jax.random.normal(jax.random.key(1), (10_000,))
@@ -40,7 +41,9 @@ def random_model(config: OPTConfig = PRE) -> Model:
     return Model(config, spec, params)
 
 
-def plan_of(clusters: Any, share: str, storages: Any = None, weights: str = "loaded", config: OPTConfig = PRE) -> Plan:
+def plan_of(
+    clusters: Any, share: str, storages: Any = None, weights: str = "loaded", config: Architecture = PRE
+) -> Plan:
     storages = storages or ["float32"] * len(clusters)
     parts = tuple(
         ClusterPlan(tuple(heads), heads[-1], storage=storage) for heads, storage in zip(clusters, storages, strict=True)
@@ -58,7 +61,7 @@ def inputs() -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("share", ["qk", "qkv"])
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
-def test_singletons_are_dense_attention_bit_for_bit(config: OPTConfig, share: str) -> None:
+def test_singletons_are_dense_attention_bit_for_bit(config: Architecture, share: str) -> None:
     model = random_model(config)
     single = cluster(model, plan_of([(head,) for head in range(6)], share))
     np.testing.assert_array_equal(single(*inputs()), model(*inputs()))
@@ -86,7 +89,7 @@ def tied_heads(model: Model, share: str) -> Model:
 
 @pytest.mark.parametrize("share", ["qk", "qkv"])
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
-def test_clustering_equals_tying_the_heads(config: OPTConfig, share: str) -> None:
+def test_clustering_equals_tying_the_heads(config: Architecture, share: str) -> None:
     model = random_model(config)
     before = jax.tree.map(np.asarray, model.params)
     small = cluster(model, plan_of(PARTITION, share))
@@ -105,10 +108,12 @@ def test_clustering_equals_tying_the_heads(config: OPTConfig, share: str) -> Non
 
 @pytest.mark.parametrize("share", ["qk", "qkv"])
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
-def test_expanded_model_in_torch_equals_ours(torch: ModuleType, tmp_path: Path, config: OPTConfig, share: str) -> None:
+def test_expanded_model_in_torch_equals_ours(
+    torch: ModuleType, tmp_path: Path, config: Architecture, share: str
+) -> None:
     from transformers import OPTForCausalLM
 
-    from chai_jax.files.hf import export
+    from chai_jax.files.export import export
 
     small = cluster(random_model(config), plan_of(PARTITION, share))
     export(expand(small), tmp_path / "out")

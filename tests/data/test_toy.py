@@ -8,7 +8,7 @@ from chai_jax.data import toy
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.files.tokenizer import load_tokenizer
-from chai_jax.model.params import OPTConfig
+from chai_jax.plans.architecture import Architecture
 
 ROWS = toy.toy_rows("train", 3000)
 
@@ -115,7 +115,7 @@ def test_the_tokenizer_has_opt_s_special_tokens() -> None:
 def test_the_tokenizer_survives_its_folder(tmp_path: Path) -> None:
     tokenizer = toy.toy_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    config = OPTConfig(
+    config = Architecture(
         vocab_size=len(tokenizer), hidden_size=8, num_layers=1, num_heads=1, ffn_dim=8, max_positions=64, embed_dim=8
     )
     loaded = load_tokenizer(tmp_path, config)

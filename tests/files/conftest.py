@@ -15,8 +15,9 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.params import Declared, OPTConfig, declare
-from chai_jax.spec import Spec
+from chai_jax.model.params import Declared, declare
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 Arrays = dict[str, np.ndarray]
 PRE = {
@@ -116,7 +117,7 @@ FILES = {
 }
 
 
-def random_model(config: OPTConfig, dtype: str = "float32", storage: str = "float32", **options: Any) -> Model:
+def random_model(config: Architecture, dtype: str = "float32", storage: str = "float32", **options: Any) -> Model:
     """A dense model with random parameters, none of them trivial, made by numpy: nothing is compiled."""
     spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
     random = np.random.default_rng(1)

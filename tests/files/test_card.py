@@ -9,14 +9,14 @@ from huggingface_hub import metadata_load
 
 from chai_jax.compress.quantize import with_storage
 from chai_jax.files.card import OPT_NOTICE, front_matter, origin
-from chai_jax.files.hf import export
-from chai_jax.files.store import load
+from chai_jax.files.export import export
+from chai_jax.files.store import load, save
+from chai_jax.inputs.reading import SMALL
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig
-from chai_jax.reading import SMALL
+from chai_jax.plans.architecture import Architecture
 
-CONFIG = OPTConfig(19, 12, 2, 3, 20, 16, 12)
+CONFIG = Architecture(19, 12, 2, 3, 20, 16, 12)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_licence_goes_along(tmp_path: Path, from_: Any) -> None:
     source = base(
         tmp_path / "base", 'license: other\nlicense_name: "so-so"\nlicense_link: LICENSE.md\ninference: false'
     )
-    from_(source).save(tmp_path / "one")
+    save(from_(source), tmp_path / "one")
     export(load(tmp_path / "one"), tmp_path / "two")
     for folder in ("one", "two"):
         fields = metadata_load(tmp_path / folder / "README.md")
@@ -50,8 +50,8 @@ def test_licence_goes_along(tmp_path: Path, from_: Any) -> None:
 
 def test_opt_of_facebook(tmp_path: Path, from_: Any) -> None:
     """Nothing of it is on this machine; its licence is known all the same, and stays with what is made from it."""
-    from_("facebook/opt-125m").save(tmp_path / "one")
-    load(tmp_path / "one").save(tmp_path / "two")
+    save(from_("facebook/opt-125m"), tmp_path / "one")
+    save(load(tmp_path / "one"), tmp_path / "two")
     for folder in ("one", "two"):
         fields = metadata_load(tmp_path / folder / "README.md")
         assert (fields["base_model"], fields["license"]) == ("facebook/opt-125m", "other")
@@ -78,7 +78,7 @@ def test_front_matter_that_is_none(tmp_path: Path) -> None:
 
 def test_numbers_are_the_model_s(tmp_path: Path, from_: Any) -> None:
     model = from_("facebook/opt-125m")
-    model.save(tmp_path / "one")
+    save(model, tmp_path / "one")
     text = (tmp_path / "one/README.md").read_text()
     dense = bytes_per_token(with_storage(model, "bfloat16").spec)
     assert f"take {model.nbytes:,} bytes, its K,V cache {model.kv_bytes_per_token:,} bytes per token ({dense:,}" in text
@@ -89,7 +89,7 @@ def test_a_byte_order_mark_loses_no_licence(tmp_path: Path, from_: Any) -> None:
     source = base(tmp_path / "base", "license: mit\nbase_model: some/one")
     card = tmp_path / "base/README.md"
     card.write_bytes(b"\xef\xbb\xbf" + card.read_bytes())
-    from_(source).save(tmp_path / "one")
+    save(from_(source), tmp_path / "one")
     front = metadata_load(tmp_path / "one/README.md")
     assert (front["license"], front["base_model"]) == ("mit", "some/one")
 
@@ -100,5 +100,5 @@ def test_a_licence_is_a_text(tmp_path: Path, from_: Any) -> None:
     with (tmp_path / "base/LICENSE.md").open("r+b") as file:
         file.truncate(SMALL + 1)
     assert [file.name for file in origin(source).files] == ["LICENSE.txt"]
-    from_(source).save(tmp_path / "one")
+    save(from_(source), tmp_path / "one")
     assert not (tmp_path / "one/LICENSE.md").exists()

@@ -15,8 +15,8 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 KERNEL = "layers.1.up.kernel"
 INT4 = "layers.2.down.kernel"  # [20, 12]
@@ -28,7 +28,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, random_model: Any) -> Path:
     clusters = (ClusterPlan((0, 2), 0, storage="int8"), ClusterPlan((1,), 1))
     tiers = (("medium", "bfloat16"), ("low", "int8"), ("low", "int4"))
     plan = Plan(tuple(LayerPlan(clusters, tier, weights) for tier, weights in tiers))
-    model = cluster(random_model(OPTConfig(19, 12, 3, 3, 20, 16, 12)), plan)
+    model = cluster(random_model(Architecture(19, 12, 3, 3, 20, 16, 12)), plan)
     folder = tmp_path_factory.mktemp("saved") / "out"
     save(quantize(model, plan), folder)
     (folder / "plan.json").unlink()

@@ -13,7 +13,7 @@ import pytest
 from chai_jax.errors import InputError
 from chai_jax.files.convert import table, to_hf
 from chai_jax.files.store import load
-from chai_jax.model.params import OPTConfig
+from chai_jax.plans.architecture import Architecture
 
 Arrays = dict[str, np.ndarray]
 NAME = "model.decoder.layers.1.self_attn.v_proj.weight"
@@ -166,7 +166,7 @@ def test_cast_to_what_cannot_hold_weights(tmp_path: Path, dtype: Any) -> None:
         load(tmp_path, dtype=dtype)
 
 
-SMALL = OPTConfig(19, 12, 11, 3, 20, 16, 12)
+SMALL = Architecture(19, 12, 11, 3, 20, 16, 12)
 VARIANTS: dict[str, dict[str, Any]] = {
     "125m": {},
     "350m": {"pre_norm": False, "embed_dim": 8},
@@ -183,7 +183,7 @@ def test_table_is_that_of_torch(torch: Any, variant: str) -> None:
     from transformers import OPTConfig as HFConfig
     from transformers import OPTForCausalLM
 
-    from chai_jax.files.hf_config import config_fields
+    from chai_jax.files.families.opt import config_fields
 
     config = dataclasses.replace(SMALL, **VARIANTS[variant])
     with torch.device("meta"):

@@ -16,10 +16,10 @@ from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
-PRE = OPTConfig(19, 12, 3, 3, 20, 16, 12)
+PRE = Architecture(19, 12, 3, 3, 20, 16, 12)
 POST = dataclasses.replace(PRE, pre_norm=False, embed_dim=8, tied=False)
 
 
@@ -39,7 +39,7 @@ def compressed(random_model: Any) -> Callable[..., Model]:
     """A model of those tiers; each is made once."""
 
     @functools.cache
-    def make(share: str, config: OPTConfig = PRE, dtype: str = "float32") -> Model:
+    def make(share: str, config: Architecture = PRE, dtype: str = "float32") -> Model:
         plan = tiers(share)
         model: Model = quantize(cluster(random_model(config, dtype), plan), plan)
         return model
@@ -58,15 +58,15 @@ def assert_equal(one: Model, two: Model) -> None:
 
 @pytest.mark.parametrize("config", [PRE, POST], ids=["pre-norm", "post-norm"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_dense_models_come_back(tmp_path: Path, random_model: Any, config: OPTConfig, dtype: str) -> None:
+def test_dense_models_come_back(tmp_path: Path, random_model: Any, config: Architecture, dtype: str) -> None:
     model = random_model(config, dtype)
-    model.save(tmp_path / "out")
+    save(model, tmp_path / "out")
     assert_equal(load(tmp_path / "out"), model)
 
 
 @pytest.mark.parametrize(("share", "config", "dtype"), [("qk", PRE, "float16"), ("qkv", POST, "float32")])
 def test_compressed_models_come_back(
-    tmp_path: Path, compressed: Any, share: str, config: OPTConfig, dtype: str
+    tmp_path: Path, compressed: Any, share: str, config: Architecture, dtype: str
 ) -> None:
     model = compressed(share, config, dtype)
     save(model, tmp_path / "out")

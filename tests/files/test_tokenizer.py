@@ -12,13 +12,13 @@ from chai_jax.analyse.probe import probe
 from chai_jax.data.batches import Example, encode, encode_all
 from chai_jax.data.text import windows
 from chai_jax.errors import InputError
-from chai_jax.files.store import load
+from chai_jax.files.store import load, save
 from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig
+from chai_jax.plans.architecture import Architecture
 from chai_jax.serve.generate import generate, stream
 
-CONFIG = OPTConfig(300, 12, 2, 3, 20, 16, 12)
+CONFIG = Architecture(300, 12, 2, 3, 20, 16, 12)
 Files = Callable[[Path], None]
 
 
@@ -38,7 +38,7 @@ def test_it_survives_saving_and_exporting(
     folder = write(fields, random_arrays(fields))
     write_tokenizer(folder)
     model = load(folder)
-    model.save(tmp_path / "saved")
+    save(model, tmp_path / "saved")
     again = load(tmp_path / "saved")
     assert again.tokenizer("héllo wörld")["input_ids"] == model.tokenizer("héllo wörld")["input_ids"]
     assert load(folder, tokenizer=False).tokenizer is None
@@ -89,7 +89,7 @@ WAYS: dict[str, Callable[[Any, str], Any]] = {
 
 def harness(model: Model) -> Any:
     pytest.importorskip("lm_eval")
-    from chai_jax.measure.lm_eval import LanguageModel
+    from chai_jax.evaluation.lm_eval import LanguageModel
 
     return LanguageModel(model)
 
@@ -114,7 +114,7 @@ def test_a_token_that_the_model_has_not_is_refused_where_it_is_met(short: Model,
 def test_such_a_tokenizer_is_saved_as_what_it_is(tmp_path: Path, short: Model) -> None:
     from transformers import AutoTokenizer
 
-    short.save(tmp_path / "saved")
+    save(short, tmp_path / "saved")
     theirs = AutoTokenizer.from_pretrained(str(tmp_path / "saved"))
     assert type(theirs).__name__ == type(short.tokenizer).__name__
     assert theirs("a b")["input_ids"] == short.tokenizer("a b")["input_ids"]

@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 
 from chai_jax.model.kernels import cpu, products_cpu, using
-from chai_jax.model.params import Declared, OPTConfig, Params, declare
-from chai_jax.spec import Spec
+from chai_jax.model.params import Declared, Params, declare
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 
 @pytest.fixture(scope="session")
-def random_params() -> Callable[[OPTConfig, Spec, float], Params]:
+def random_params() -> Callable[[Architecture, Spec, float], Params]:
     """Drawn by numpy, which compiles nothing; norms around 1, and no bias is zero, so that none can be forgotten."""
 
-    def draw(config: OPTConfig, spec: Spec, std: float) -> Params:
+    def draw(config: Architecture, spec: Spec, std: float) -> Params:
         random = np.random.default_rng(0)
 
         def leaf(declared: Declared) -> jax.Array:

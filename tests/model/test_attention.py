@@ -12,15 +12,18 @@ import pytest
 from chai_jax.model import attention
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import store
-from chai_jax.model.opt import Seen, forward, unembed
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.decoder import Seen, forward, unembed
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
-from chai_jax.spec import LayerSpec, Spec, group_clusters
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
-CONFIG = OPTConfig(vocab_size=60, hidden_size=48, num_layers=1, num_heads=6, ffn_dim=32, max_positions=32, embed_dim=48)
+CONFIG = Architecture(
+    vocab_size=60, hidden_size=48, num_layers=1, num_heads=6, ffn_dim=32, max_positions=32, embed_dim=48
+)
 CLUSTERS = ((0, 3), (2, 5), (1,), (4,))
 STORAGES = ("bfloat16", "int8", "int8", "float32")
-RandomParams = Callable[[OPTConfig, Spec, float], Params]
+RandomParams = Callable[[Architecture, Spec, float], Params]
 
 
 def layer(share: str, clusters: tuple[tuple[int, ...], ...], storages: tuple[str, ...], rank: int = 8) -> LayerSpec:

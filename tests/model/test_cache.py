@@ -9,15 +9,16 @@ import numpy as np
 import pytest
 
 from chai_jax.model import cache
-from chai_jax.model.opt import Output, forward
-from chai_jax.model.params import OPTConfig, Params
+from chai_jax.model.decoder import Output, forward
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import QuantizedArray
-from chai_jax.spec import Group, LayerSpec, Spec, group_clusters
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Group, LayerSpec, Spec, group_clusters
 
-PRE_NORM = OPTConfig(
+PRE_NORM = Architecture(
     vocab_size=97, hidden_size=48, num_layers=4, num_heads=6, ffn_dim=64, max_positions=32, embed_dim=48
 )
-POST_NORM = OPTConfig(
+POST_NORM = Architecture(
     vocab_size=97, hidden_size=48, num_layers=4, num_heads=6, ffn_dim=64, max_positions=32, embed_dim=20, pre_norm=False
 )
 CONFIGS = {"pre_norm": PRE_NORM, "post_norm": POST_NORM}
@@ -28,7 +29,7 @@ STORAGES = {
     "mixed": ("bfloat16", "int8", "float32"),
 }
 PROMPT, LENGTH = 6, 12
-RandomParams = Callable[[OPTConfig, Spec, float], Params]
+RandomParams = Callable[[Architecture, Spec, float], Params]
 # A prompt on the left edge, one padded on the left, one padded on the right before it goes on, one that has two gaps.
 PADDING = np.ones((4, LENGTH), bool)
 PADDING[1, :3] = PADDING[2, 4:PROMPT] = PADDING[3, [0, 5, 8]] = False
@@ -48,7 +49,7 @@ def mixed_spec(storages: tuple[str, str, str]) -> Spec:
 compiled = jax.jit(forward, static_argnums=(0, 1))
 
 
-def decode(config: OPTConfig, spec: Spec, params: Params, tokens: np.ndarray, mask: np.ndarray) -> Iterator[Output]:
+def decode(config: Architecture, spec: Spec, params: Params, tokens: np.ndarray, mask: np.ndarray) -> Iterator[Output]:
     """Prefill the prompt, then feed the rest token by token."""
     prefilled = compiled(config, spec, params, tokens[:, :PROMPT], mask[:, :PROMPT])
     past = cache.extend(prefilled.cache, LENGTH + 3)

@@ -21,19 +21,20 @@ from chai_jax.errors import InputError
 from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import empty, store
+from chai_jax.model.decoder import forward, unembed
 from chai_jax.model.kernels import cpu, using
-from chai_jax.model.opt import forward, unembed
-from chai_jax.model.params import OPTConfig, fold_projections, init
+from chai_jax.model.params import fold_projections, init
 from chai_jax.model.products import product
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Group, LayerSpec, Spec
 from chai_jax.serve import decode as serve
-from chai_jax.spec import Group, LayerSpec, Spec
 
 pytestmark = [
     pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler"),
     pytest.mark.usefixtures("small_matrices"),
 ]
 Normal = Callable[..., jax.Array]
-CONFIG = OPTConfig(64, 32, 2, 4, 64, 64, 32)
+CONFIG = Architecture(64, 32, 2, 4, 64, 64, 32)
 
 
 @pytest.mark.usefixtures("native")

@@ -15,11 +15,12 @@ import pytest
 from chai_jax.errors import InputError
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
+from chai_jax.model.decoder import forward
 from chai_jax.model.kernels import check, cpu, decode_gpu, decode_tpu, for_prompts, for_tokens, one_gpu, resolved, using
 from chai_jax.model.kernels.decode import decode_attention
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.spec import Spec
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 BATCH, COLUMNS, KEY_RANK, VALUE_RANK = 3, 200, 24, 16
 INTERPRETED = os.environ["JAX_PLATFORMS"] == "cpu"
@@ -183,7 +184,7 @@ def test_gpus_leave_to_xla_what_pallas_would_miscount(batch: int, dtype: str, ta
     assert found == [taken]
 
 
-CONFIG = OPTConfig(32, 16, 1, 2, 32, 32, 16)
+CONFIG = Architecture(32, 16, 1, 2, 32, 32, 16)
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])

@@ -11,8 +11,9 @@ from sklearn.cluster import KMeans
 from sklearn.datasets import make_blobs
 
 from chai_jax.analyse.cluster import medoid
+from chai_jax.evaluation.verify import TEXTS
 from chai_jax.files.store import load
-from chai_jax.measure.verify import TEXTS
+from chai_jax.model.decoder import Seen, forward
 from chai_jax.model.membership import (
     Membership,
     assign,
@@ -23,7 +24,6 @@ from chai_jax.model.membership import (
     find_medoids,
     kmeans,
 )
-from chai_jax.model.opt import Seen, forward
 from chai_jax.model.params import Params
 
 SHAPES = [(8, 6, 3), (12, 190, 6), (9, 15, 8)]

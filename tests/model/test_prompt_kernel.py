@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from chai_jax.model.attention import attend_in_order, attend_prompt
+from chai_jax.model.decoder import forward
 from chai_jax.model.kernels import prompt_gpu, prompt_tpu, using
 from chai_jax.model.kernels.prompt_tpu import prompt_on_tpu
-from chai_jax.model.opt import forward
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.model.stream import seen_through
-from chai_jax.spec import Spec
+from chai_jax.model.layerwise import seen_through
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
 BATCH, KEY_RANK, VALUE_RANK = 2, 24, 16
 # As in test_decode_kernel: the order of sums, and the rounding of weights and of the output.
@@ -82,7 +83,7 @@ def test_blocks_divide_the_columns(monkeypatch: pytest.MonkeyPatch, columns: int
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (blocks[0], *blocks)
 
 
-CONFIG = OPTConfig(32, 16, 2, 2, 32, 512, 16)
+CONFIG = Architecture(32, 16, 2, 2, 32, 512, 16)
 
 
 @on_cpu

@@ -7,8 +7,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from chai_jax.errors import InputError
-from chai_jax.model.opt import forward
-from chai_jax.model.params import Declared, OPTConfig, declare
+from chai_jax.model.decoder import forward
+from chai_jax.model.params import Declared, declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, quantize, quantize_int4
 from chai_jax.model.sharding import (
     FSDP,
@@ -22,9 +22,12 @@ from chai_jax.model.sharding import (
     use,
     whole,
 )
-from chai_jax.spec import Spec
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
-CONFIG = OPTConfig(vocab_size=48, hidden_size=16, num_layers=1, num_heads=4, ffn_dim=32, max_positions=16, embed_dim=16)
+CONFIG = Architecture(
+    vocab_size=48, hidden_size=16, num_layers=1, num_heads=4, ffn_dim=32, max_positions=16, embed_dim=16
+)
 SPEC = Spec.dense(1, 4, 4)
 
 
@@ -87,7 +90,7 @@ def test_refuses_collisions_and_unknown_axes() -> None:
 
 
 def test_every_declared_axis_is_in_the_table() -> None:
-    wide = OPTConfig(48, 16, 1, 4, 32, 16, embed_dim=8, pre_norm=False, tied=False)
+    wide = Architecture(48, 16, 1, 4, 32, 16, embed_dim=8, pre_norm=False, tied=False)
     leaves = jax.tree.leaves(declare(wide, SPEC), is_leaf=lambda leaf: isinstance(leaf, Declared))
     for table in (TABLE, FSDP):
         assert {axis for leaf in leaves for axis in leaf.axes} <= set(table)

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from chai_jax.config import RunConfig
-from chai_jax.files.hf_config import config_fields
-from chai_jax.model.params import OPTConfig
-from chai_jax.pipeline import resolved
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.files.families.opt import config_fields
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.run.pipeline import resolved
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PATIENCE = 60  # seconds for any one answer
@@ -175,7 +175,7 @@ def write_run(path: Path, config: RunConfig, task: str) -> Path:
         for at, stage in enumerate(("dense", "cluster", "distil", "quantize"))
     ]
     updates = [{"run_stage": "distil", "step": step, "loss": 2.0 / step} for step in range(1, 31)]
-    shape = config_fields(OPTConfig(64, 32, 2, 4, 64, 24, 32))
+    shape = config_fields(Architecture(64, 32, 2, 4, 64, 24, 32))
     config = dataclasses.replace(config, planning=config.planning.filled(config.model == "toy"))
     files = {"config.json": resolved(config), "plan.json": plan.to_json(), "results.json": records}
     for name, value in {**files, "model/config.json": shape}.items():

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 from matplotlib.transforms import Bbox
 
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.report.figures import (
     Measure,
     cost_against,
@@ -33,7 +33,7 @@ from chai_jax.report.figures.curves import running_mean
 from chai_jax.report.figures.draw import COLOURS, style
 from chai_jax.report.figures.labels import label_points
 
-CONFIG = OPTConfig(64, 32, 2, 4, 64, 24, 32)
+CONFIG = Architecture(64, 32, 2, 4, 64, 24, 32)
 PNG = b"\x89PNG\r\n\x1a\n"
 STAGES = [
     {"label": "dense $x_{", "accuracy": 80.0, "latency": 2.0, "reduction": 0.0},

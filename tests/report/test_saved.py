@@ -14,8 +14,8 @@ from tyro.conf import OmitArgPrefixes
 from chai_jax.cli import Command
 from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
 from chai_jax.errors import InputError
-from chai_jax.pipeline import resolved
 from chai_jax.report.saved import SavedRun
+from chai_jax.run.pipeline import resolved
 
 CONFIGS = (
     RunConfig(),

@@ -11,10 +11,10 @@ import pytest
 from chai_jax.cli import main
 from chai_jax.compress.cluster import cluster
 from chai_jax.errors import InputError
-from chai_jax.files.hf import export
-from chai_jax.files.store import load
+from chai_jax.files.export import export
+from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.serve.generate import generate, generate_tokens, stream
 from chai_jax.serve.speculate import speculate, stream_with_draft
 
@@ -111,7 +111,7 @@ def compressed(model: Model) -> Model:
     return cluster(model, Plan((layer,) * 2, "qkv"))
 
 
-@pytest.mark.parametrize("write", [export, lambda model, out: model.save(out)], ids=["export", "save"])
+@pytest.mark.parametrize("write", [export, save], ids=["export", "save"])
 def test_what_decides_texts_is_carried_on(
     write: Any, free: list[int], at: int, altered: Altered, tmp_path: Path
 ) -> None:
@@ -198,7 +198,7 @@ def test_a_tokenizer_without_special_tokens(without_special_tokens: Path, torch:
     begun = theirs.model.generate(max_new_tokens=NEW, do_sample=False)[0, 1:]
     assert texts(ours, "") == {theirs.tokenizer.decode(begun)}
     for folder in (tmp_path / "saved", tmp_path / "exported"):
-        ours.save(folder) if folder.name == "saved" else export(ours, folder)
+        save(ours, folder) if folder.name == "saved" else export(ours, folder)
         assert [Reference(folder).text(prompt) for prompt in PROMPTS] == [theirs.text(prompt) for prompt in PROMPTS]
 
 

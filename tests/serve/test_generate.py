@@ -20,19 +20,20 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model, set_compute_dtype
-from chai_jax.model.params import OPTConfig, fold_projections, init
+from chai_jax.model.params import fold_projections, init
 from chai_jax.model.quantized import quantize
 from chai_jax.model.sharding import Layout, make_mesh, use
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.spec import Spec
 from chai_jax.serve import decode as serve
 from chai_jax.serve import generate as texts
 from chai_jax.serve.decode import bucket
 from chai_jax.serve.generate import generate, generate_tokens, stream, warm_up
 from chai_jax.serve.sample import Sampling
-from chai_jax.spec import Spec
 
 BYTES = 4  # the first token that stands for a byte
-CONFIG = OPTConfig(
+CONFIG = Architecture(
     vocab_size=BYTES + 256, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=80, embed_dim=32
 )
 PROMPTS = ([2, 70, 80, 90], [2], [2, 101, 102], [2, *range(50, 74)], [2, 250, 251, 252, 253])

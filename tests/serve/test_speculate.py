@@ -15,14 +15,17 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.params import OPTConfig, init
-from chai_jax.plans import ClusterPlan, LayerPlan, Plan
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.spec import Spec
 from chai_jax.serve import speculate as module
 from chai_jax.serve.generate import generate_tokens
 from chai_jax.serve.speculate import judge, speculate
-from chai_jax.spec import Spec
 
-CONFIG = OPTConfig(vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=80, embed_dim=32)
+CONFIG = Architecture(
+    vocab_size=48, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=80, embed_dim=32
+)
 PROMPTS = ([2, 7, 8, 9], [2], [2, *range(10, 24)])
 
 

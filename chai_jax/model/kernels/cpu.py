@@ -23,7 +23,7 @@ from pathlib import Path
 
 import jax
 
-from chai_jax.reading import reason, shown
+from chai_jax.inputs.reading import reason, shown
 
 SOURCES = [Path(__file__).with_name(name) for name in ("decode_cpu.cc", "products_cpu.cc")]
 HEADERS = [Path(__file__).with_name(name) for name in ("checks.h", "parallel.h", "vectors.h")]

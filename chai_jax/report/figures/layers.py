@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from chai_jax.analyse.explain import explain
-from chai_jax.model.params import OPTConfig
-from chai_jax.plans import Plan
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import Plan
 from chai_jax.report.figures.draw import COLOURS, Row, plain, save, series_of, write_caption
 
 # Colour and hatch of each tier: told apart in print without colours too.
@@ -19,7 +19,7 @@ TIERS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (COLOU
 
 
 def head_maps(
-    path: Path, plan: Plan, correlation: Float[np.ndarray, "L H H"], config: OPTConfig, caption: str = ""
+    path: Path, plan: Plan, correlation: Float[np.ndarray, "L H H"], config: Architecture, caption: str = ""
 ) -> list[Path]:
     """How alike the heads of each layer attend, ordered by cluster, with each layer's clusters, tier and cache bytes.
 

@@ -1,0 +1,239 @@
+"""The same model in other frameworks, timed beside ours: torch transformers and CTranslate2, on a CPU, in our dtype.
+
+Each peer is given what favours it: one loop without the bookkeeping of a general `generate`, the vocabulary head at
+the last position alone, prompts of equal length without padding, threads that stay awake, and no other peer in the
+process. The only file that imports torch or ctranslate2, neither of which is needed for anything else.
+"""
+
+import importlib.util
+import inspect
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from chai_jax.bench.race import ANSWERS, Contender, Shape
+from chai_jax.compress.expand import expand
+from chai_jax.errors import InputError
+from chai_jax.files.convert import to_hf
+from chai_jax.files.families.opt import config_fields
+from chai_jax.model.model import Model, compute_dtype
+
+# GNU's OpenMP lets threads sleep at once where there are more of them than CPUs, as CTranslate2's always are. After so
+# many turns of waiting, less than a millisecond, they sleep all the same, out of our way.
+AWAKE = {"OMP_WAIT_POLICY": "active", "GOMP_SPINCOUNT": "100000"}
+
+
+def stay_awake() -> None:
+    """Set `AWAKE` for libraries that are not loaded yet, but for what the user set; GNU's OpenMP is Linux's."""
+    for name, value in AWAKE.items() if sys.platform == "linux" else ():
+        os.environ.setdefault(name, value)
+
+
+def check_peer(name: str) -> None:
+    """Raise InputError unless this peer is known and can be timed here: installed, and JAX on a CPU as it is itself."""
+    if name not in PEERS:
+        raise InputError(f"--peer {name} is unknown; expected one of {', '.join(PEERS)}")
+    missing = [library for library in PEERS[name].libraries if importlib.util.find_spec(library) is None]
+    if missing:
+        raise InputError(
+            f"--peer {name} needs {missing[0]}, which is not installed; install the extra chai_jax[peers], or leave "
+            "--peer out"
+        )
+    if jax.default_backend() != "cpu":
+        raise InputError(
+            f"--peer {name} computes on the CPU, JAX here on {jax.default_backend()}; expected equals: set "
+            "JAX_PLATFORMS=cpu, or leave --peer out"
+        )
+
+
+def torch_model(model: Model) -> Any:
+    """The model as transformers' OPTForCausalLM in float32; a clustered one is expanded to all its heads.
+
+    Raises:
+        InputError: the model has no ordinary OPT form (see `expand`).
+    """
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    dense = expand(model)
+    weights = {
+        name: torch.from_numpy(np.array(stored.read(), np.float32))
+        for name, stored in to_hf(dense.config, dense.params).items()
+    }
+    with torch.device("meta"):  # random weights, which are replaced, would take a minute for opt-1.3b
+        twin = OPTForCausalLM(OPTConfig(**config_fields(dense.config))).eval()
+    left = twin.load_state_dict(weights, strict=False, assign=True)
+    tied = {"lm_head.weight"} if dense.config.tied else set()
+    assert not left.unexpected_keys
+    assert set(left.missing_keys) <= tied
+    twin.tie_weights()
+    return twin
+
+
+class HuggingFace:
+    """Builds torch contenders of one model; its threads are torch's own pool, which is set for the whole process."""
+
+    libraries = ("torch",)
+    framework = "transformers"
+
+    def __init__(self, model: Model, threads: int) -> None:
+        stay_awake()
+        import torch
+
+        torch.set_num_threads(threads)
+        self.model = torch_model(model).to(getattr(torch, np.dtype(compute_dtype()).name))
+
+    def __call__(self, shape: Shape, seed: int) -> Contender:
+        return TorchTimed(self.model, shape, seed)
+
+
+class TorchTimed:
+    """transformers' OPT at one shape: eager torch, a `DynamicCache`, a greedy loop over the model's forward."""
+
+    compile_seconds = 0.0
+
+    def __init__(self, model: Any, shape: Shape, seed: int) -> None:
+        import torch
+
+        self.model, self.shape = model, shape
+        self.prompts, self.questions = (
+            torch.from_numpy(tokens.astype(np.int64)) for tokens in shape.inputs(model.config.vocab_size, seed)
+        )
+        # The cache's name changed within transformers 5.
+        known = inspect.signature(model.model.decoder.forward).parameters
+        self.cache_name = "cache" if "cache" in known else "past_key_values"
+        self.bytes = {"weights": sum(x.numel() * x.element_size() for x in model.parameters())}
+
+    def score(self) -> tuple[float, Any]:
+        import torch
+
+        with torch.inference_mode():
+            began = time.perf_counter()
+            logits = self.model(self.questions, use_cache=False, logits_to_keep=1).logits
+            found = logits[:, -1].log_softmax(-1)[:, ANSWERS]
+            return 1e3 * (time.perf_counter() - began), found
+
+    def generate(self) -> tuple[float, float, Any]:
+        import torch
+        from transformers import DynamicCache
+
+        with torch.inference_mode():
+            began = time.perf_counter()
+            cache: Any = DynamicCache(config=self.model.config)
+            made = [self._next(self.prompts, cache)]
+            read = time.perf_counter()
+            for _ in range(self.shape.new_tokens):
+                made.append(self._next(made[-1], cache))
+            ended = time.perf_counter()
+        self.bytes["kv"] = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return 1e3 * (read - began), 1e3 * (ended - read), torch.cat(made, dim=1)
+
+    def _next(self, tokens: Any, cache: Any) -> Any:
+        """The likeliest token [B, 1] behind these and what the cache holds, which then holds these as well."""
+        seen = self.model(tokens, use_cache=True, logits_to_keep=1, **{self.cache_name: cache})
+        return seen.logits[:, -1].argmax(-1, keepdim=True)
+
+
+class CTranslate2:
+    """Builds CTranslate2 contenders of one model, which is converted to a temporary folder and loaded from there."""
+
+    libraries = ("ctranslate2", "torch")
+    framework = "ctranslate2"
+
+    def __init__(self, model: Model, threads: int) -> None:
+        stay_awake()
+        import ctranslate2
+        from ctranslate2.converters.transformers import TransformersConverter
+
+        if model.config.vocab_size % 8:
+            raise InputError(
+                f"the vocabulary has {model.config.vocab_size} tokens, of which CTranslate2's converter expects a "
+                "multiple of 8: leave --peer ctranslate2 out"
+            )
+        dtype = np.dtype(compute_dtype()).name
+        if dtype not in ctranslate2.get_supported_compute_types("cpu"):
+            raise InputError(f"CTranslate2 does not compute in {dtype} on this CPU: leave --peer ctranslate2 out")
+        twin = torch_model(model)
+
+        class InMemory(TransformersConverter):  # type: ignore[misc]
+            """Converts a model that is there, its tokens named by their numbers: no tokenizer is needed."""
+
+            def load_model(self, *args: Any, **options: Any) -> Any:
+                return twin
+
+            def load_tokenizer(self, *args: Any, **options: Any) -> Any:
+                return Numbers(model)
+
+        with tempfile.TemporaryDirectory() as folder:
+            twin.config.save_pretrained(folder)
+            converted = InMemory(folder).convert(str(Path(folder) / "converted"), quantization=dtype)
+            self.nbytes = (Path(converted) / "model.bin").stat().st_size
+            self.generator = ctranslate2.Generator(
+                converted, device="cpu", compute_type=dtype, intra_threads=threads, inter_threads=1
+            )
+        self.vocabulary = model.config.vocab_size
+
+    def __call__(self, shape: Shape, seed: int) -> Contender:
+        return CTranslate2Timed(self, shape, seed)
+
+
+class Numbers:
+    """As much of a tokenizer as CTranslate2's converter asks for: token 7 is named "7"."""
+
+    def __init__(self, model: Model) -> None:
+        self.size = model.config.vocab_size
+        self.bos_token, self.eos_token = str(model.config.bos_token_id), str(model.config.eos_token_id)
+        self.unk_token = str(model.config.pad_token_id)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(self.size)}
+
+
+class CTranslate2Timed:
+    """CTranslate2's OPT at one shape. It tells by a callback when each token is there; its cache it does not tell."""
+
+    compile_seconds = 0.0
+
+    def __init__(self, built: CTranslate2, shape: Shape, seed: int) -> None:
+        self.generator, self.shape = built.generator, shape
+        self.prompts, self.questions = (
+            [list(map(str, row)) for row in tokens.tolist()] for tokens in shape.inputs(built.vocabulary, seed)
+        )
+        self.bytes = {"weights": built.nbytes}
+
+    def score(self) -> tuple[float, Any]:
+        began = time.perf_counter()
+        found = self._generate(self.questions, 1, return_logits_vocab=True)
+        logits = np.stack([np.asarray(one.logits[0]).reshape(-1) for one in found])
+        shifted = logits - logits.max(-1, keepdims=True)
+        logprobs = shifted[:, ANSWERS] - np.log(np.exp(shifted).sum(-1, keepdims=True))
+        return 1e3 * (time.perf_counter() - began), logprobs
+
+    def generate(self) -> tuple[float, float, Any]:
+        first: list[float] = []
+
+        def told(step: Any) -> bool:
+            if step.step == 0:
+                first.append(time.perf_counter())
+            return False
+
+        began = time.perf_counter()
+        found = self._generate(self.prompts, self.shape.new_tokens + 1, callback=told)
+        ended = time.perf_counter()
+        tokens = np.array([one.sequences_ids[0] for one in found])
+        return 1e3 * (first[-1] - began), 1e3 * (ended - first[-1]), tokens
+
+    def _generate(self, tokens: list[list[str]], count: int, **options: Any) -> Any:
+        """`count` likeliest tokens behind each row; nothing ends a sequence earlier."""
+        return self.generator.generate_batch(
+            tokens, max_length=count, beam_size=1, include_prompt_in_result=False, end_token=[], **options
+        )
+
+
+PEERS: dict[str, type[HuggingFace] | type[CTranslate2]] = {"hf": HuggingFace, "ctranslate2": CTranslate2}

@@ -1,0 +1,117 @@
+"""Accuracy on multiple-choice tasks and perplexity on text.
+
+Choices are ranked as the lm-evaluation-harness ranks them: by the summed log-probability of their tokens (acc), or by
+that per character (acc_norm). Scoring runs the ordinary forward pass, which reads keys and values through the cache's
+storage format, so every figure carries the damage of a compressed cache.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from chai_jax.data.batches import Encoded, Example, encode_all
+from chai_jax.data.tasks import Row, Task, get_task, load_rows
+from chai_jax.data.text import read_text, windows
+from chai_jax.errors import InputError
+from chai_jax.evaluation.result import Metrics, Result, TextResult
+from chai_jax.model.model import Model
+from chai_jax.score.loglikelihood import loglikelihoods
+
+__all__ = ["Result", "TextResult", "evaluate", "evaluate_rows", "evaluate_windows", "perplexity"]
+
+BATCH_SIZE = 32
+
+
+def evaluate(
+    model: Model,
+    task: str | Task,
+    split: str = "validation",
+    data_dir: str | Path | None = None,
+    limit: int | None = None,
+    baseline: Result | Model | None = None,
+    batch_size: int = BATCH_SIZE,
+    seed: int = 0,
+) -> Result:
+    """Accuracy of a model on a split of SST-2, RTE or PIQA, as the lm-evaluation-harness measures it (zero-shot).
+
+    Args:
+        data_dir: holds TASK/SPLIT.jsonl[.gz]; without it the data come from the Hugging Face hub.
+        limit: only the first questions.
+        baseline: what to compare with, question by question; a model is evaluated first.
+        batch_size: sequences per device and batch.
+        seed: of the bootstrap interval of the calibration error.
+
+    Raises:
+        InputError: no such task or data, fewer than two questions, a model without a tokenizer, a baseline that
+            answered other questions.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    rows = load_rows(task, split, data_dir, limit)
+    if isinstance(baseline, Model):
+        baseline = evaluate_rows(baseline, task, rows, batch_size, seed)
+    result = evaluate_rows(model, task, rows, batch_size, seed)
+    return result if baseline is None else result.against(baseline)
+
+
+def evaluate_rows(model: Model, task: Task, rows: Sequence[Row], batch_size: int = BATCH_SIZE, seed: int = 0) -> Result:
+    """`evaluate` on given rows of a task."""
+    if len(rows) < 2:
+        raise InputError(
+            f"{len(rows)} example of {task.name} has no standard error; expected at least 2: raise the limit"
+        )
+    tokenizer = _tokenizer(model)
+    requests = [task.request(row) for row in rows]
+    examples = [Example(request.context, choice) for request in requests for choice in request.choices]
+    encoded = encode_all(tokenizer, examples, model.config.max_positions)
+    scores = loglikelihoods(model, encoded, batch_size, f"Scoring {task.name}").reshape(len(rows), -1, 2)
+    lengths = np.array([[len(choice.removeprefix(" ")) for choice in request.choices] for request in requests])
+    characters = lengths if task.normalised else None
+    labels = np.array([request.label for request in requests])
+    return Result(task.name, labels, scores[..., 0], scores[..., 1] > 0, characters, seed=seed)
+
+
+def _tokenizer(model: Model) -> Any:
+    if model.tokenizer is None:
+        raise InputError(
+            f"{model.source or 'the model'} has no tokenizer; expected one: load it with its tokenizer files"
+        )
+    return model.tokenizer
+
+
+def evaluate_windows(
+    model: Model, encoded: Sequence[Encoded], batch_size: int = BATCH_SIZE, text_bytes: int | None = None
+) -> TextResult:
+    """Loss of a model on windows of a text (see `chai_jax.data.text.windows`).
+
+    Raises:
+        InputError: fewer than two windows, which have no standard error.
+    """
+    if len(encoded) < 2:
+        raise InputError(
+            f"{len(encoded)} window of text has no standard error; expected at least 2: give a longer text"
+        )
+    losses = -loglikelihoods(model, encoded, batch_size, "Reading")[:, 0]
+    return TextResult(losses, np.array([len(window.tokens) - window.start for window in encoded]), text_bytes)
+
+
+def perplexity(model: Model, text: str | Path, window: int | None = None, batch_size: int = BATCH_SIZE) -> Metrics:
+    """Token perplexity of a whole text in non-overlapping windows, each `</s>` and `window` - 1 tokens of the text.
+
+    Args:
+        text: the text itself, or the `Path` of a file (gzipped or not).
+        window: the model's number of positions if not given.
+
+    Returns:
+        `TextResult.metrics`: n (tokens), perplexity, loss (nats per token), their standard errors, bits_per_byte.
+
+    Raises:
+        InputError: an unreadable file, less than two windows of text, a window out of range, no tokenizer.
+    """
+    window = model.config.max_positions if window is None else window
+    if not 2 <= window <= model.config.max_positions:
+        raise InputError(f"window is {window}; expected 2 to the model's {model.config.max_positions} positions")
+    text = read_text(text) if isinstance(text, Path) else text
+    encoded = windows(_tokenizer(model), text, window)
+    return evaluate_windows(model, encoded, batch_size, len(text.encode())).metrics()

@@ -1,0 +1,213 @@
+"""What is intended for a model, layer by layer: which heads form a cluster, what they share, what is stored how.
+
+A plan is made by the planner, or written by a person; `compress.cluster` and `compress.quantize` carry it out. Plans
+are frozen, hashable and plain JSON, and are checked before anything is done with them.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+from chai_jax.errors import InputError
+from chai_jax.inputs.fields import Count, Number, brief, parse
+from chai_jax.inputs.reading import read_json, shown
+from chai_jax.plans.spec import SHARES, Membership, Storage, Weights
+
+SCORE_MERGES = ("representative", "low_rank")
+VALUE_MERGES = ("representative", "low_rank", "fit")
+TIERS = ("high", "medium", "low")
+METHODS = ("attention", "perturbation", "kl")  # of scoring layers, see chai_jax.analyse.sensitivity
+Share = Annotated[str, SHARES[1:]]
+
+
+@dataclass(frozen=True)
+class ClusterPlan:
+    """One cluster: its heads, the one that represents it, and how its cached keys and values are to be stored.
+
+    Attributes:
+        keep: the representative, one of the heads; the first of them where none is named.
+    """
+
+    heads: tuple[Number, ...]
+    keep: Number = -1
+    critical: bool = True
+    storage: Storage = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.keep == -1 and self.heads:
+            object.__setattr__(self, "keep", self.heads[0])
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its clusters, what they share, its sensitivity tier and the format of its weights.
+
+    Attributes:
+        share: of the layer's clusters; None: the plan's.
+        key_rank: R of the shared keys; None: the head dimension.
+        value_rank: likewise of the shared values.
+    """
+
+    clusters: tuple[ClusterPlan, ...]
+    tier: Annotated[str, TIERS] = "high"
+    weights: Weights = "loaded"
+    share: Share | None = None
+    key_rank: Count | None = None
+    value_rank: Count | None = None
+
+    @property
+    def clustered(self) -> bool:
+        return any(len(cluster.heads) > 1 for cluster in self.clusters)
+
+    @property
+    def merged(self) -> bool:
+        """Whether keys or values change at all: heads are merged, or their rank is cut."""
+        return self.clustered or self.key_rank is not None or self.value_rank is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is intended for every layer of a model; `chai-jax explain plan.json` prints it as a table.
+
+    Attributes:
+        share: of the layers that name none of their own.
+        score_merge: how the queries and keys of a `qk` or `qkv` cluster are merged: `representative` or `low_rank`.
+        value_merge: how the values of a `qkv` cluster are: `representative`, `low_rank` or `fit` (see
+            `chai_jax.compress.merge`; a `kv` cluster is always a low-rank latent).
+        predicted: KL from the dense model's next-token distribution that the planner expects, in nats per token, before
+            any training; None where it has not looked.
+        measured: what it turned out to be; None before it was tried.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    share: Share = "qkv"
+    membership: Membership = "calibrated"
+    score_merge: Annotated[str, SCORE_MERGES] = "representative"
+    value_merge: Annotated[str, VALUE_MERGES] = "representative"
+    warmup_tokens: Count = 5
+    sensitivity: tuple[float, ...] = ()
+    method: Annotated[str, METHODS] = "kl"
+    predicted: float | None = None
+    measured: float | None = None
+
+    def share_of(self, index: int) -> str:
+        """What the heads of a cluster share in layer `index`."""
+        return self.layers[index].share or self.share
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether `cluster` needs calibration text: everything but representatives is a fit to second moments."""
+        merged = [index for index, layer in enumerate(self.layers) if layer.merged]
+        shares = {self.share_of(index) for index in merged}
+        low_rank = self.score_merge != "representative" or self.value_merge != "representative"
+        return "kv" in shares or bool(merged and low_rank)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Plan":
+        """Rebuild a plan from JSON, checking all that can be checked without a model.
+
+        Raises:
+            InputError: naming the field and what cannot be.
+        """
+        plan: Plan = parse(cls, value, "plan")
+        plan._check_sense()
+        return plan
+
+    @classmethod
+    def read(cls, path: str | Path) -> "Plan":
+        """Read and check a plan.json.
+
+        Raises:
+            InputError: it cannot be read, or see `from_json`.
+        """
+        value = read_json(path, "a plan.json, as chai-jax plan writes it")
+        try:
+            return cls.from_json(value)
+        except InputError as error:
+            raise InputError(f"{shown(path)}: {error}: mend it, or make a new one with chai-jax plan") from None
+
+    def check(self) -> None:
+        """Refuse a plan that asks for what cannot be.
+
+        Raises:
+            InputError: naming the field, or the layer and the contradiction.
+        """
+        parse(Plan, self, "plan")
+        self._check_sense()
+
+    def _check_sense(self) -> None:
+        """What no field says by itself."""
+        if self.sensitivity and len(self.sensitivity) != len(self.layers):
+            raise InputError(
+                f"the plan has {len(self.sensitivity)} sensitivities for {len(self.layers)} layers; expected one each"
+            )
+        for index, layer in enumerate(self.layers):
+            _check_heads(f"plan layer {index}", layer)
+            self._check_ranks(index, layer)
+        if self.membership == "prompt":
+            self._check_prompt()
+
+    def _check_ranks(self, index: int, layer: LayerPlan) -> None:
+        """Only what is low-rank has a rank to choose."""
+        share = self.share_of(index)
+        free = {
+            "key_rank": share == "kv" or self.score_merge == "low_rank",
+            "value_rank": share == "kv" or (share == "qkv" and self.value_merge != "representative"),
+        }
+        for name, is_free in free.items():
+            rank = getattr(layer, name)
+            if rank is not None and not is_free:
+                raise InputError(
+                    f"plan layer {index} has {name} {rank} with share {share!r}, scores {self.score_merge!r}, values "
+                    f"{self.value_merge!r}; expected a rank only where the merge is one of low rank"
+                )
+
+    def _check_prompt(self) -> None:
+        """Membership per prompt needs every head's value and full Wq, Wk (CHAI, section 3.3)."""
+        shares = {self.share} | {layer.share for layer in self.layers if layer.share}
+        if shares != {"qk"} or self.score_merge != "representative":
+            raise InputError(
+                f"the plan asks for prompt membership with share {' and '.join(sorted(shares))!r}, scores "
+                f"{self.score_merge!r}; merged weights belong to fixed clusters: use share 'qk' with representatives, "
+                "or membership 'calibrated'"
+            )
+        for index, layer in enumerate(self.layers):
+            if len({cluster.storage for cluster in layer.clusters}) > 1:
+                raise InputError(
+                    f"plan layer {index}: prompt membership with two storages in a layer; clusters change from prompt "
+                    "to prompt: give all its clusters one storage"
+                )
+
+    def check_model(self, layers: int, heads: int, width: int) -> None:
+        """Refuse a plan made for a model of another shape, or ranks that are larger than the model's width."""
+        sizes = sorted({sum(len(cluster.heads) for cluster in layer.clusters) for layer in self.layers})
+        if len(self.layers) != layers or sizes != [heads]:
+            raise InputError(
+                f"the plan is for {len(self.layers)} layers of {brief(sizes)} heads, the model has {layers} layers of "
+                f"{heads} heads: make a plan for this model with chai-jax plan"
+            )
+        for index, layer in enumerate(self.layers):
+            rank = max(layer.key_rank or 0, layer.value_rank or 0)
+            if rank > width:
+                raise InputError(f"plan layer {index} has rank {rank}; expected at most the model's width, {width}")
+
+
+def _check_heads(where: str, layer: LayerPlan) -> None:
+    """Each head is in one cluster, and each cluster keeps one of its own."""
+    for number, cluster in enumerate(layer.clusters):
+        if cluster.keep not in cluster.heads:
+            raise InputError(
+                f"{where} cluster {number} keeps head {cluster.keep}, not one of its heads {brief(list(cluster.heads))}"
+            )
+    heads = sorted(head for cluster in layer.clusters for head in cluster.heads)
+    twice = [head for head, following in pairwise(heads) if head == following]
+    if twice:
+        raise InputError(f"{where} has head {twice[0]} in two places; expected each head in exactly one cluster")
+    if not heads or heads[-1] != len(heads) - 1:
+        missing = next((at for at, head in enumerate(heads) if at != head), 0)
+        raise InputError(f"{where} lacks head {missing}; expected every head from 0 to {max(heads, default=0)} once")

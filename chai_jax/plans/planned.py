@@ -1,0 +1,67 @@
+"""From a plan to the spec of the model that it makes: no weights are needed."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from chai_jax.errors import InputError
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.spec import STORAGES, LayerSpec, Spec, group_clusters
+
+
+def planned_spec(plan: Plan, config: Architecture) -> Spec:
+    """The spec of the model that `cluster` and `quantize` make by this plan.
+
+    Raises:
+        InputError: the plan is for another shape of model.
+    """
+    plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
+
+    def layer(wanted: LayerPlan) -> LayerSpec:
+        if plan.membership == "prompt" and wanted.clustered:
+            return prompt_layer(wanted, wanted.clusters[0].storage, config.head_dim, plan.warmup_tokens)
+        return planned_layer(wanted, plan.share, config)
+
+    return Spec(tuple(layer(wanted) for wanted in plan.layers))
+
+
+def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerSpec:
+    """The spec of one layer; `share` is the plan's, for a layer that names none."""
+    share = (wanted.share or share) if wanted.merged else "dense"
+    storages = [one.storage for one in wanted.clusters]
+    order = cluster_order(share, [one.heads for one in wanted.clusters], storages)
+    clusters = tuple(wanted.clusters[at].heads for at in order)
+    groups = group_clusters(share, clusters, [storages[at] for at in order])
+    ranks = (wanted.key_rank or config.head_dim, wanted.value_rank or config.head_dim)
+    return LayerSpec(share, clusters, groups, *ranks, wanted.weights)
+
+
+def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str]) -> list[int]:
+    """The order that makes groups contiguous: by storage, then (where it decides the shape) by cluster size; stable, so
+    that singletons of one storage keep the heads' order."""
+    sizes = [len(heads) if share in ("qk", "kv") else 1 for heads in clusters]
+    return sorted(range(len(clusters)), key=lambda at: (STORAGES.index(storages[at]), sizes[at]))
+
+
+def prompt_layer(wanted: LayerPlan, storage: str, head_dim: int, warmup: int) -> LayerSpec:
+    """A layer whose clusters are found per prompt, with the plan's for prompts shorter than the warm-up."""
+    clusters = tuple((one.keep, *(head for head in one.heads if head != one.keep)) for one in wanted.clusters)
+    groups = group_clusters("qk", clusters, [storage] * len(clusters), "prompt")
+    return LayerSpec("qk", clusters, groups, head_dim, head_dim, wanted.weights, "prompt", warmup)
+
+
+def uniform_plan(config: Architecture, share: str, clusters: float, storage: str) -> Plan:
+    """Every layer in `clusters` x H clusters of neighbouring heads, stored alike: a plan's costs before there is one.
+
+    Raises:
+        InputError: a share, storage or fraction that cannot be.
+    """
+    if not 0 < clusters <= 1:
+        raise InputError(f"clusters is {clusters}; expected a fraction of the heads above 0, up to 1")
+    heads, count = config.num_heads, max(1, round(clusters * config.num_heads))
+    bounds = [heads * at // count for at in range(count + 1)]
+    members = [tuple(range(*pair)) for pair in pairwise(bounds)]
+    layer = LayerPlan(tuple(ClusterPlan(each, each[0], storage=storage) for each in members))
+    plan = Plan((layer,) * config.num_layers, share)
+    plan.check()
+    return plan

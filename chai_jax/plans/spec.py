@@ -1,0 +1,178 @@
+"""What each layer of a model now is: the spec, which is all beside the leaves' types that the forward pass looks at.
+
+What is intended for a model is its plan (`chai_jax.plans.plan`). Specs are frozen, hashable (so they can be static
+under `jax.jit`) and plain JSON.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from chai_jax.errors import InputError
+from chai_jax.inputs.fields import Count, Number, parse
+
+SHARES = ("dense", "qk", "qkv", "kv")
+STORAGES = ("float32", "bfloat16", "int8", "int4")
+WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
+MEMBERSHIPS = ("calibrated", "prompt")
+Storage = Annotated[str, STORAGES]
+Weights = Annotated[str, WEIGHTS]
+Membership = Annotated[str, MEMBERSHIPS]
+
+
+@dataclass(frozen=True)
+class Group:
+    """C clusters of one shape whose keys and values are cached in one storage format.
+
+    Each cluster caches one key head, read by `queries` query heads, and `values` value heads:
+    dense (C = H, 1, 1), qk (1 query, m values), qkv (1, 1), kv (m queries, 1 value).
+    Where every sequence assigns value heads to clusters by itself, `assigned` counts them and `values` is left at 1.
+    """
+
+    clusters: Count
+    queries: Count = 1
+    values: Count = 1
+    storage: Storage = "float32"
+    assigned: Number = 0
+
+    @property
+    def value_heads(self) -> int:
+        """Value heads this group caches."""
+        return self.assigned or self.clusters * self.values
+
+    @property
+    def outputs(self) -> int:
+        """Heads this group hands to the output projection."""
+        return self.value_heads * self.queries
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What one layer is: `clusters` lists the original head numbers of each cluster, in the order stored.
+
+    With membership `prompt` every sequence finds its own clusters on its first `warmup` tokens. All heads are then
+    stored, in their original order, and `clusters` (each led by its representative) are those of shorter sequences.
+    """
+
+    share: Annotated[str, SHARES]
+    clusters: tuple[tuple[Number, ...], ...]
+    groups: tuple[Group, ...]
+    key_rank: Count
+    value_rank: Count
+    weights: Weights = "loaded"
+    membership: Membership = "calibrated"
+    warmup: Number = 0
+
+    @property
+    def query_heads(self) -> int:
+        return sum(group.clusters * group.queries for group in self.groups)
+
+    @property
+    def key_heads(self) -> int:
+        return sum(group.clusters for group in self.groups)
+
+    @property
+    def value_heads(self) -> int:
+        return sum(group.value_heads for group in self.groups)
+
+    @property
+    def output_heads(self) -> int:
+        return sum(group.outputs for group in self.groups)
+
+    @property
+    def projected(self) -> tuple[int, int, int, int]:
+        """Heads of the query, key, value and output projections."""
+        if self.membership == "prompt":
+            return (self.value_heads,) * 4
+        return self.query_heads, self.key_heads, self.value_heads, self.output_heads
+
+    def stored_as(self, storages: Sequence[str]) -> "LayerSpec":
+        """The same layer with each cluster, in the order stored, cached in another format."""
+        groups = group_clusters(self.share, self.clusters, storages, self.membership)
+        return dataclasses.replace(self, groups=groups)
+
+    @property
+    def storages(self) -> tuple[str, ...]:
+        """The storage format of each cluster, in the order stored."""
+        return tuple(group.storage for group in self.groups for _ in range(group.clusters))
+
+
+def group_clusters(
+    share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str], membership: str = "calibrated"
+) -> tuple[Group, ...]:
+    """Fold consecutive clusters of equal shape and storage into groups; clusters found per prompt into one a format."""
+    if membership == "prompt":
+        count = sum(map(len, clusters))
+        return tuple(Group(len(clusters), storage=storage, assigned=count) for storage in dict.fromkeys(storages))
+    groups: list[Group] = []
+    for heads, storage in zip(clusters, storages, strict=True):
+        queries = len(heads) if share == "kv" else 1
+        values = len(heads) if share == "qk" else 1
+        if groups and (groups[-1].queries, groups[-1].values, groups[-1].storage) == (queries, values, storage):
+            groups[-1] = dataclasses.replace(groups[-1], clusters=groups[-1].clusters + 1)
+        else:
+            groups.append(Group(1, queries, values, storage))
+    return tuple(groups)
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What a model is now, layer by layer."""
+
+    layers: tuple[LayerSpec, ...]
+
+    @classmethod
+    def dense(cls, layers: int, heads: int, head_dim: int, storage: str = "float32") -> "Spec":
+        """L dense layers of H heads whose cache is stored in one format."""
+        clusters = tuple((head,) for head in range(heads))
+        layer = LayerSpec("dense", clusters, (Group(heads, storage=storage),), head_dim, head_dim)
+        return cls((layer,) * layers)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the parameters are those of an ordinary OPT (cache formats and weight formats aside)."""
+        return all(layer.share == "dense" for layer in self.layers)
+
+    @property
+    def stored_by_token(self) -> bool:
+        """Whether what is stored of a token depends on no later or neighbouring one, so that sequences may branch.
+
+        Blocks of int4 take in whole runs of columns, and clusters found per prompt take in its length.
+        """
+        return all(layer.membership == "calibrated" and "int4" not in layer.storages for layer in self.layers)
+
+    def with_layer(self, index: int, layer: LayerSpec) -> "Spec":
+        """The same spec with layer `index` replaced."""
+        return Spec((*self.layers[:index], layer, *self.layers[index + 1 :]))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"layers": [dataclasses.asdict(layer) for layer in self.layers]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Spec":
+        """Rebuild a spec from `to_json`'s result.
+
+        Raises:
+            InputError: anything that `to_json` would not have written, groups that do not fit their clusters.
+        """
+        entries = value.get("layers") if isinstance(value, Mapping) else None
+        try:
+            layers = parse(tuple[LayerSpec, ...], entries, "layers", whole=True)
+        except InputError as error:
+            raise InputError(f"not a spec that save() writes ({error}): save the model again") from None
+        for index, layer in enumerate(layers):
+            if not _fits(layer):
+                raise InputError(f"spec layer {index} contradicts itself; expected what save() writes: save it again")
+        return cls(layers)
+
+
+def _fits(layer: LayerSpec) -> bool:
+    """Whether the fields of a layer agree with one another."""
+    return (
+        bool(layer.clusters and all(layer.clusters))
+        # Before anything is counted out: a group may say that it has billions of clusters.
+        and layer.key_heads == len(layer.clusters)
+        and layer.groups == group_clusters(layer.share, layer.clusters, layer.storages, layer.membership)
+        and (layer.warmup > 0 and layer.share == "qk" if layer.membership == "prompt" else layer.warmup == 0)
+    )

@@ -1,0 +1,156 @@
+"""From what a person asked for to a plan: options of the command line meet the planner."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from chai_jax.analyse.budget import Budget, plan_within
+from chai_jax.analyse.cluster import cluster_count
+from chai_jax.analyse.explain import cache_fraction
+from chai_jax.analyse.planner import plan as make_plan
+from chai_jax.analyse.probe import Probe, probe
+from chai_jax.config import PlanConfig
+from chai_jax.console import console
+from chai_jax.errors import InputError
+from chai_jax.machine.processes import once
+from chai_jax.model.model import Model
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.plan import Plan
+from chai_jax.plans.spec import STORAGES
+from chai_jax.report.figures import head_maps
+from chai_jax.run.work import Work
+
+
+def plan_for(
+    model: Model, work: Work, wanted: PlanConfig, seed: int, costs: Path | None = None, picture: Path | None = None
+) -> Plan:
+    """Look at a dense model on the work's calibration examples and decide.
+
+    Args:
+        costs: where the planner keeps its measurements, for the next attempt; of several processes none does, since
+            some might find them and others not.
+        picture: where to draw the heads and their clusters, a path without suffix.
+    """
+    check_options(wanted, model.config)
+    seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
+    if wanted.kv_budget is None:
+        plan = _by_clusters(model, seen, wanted, seed)
+    else:
+        plan = _by_budget(model, seen, wanted, seed, costs if jax.process_count() == 1 else None)
+    if picture is not None:
+        caption = f"{seen.rows} calibration tokens of {work.name}."
+        once(partial(head_maps, picture, plan, seen.correlation, model.config, caption))
+    return plan
+
+
+def check_options(wanted: PlanConfig, config: Architecture) -> None:
+    """Refuse, before anything is measured, options that contradict each other or do not fit the model.
+
+    Raises:
+        InputError: naming the option.
+    """
+    clusters = parse_clusters(wanted.clusters or "elbow")
+    if clusters != "elbow":
+        cluster_count(clusters, np.zeros((config.num_heads, 1)))
+    parse_list("--storages", wanted.storages, STORAGES)
+    if wanted.kv_budget is not None:
+        budget_of(wanted).check_layers(config.num_layers)
+    elif wanted.model_budget is not None:
+        raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
+    elif wanted.pin:
+        raise InputError("--pin is given without --kv-budget; only the planner reads it: leave it out")
+    if wanted.membership == "prompt":
+        _check_prompt(wanted)
+
+
+def _check_prompt(wanted: PlanConfig) -> None:
+    """Clusters per prompt need heads that are not merged for good."""
+    if wanted.kv_budget is not None:
+        raise InputError(
+            "--membership prompt is given with --kv-budget; the planner measures fixed clusters: leave one of them out"
+        )
+    score_merge = wanted.score_merge or "representative"
+    Plan((), wanted.share or "qk", wanted.membership, score_merge, warmup_tokens=wanted.warmup_tokens).check()
+
+
+def budget_of(wanted: PlanConfig) -> Budget:
+    """What the options that go with `--kv-budget` say.
+
+    Raises:
+        InputError: a budget, a storage or a pin that cannot be.
+    """
+    assert wanted.kv_budget is not None
+    return Budget(
+        wanted.kv_budget,
+        wanted.model_budget,
+        (wanted.share,) if wanted.share else ("qkv", "kv"),
+        parse_list("--storages", wanted.storages, STORAGES),
+        parse_numbers("--pin", wanted.pin),
+        wanted.ranks,
+    )
+
+
+def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
+    return make_plan(
+        model,
+        seen,
+        share=wanted.share or ("qk" if wanted.membership == "prompt" else "qkv"),
+        layers=wanted.layers or 0.0,
+        first=wanted.first,
+        clusters=parse_clusters(wanted.clusters or "elbow"),
+        rank=wanted.rank,
+        score_merge=wanted.score_merge or "representative",
+        value_merge=wanted.value_merge or "representative",
+        sensitivity=wanted.sensitivity,
+        membership=wanted.membership,
+        warmup_tokens=wanted.warmup_tokens,
+        seed=seed,
+    )
+
+
+def _by_budget(model: Model, seen: Probe, wanted: PlanConfig, seed: int, costs: Path | None) -> Plan:
+    budget = budget_of(wanted)
+    merges = {"score_merge": wanted.score_merge or "low_rank", "value_merge": wanted.value_merge or "low_rank"}
+    plan = plan_within(model, seen, budget, **merges, seed=seed, file=costs)
+    reached = cache_fraction(plan, model.config)
+    if reached > budget.cache:
+        console.print(
+            f"warning: no plan is so small: the nearest takes {reached:.3f} of the dense cache, not {budget.cache:g}",
+            style="bold red",
+        )
+    return plan
+
+
+def parse_clusters(clusters: str) -> str | int | float:
+    """`--clusters`: elbow, a number, a ratio below 1, or a correlation.
+
+    Raises:
+        InputError: none of these.
+    """
+    if clusters == "elbow" or clusters.startswith("correlation:"):
+        return clusters
+    try:
+        return int(clusters) if clusters.lstrip("-").isdigit() else float(clusters)
+    except ValueError:
+        raise InputError(
+            f"--clusters is {clusters!r}; expected elbow, a number, a ratio below 1, or correlation:0.9"
+        ) from None
+
+
+def parse_list(option: str, given: str, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Names with commas between them, in the order of `allowed`."""
+    names = {name.strip() for name in given.split(",") if name.strip()}
+    unknown = sorted(names - set(allowed))
+    if unknown or not names:
+        raise InputError(f"{option} is {given!r}; expected some of {', '.join(allowed)}, with commas")
+    return tuple(name for name in allowed if name in names)
+
+
+def parse_numbers(option: str, given: str) -> tuple[int, ...]:
+    """Whole numbers with commas between them."""
+    try:
+        return tuple(int(number) for number in given.split(",") if number.strip())
+    except ValueError:
+        raise InputError(f"{option} is {given!r}; expected layer numbers with commas: 0,11") from None

@@ -1,0 +1,103 @@
+"""What a run works on: a labelled task or a text, in disjoint parts to train on, calibrate, choose and measure by."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from chai_jax.config import RunConfig
+from chai_jax.data.batches import Encoded, Example, Windows, encode
+from chai_jax.data.tasks import Row, Task, get_task, held_out, load_rows
+from chai_jax.data.text import read_text, split_corpus
+from chai_jax.errors import InputError
+from chai_jax.evaluation.tasks import Result, TextResult, evaluate_rows, evaluate_windows
+from chai_jax.model.model import Model
+
+TEXT_WINDOW = 256  # tokens, or as many as the model takes
+HELD_OUT = 512  # training rows kept back to judge by, beside those for calibration
+Measured = Result | TextResult
+
+
+@dataclass(frozen=True)
+class Work:
+    """The parts of a run's data.
+
+    Attributes:
+        training: what is trained on.
+        calibration: token windows for the probe; never trained on, never measured.
+        measure: validation examples (or the text's last part) scored.
+        judge: held-out training examples scored: choices are made on these.
+        recall: a measured result back from its samples.
+        labelled: whether there is a task that the dense model can be at chance on.
+        pad: the model's padding token.
+    """
+
+    name: str
+    training: Sequence[Example | Encoded]
+    calibration: Sequence[Sequence[int]]
+    measure: Callable[[Model], Measured]
+    judge: Callable[[Model], Measured]
+    recall: Callable[[Sequence[dict[str, object]]], Measured]
+    labelled: bool
+    pad: int
+
+    @property
+    def text(self) -> Windows:
+        """The calibration windows as arrays."""
+        return Windows.stack(self.calibration, self.pad)
+
+
+def open_work(config: RunConfig, model: Model) -> Work:
+    """Read the run's data.
+
+    Raises:
+        InputError: no data asked for or two kinds, no tokenizer to read them with, or what reading them raises.
+    """
+    task = config.task or ("toy" if config.model == "toy" and config.text is None else None)
+    if (task is None) == (config.text is None):
+        raise InputError("give either --task (sst2, rte, piqa) or --text FILE, so that there is something to work on")
+    if model.tokenizer is None:
+        raise InputError(f"{config.model} has no tokenizer; expected its vocab.json and merges.txt (or tokenizer.json)")
+    return _text_work(config, model) if task is None else _task_work(get_task(task), config, model)
+
+
+def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
+    train = load_rows(task, "train", config.data_dir)
+    validation = load_rows(task, "validation", config.data_dir, config.limit)
+    kept, rest = held_out(train, HELD_OUT + config.planning.calibration, config.seed)
+    looked_at = min(config.planning.calibration, len(kept) // 2)
+    calibration, judged = kept[:looked_at], kept[looked_at:]
+    if min(len(calibration), len(judged), len(validation)) < 2:
+        raise InputError(
+            f"{task.name} has {len(train)} training and {len(validation)} validation rows; expected more of both"
+        )
+
+    def tokens(row: Row) -> tuple[int, ...]:
+        example = task.request(row).example
+        return encode(model.tokenizer, example.context, example.completion, model.config.max_positions - 1).tokens
+
+    return Work(
+        name=task.name,
+        training=[task.request(row).example for row in rest],
+        calibration=[tokens(row) for row in calibration],
+        measure=partial(evaluate_rows, task=task, rows=validation, seed=config.seed),
+        judge=partial(evaluate_rows, task=task, rows=judged, seed=config.seed),
+        recall=Result.from_samples,
+        labelled=True,
+        pad=model.config.pad_token_id,
+    )
+
+
+def _text_work(config: RunConfig, model: Model) -> Work:
+    length = min(TEXT_WINDOW, model.config.max_positions)
+    corpus = split_corpus(model.tokenizer, read_text(str(config.text)), length, config.planning.calibration)
+    judged = min(HELD_OUT, len(corpus.training) // 4)
+    return Work(
+        name=str(config.text),
+        training=corpus.training[judged:],
+        calibration=[window.tokens for window in corpus.calibration],
+        measure=partial(evaluate_windows, encoded=corpus.evaluation[: config.limit]),
+        judge=partial(evaluate_windows, encoded=corpus.training[:judged]),
+        recall=TextResult.from_samples,
+        labelled=False,
+        pad=model.config.pad_token_id,
+    )

@@ -1,0 +1,105 @@
+"""The floor under a measured time: bytes and FLOPs against counts by hand, and what the probe divides by what."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from chai_jax.bench import floor
+from chai_jax.bench.floor import Rates, Work, probe_rates, weights_read, works
+from chai_jax.bench.race import MEASURES, Shape
+from chai_jax.compress.quantize import store_weights, with_storage
+from chai_jax.model.model import Model
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
+
+# D = 16, F = 32, V = 64, L = 2, H = 2, K = 8.
+CONFIG = Architecture(
+    vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, ffn_dim=32, max_positions=48, embed_dim=16
+)
+SHAPE = Shape(batch=3, prompt=10, new_tokens=5, question=6)
+LAYER = 4 * 16 * 16 + 2 * 16 * 32  # weights of a layer's matrices
+VECTORS = 4 * 16 + 32 + 16 + 4 * 16  # biases of six maps, and two norms
+WEIGHTS = 2 * (LAYER + VECTORS) + 2 * 16 + 64 * 16  # with the last norm and the head, without positions
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    spec = Spec.dense(2, 2, 8)
+    return Model(CONFIG, spec, init(CONFIG, spec, jax.random.key(0)))
+
+
+def test_work_is_what_a_count_by_hand_gives(model: Model) -> None:
+    """A step reads P + i columns at step i: 11 ... 15 here, 13 in the mean. Positions are looked up, row by row."""
+    found = works(model, SHAPE, jnp.float32)
+    token, column = 2 * 2 * LAYER, 2 * 2 * 16 * 4  # FLOPs; keys and values of two layers in float32
+    pair, head = 2 * 2 * (16 + 16), 2 * 64 * 16
+    row = 16 * 4  # of the position table
+    assert set(found) == set(MEASURES)
+    step = found["decode_ms_per_token"]
+    assert step.bytes == 4 * WEIGHTS + 3 * row + 3 * 13 * column
+    assert step.flops == 3 * (token + 13 * pair + head)
+    read = found["prefill_ms"]
+    assert read.bytes == 4 * WEIGHTS + 30 * row + 3 * 10 * column
+    # In the last layer nine of ten tokens need keys and values alone, and one reads the ten columns.
+    less, last = 2 * (LAYER - 2 * 16 * 16), pair / 2
+    assert read.flops == 3 * (10 * token - 9 * less + 55 * pair - 45 * last + head)
+    scored = found["score_ms_per_example"]
+    assert scored.bytes == pytest.approx((4 * WEIGHTS + 18 * row) / 3)
+    assert scored.flops == 6 * token - 5 * less + 21 * pair - 15 * last + head
+
+
+def test_int8_caches_and_half_precision_move_less(model: Model) -> None:
+    dense, half, small = (
+        works(one, SHAPE, dtype)["decode_ms_per_token"]
+        for one, dtype in ((model, jnp.float32), (model, jnp.bfloat16), (with_storage(model, "int8"), jnp.float32))
+    )
+    vectors = 2 * (VECTORS - 3 * 16) + 2 * 16  # stay float32; biases [H, K] count as matrices
+    assert dense.bytes - half.bytes == 2 * (WEIGHTS - vectors) + 3 * 16 * 2
+    # Of 16 bytes a head, column and side 8 + 2 are left: 32 - 10, times layers, heads and sides.
+    assert dense.bytes - small.bytes == 3 * 13 * (2 * 2 * 2 * (32 - 10))
+    assert dense.flops == half.flops == small.flops
+
+
+def test_weights_are_counted_as_they_lie_in_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU int8 weights are multiplied as floats; where they stay int8, with a scale a column, they are fewer."""
+    layers = {name: store_weights(layer, "int8") for name, layer in model.params["layers"].items()}
+    small = model.replace(params={**model.params, "layers": layers})
+    assert weights_read(small, 1, jnp.float32) == weights_read(model, 1, jnp.float32) == 4 * WEIGHTS + 64
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    scales = 3 * 16 + 16 + 32 + 16
+    assert weights_read(model, 1, jnp.float32) - weights_read(small, 1, jnp.float32) == 2 * (3 * LAYER - 4 * scales)
+
+
+def test_an_untied_embedding_is_looked_up() -> None:
+    config = Architecture(64, 16, 2, 2, 32, 48, 16, tied=False)
+    spec = Spec.dense(2, 2, 8)
+    model = Model(config, spec, init(config, spec, jax.random.key(0)))
+    assert weights_read(model, 5, jnp.float32) == 4 * WEIGHTS + 2 * 5 * 64
+    assert weights_read(model, 1000, jnp.float32) == model.nbytes  # no more than all of it
+
+
+def test_the_floor_is_the_slower_of_two_and_says_which() -> None:
+    rates = Rates(bytes_per_second=100.0, flops_per_second=1000.0, dtype="float32")
+    assert Work(50, 100).floor(rates) == {"ms": 500.0, "bound": "memory", "bytes": 50, "flops": 100}
+    assert Work(50, 2000).floor(rates) == {"ms": 2000.0, "bound": "compute", "bytes": 50, "flops": 2000}
+    other = Rates(200.0, 10.0, "float32")
+    assert rates.best(other) == Rates(200.0, 1000.0, "float32")
+    assert Rates.typical([rates, other, Rates(150.0, 20.0, "float32")]) == Rates(150.0, 20.0, "float32")
+
+
+def test_the_probe_divides_what_it_moved_and_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = probe_rates(jnp.float32, (256, 64), seconds=0.0)
+    assert real.bytes_per_second > 0
+    assert real.flops_per_second > 0
+    assert real.dtype == "float32"
+    times = iter([4.0, 0.5, 3.0, 2.0])  # the vector, the sum, the square by XLA and as models multiply
+
+    def fixed(function: Callable[..., Any], seconds: float, *args: Any) -> float:
+        return next(times)
+
+    monkeypatch.setattr(floor, "_best", fixed)
+    assert probe_rates(jnp.float32, (256, 64)) == Rates(256 * 256 * 4 / 0.5, 2 * 64**3 / 2.0, "float32")

@@ -1,0 +1,132 @@
+"""What is timed in other frameworks is the same computation: equal tokens, equal log-probabilities."""
+
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+
+import jax
+import numpy as np
+import pytest
+
+from chai_jax.bench import peers
+from chai_jax.bench.peers import PEERS, check_peer, stay_awake
+from chai_jax.bench.race import Shape, Timed
+from chai_jax.bench.sweep import peer
+from chai_jax.compress.cluster import cluster
+from chai_jax.compress.quantize import with_storage
+from chai_jax.errors import InputError
+from chai_jax.model.model import Model, set_compute_dtype
+from chai_jax.model.params import init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.planned import uniform_plan
+from chai_jax.plans.spec import Spec
+
+SHAPE = Shape(batch=3, prompt=9, new_tokens=6, question=11)
+PRE = Architecture(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=48, embed_dim=32)
+POST = Architecture(64, 32, 2, 4, 64, 48, embed_dim=16, pre_norm=False)  # as opt-350m
+
+
+def random_model(config: Architecture) -> Model:
+    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+    return Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
+@pytest.mark.parametrize("kind", PEERS)
+@pytest.mark.parametrize("name", ["pre", "post", "clustered"])
+def test_a_peer_computes_what_we_compute(kind: str, name: str, torch: ModuleType) -> None:
+    for library in PEERS[kind].libraries:
+        pytest.importorskip(library)
+    model = random_model(POST if name == "post" else PRE)
+    if name == "clustered":
+        model = cluster(model, uniform_plan(model.config, "qkv", 0.5, "float32"))
+    ours, theirs = Timed(model, SHAPE, seed=3), PEERS[kind](model, threads=1)(SHAPE, 3)
+    for _ in range(2):  # a second run starts anew
+        *times, tokens = theirs.generate()
+        assert np.asarray(tokens).tolist() == np.asarray(ours.generate()[2]).tolist()
+        assert min(times) > 0
+    assert np.asarray(tokens).shape == (3, 7)
+    assert len(np.unique(np.asarray(tokens))) > 3  # not one token over and over, whatever was read
+    milliseconds, logprobs = theirs.score()
+    np.testing.assert_allclose(np.asarray(logprobs), np.asarray(ours.score()[1]), atol=1e-4)
+    assert milliseconds > 0
+
+
+def test_bytes_are_those_of_the_peers_arrays(torch: ModuleType) -> None:
+    model = random_model(PRE)
+    peer = PEERS["hf"](model, threads=1)(SHAPE, 0)
+    peer.generate()
+    assert peer.bytes == {"weights": model.nbytes, "kv": 3 * (9 + 6) * 2 * 2 * 32 * 4}
+
+
+@pytest.fixture
+def bfloat16() -> Iterator[None]:
+    set_compute_dtype("bfloat16")
+    yield
+    set_compute_dtype(None)
+
+
+def test_peers_compute_in_our_dtype(torch: ModuleType, bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(PRE)
+    peer = PEERS["hf"](model, threads=1)(SHAPE, 0)
+    peer.generate()
+    assert peer.bytes == {"weights": model.nbytes // 2, "kv": 3 * (9 + 6) * 2 * 2 * 32 * 2}
+    library = pytest.importorskip("ctranslate2")
+    monkeypatch.setattr(library, "get_supported_compute_types", lambda device: {"float32"})
+    with pytest.raises(InputError, match="does not compute in bfloat16 on this CPU"):
+        PEERS["ctranslate2"](model, threads=1)
+
+
+def test_threads_are_the_ones_asked_for(torch: ModuleType) -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 1):
+            PEERS["hf"](random_model(PRE), threads)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_threads_stay_awake_unless_the_user_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers.os, "environ", {"GOMP_SPINCOUNT": "7"})
+    for platform, expected in (
+        ("darwin", {"GOMP_SPINCOUNT": "7"}),
+        ("linux", {"GOMP_SPINCOUNT": "7", "OMP_WAIT_POLICY": "active"}),
+    ):
+        monkeypatch.setattr(peers.sys, "platform", platform)
+        stay_awake()
+        assert peers.os.environ == expected
+
+
+def test_refuses_what_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match="--peer vllm is unknown; expected one of hf, ctranslate2"):
+        check_peer("vllm")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--peer hf needs torch, which is not installed"):
+        check_peer("hf")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    check_peer("hf")
+    monkeypatch.setattr(peers.jax, "default_backend", lambda: "gpu")
+    with pytest.raises(InputError, match="computes on the CPU, JAX here on gpu"):
+        check_peer("hf")
+
+
+def test_ctranslate2_wants_a_vocabulary_of_eights(torch: ModuleType) -> None:
+    pytest.importorskip("ctranslate2")
+    with pytest.raises(InputError, match="has 60 tokens"):
+        PEERS["ctranslate2"](random_model(Architecture(60, 32, 2, 4, 64, 48, 32)), 1)
+
+
+def test_a_peer_is_set_against_what_it_computes(torch: ModuleType) -> None:
+    """Its floor is that of all heads and a float32 cache, whatever the model was compressed to."""
+    small = cluster(random_model(PRE), uniform_plan(PRE, "qkv", 0.5, "int8"))
+    entrant = peer("hf", "small", with_storage(small, "int8"), threads=1)
+    assert entrant.facts() == {
+        "model": "hf small",
+        "framework": "transformers",
+        "layers": 2,
+        "clustered_layers": 0,
+        "heads": 4,
+        "clusters": 4.0,
+        "kv_bytes_per_token": 2 * 2 * 32 * 4,
+    }

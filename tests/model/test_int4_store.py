@@ -1,0 +1,220 @@
+"""int4 caches: a naive loop in float64, decoding against the uncached pass across the borders of blocks, bytes."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from chai_jax.model import cache
+from chai_jax.model.decoder import Output, Seen, forward
+from chai_jax.model.int4_store import BLOCK, BY_CHANNEL, BY_TOKEN, BlockStore, append_blocks, empty_blocks
+from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
+
+pytestmark = pytest.mark.slow  # together they take a minute
+
+CONFIG = Architecture(60, 24, 2, 3, 32, 128, 24)
+LENGTH = 80
+# A whole row, one padded on the left, one on the right of a prompt of 40 before it goes on, one with gaps.
+PADDING = np.ones((4, LENGTH), bool)
+PADDING[1, :9] = PADDING[2, 35:40] = PADDING[3, [0, 5, 31, 32, 63]] = False
+TOKENS = np.random.default_rng(0).integers(4, 60, (4, LENGTH), np.int32)
+RandomParams = Callable[[Architecture, Spec, float], Params]
+compiled = jax.jit(forward, static_argnums=(0, 1))
+
+
+def mixed_spec() -> Spec:
+    """A dense layer all in int4, and one with clusters of two sizes, one of them in int4; ranks odd and large."""
+    clusters = ((0,), (1, 2))
+    mixed = LayerSpec("qk", clusters, group_clusters("qk", clusters, ("int8", "int4")), 7, 35)
+    return Spec((*Spec.dense(1, 3, 8, "int4").layers, mixed))
+
+
+def bfloat16(x: np.ndarray, towards: float | None = None) -> np.ndarray:
+    """Rounded to the nearest bfloat16, or to the next one towards plus or minus infinity."""
+    rounded = x.astype(ml_dtypes.bfloat16)
+    if towards is not None:
+        wrong = (rounded.astype(np.float64) - x) * np.sign(towards) < 0
+        rounded = np.where(wrong, np.nextafter(rounded, ml_dtypes.bfloat16(towards)), rounded)
+    return rounded.astype(np.float64)
+
+
+def four_bits(x: np.ndarray) -> np.ndarray:
+    """A group of numbers as it comes back from int4."""
+    low = bfloat16(x.min(), -np.inf)
+    scale = bfloat16((x.max() - low) / 15, np.inf)
+    return low + scale * np.round((x - low) / scale) if x.max() > x.min() else x
+
+
+def stored_blocks(x: np.ndarray, real: np.ndarray, by_channel: bool) -> np.ndarray:
+    """One head [T, R] as it is read back from whole blocks; what lies in none is not a number."""
+    read = np.full(x.shape, np.nan)
+    for first in range(0, len(x) - BLOCK + 1, BLOCK):
+        rows = [column for column in range(first, first + BLOCK) if real[column]]
+        if by_channel:
+            for channel in range(x.shape[1]):
+                read[rows, channel] = four_bits(x[rows, channel])
+        else:
+            for row in rows:
+                for start in range(0, x.shape[1], BLOCK):
+                    read[row, start : start + BLOCK] = four_bits(x[row, start : start + BLOCK])
+    return read
+
+
+def naive_heads(seen: Seen, params: Params) -> np.ndarray:
+    """Outputs [B, H, T, R] of a dense layer, head by head and row by row."""
+    x, allowed = np.asarray(seen.x, np.float64), np.asarray(seen.allowed)
+
+    def project(name: str, row: int, head: int) -> np.ndarray:
+        kernel, bias = (np.asarray(params[name][leaf], np.float64) for leaf in ("kernel", "bias"))
+        return x[row] @ kernel[:, head] + bias[head]
+
+    heads = np.zeros((*x.shape[:1], 3, *x.shape[1:2], 8))
+    for b, h in np.ndindex(*heads.shape[:2]):
+        query = project("query", b, h) / np.sqrt(8)
+        recent = [bfloat16(project(name, b, h)) for name in ("key", "value")]
+        old = [stored_blocks(part, allowed[b, -1], by == 0) for by, part in enumerate(recent)]
+        for t in range(x.shape[1]):
+            columns = np.flatnonzero(allowed[b, t])
+            border = t // BLOCK * BLOCK
+            key, value = (
+                np.where(columns[:, None] < border, far[columns], near[columns])
+                for far, near in zip(old, recent, strict=True)
+            )
+            weights = np.exp(key @ query[t] - (key @ query[t]).max(initial=0))
+            heads[b, h, t] = weights @ value / weights.sum() if len(columns) else 0
+    return heads
+
+
+def test_a_layer_equals_a_loop_over_heads_and_rows(random_params: RandomParams) -> None:
+    config, spec = dataclasses.replace(CONFIG, num_layers=1), Spec.dense(1, 3, 8, "int4")
+    params = random_params(config, spec, 0.4)
+    run = jax.jit(partial(forward, config, spec, observe=lambda index, seen, params: seen))
+    seen = run(params, TOKENS, PADDING).observed[0]
+    expected = naive_heads(seen, params["layers"]["0"])
+    found, real = np.asarray(seen.heads), np.broadcast_to(PADDING[:, None, :, None], expected.shape)
+    # An entry between two steps of four bits may fall to either side in float32 and float64.
+    close = np.isclose(found, expected, rtol=1e-4, atol=1e-4)[real]
+    assert close.mean() > 0.99
+    assert np.abs(found - expected)[real].max() < 0.02
+    bfloats = jax.jit(partial(forward, config, Spec.dense(1, 3, 8, "bfloat16"), observe=lambda i, seen, p: seen.heads))
+    near = np.asarray(bfloats(params, TOKENS, PADDING).observed[0])
+    short = real[:, :, :BLOCK]  # shorter than a block: bfloat16
+    np.testing.assert_allclose(found[:, :, :BLOCK][short], near[:, :, :BLOCK][short], atol=1e-6)
+    assert np.abs(found - near)[:, :, BLOCK:].max() > 1e-2
+
+
+@pytest.fixture(scope="module")
+def uncached(random_params: RandomParams) -> tuple[Params, Output]:
+    params = random_params(CONFIG, mixed_spec(), 0.2)
+    return params, compiled(CONFIG, mixed_spec(), params, TOKENS, PADDING)
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        pytest.param([1] * 80, id="token by token"),
+        pytest.param([63, *[1] * 17], id="prefilled", marks=pytest.mark.as_user),
+        pytest.param([20, 5, 7, 1, 40, 7], id="pieces"),
+    ],
+)
+def test_cached_equals_uncached_at_every_step(uncached: tuple[Params, Output], pieces: list[int]) -> None:
+    """However the text is cut, each step's output and, in the end, every stored entry is that of the uncached pass."""
+    params, whole = uncached
+    first = compiled(CONFIG, mixed_spec(), params, TOKENS[:, : pieces[0]], PADDING[:, : pieces[0]])
+    past, end = cache.extend(first.cache, LENGTH + 3), pieces[0]
+    for length in pieces[1:]:
+        now = slice(end, end + length)
+        step = compiled(CONFIG, mixed_spec(), params, TOKENS[:, now], PADDING[:, now], cache=past)
+        real = PADDING[:, now]
+        # An entry between two steps of storage may fall to either side, once in the past.
+        np.testing.assert_allclose(step.hidden[real], whole.hidden[:, now][real], atol=2e-2)
+        past, end = step.cache, end + length
+    found, expected = (
+        [leaf for group in layers for leaf in (group.keys, group.values) if isinstance(leaf, BlockStore)]
+        for layers in (sum(past.layers, ()), sum(whole.cache.layers, ()))
+    )
+    assert len(found) == 4
+    same = [(a == b).ravel() for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)]
+    assert np.concatenate(same).mean() > 0.99  # the rest a step of bfloat16 apart, or of int4 because of that
+
+
+def test_a_block_is_stored_once_when_it_is_complete() -> None:
+    x = jax.random.normal(jax.random.key(0), (2, 1, 70, 8))
+    store, real = empty_blocks(2, 1, 96, 8, BY_CHANNEL), jnp.ones((2, 96), bool)
+    append = jax.jit(append_blocks)
+    first = None
+    for column in range(70):
+        store, _ = append(store, x[:, :, column : column + 1], jnp.int32(column), real)
+        used = [np.asarray(leaf)[:, :, at] for leaf in jax.tree.leaves(store.blocks) for at in range(3)]
+        assert [bool(block.any()) for block in used] == [column >= end for end in (31, 63, 95)] * 3
+        first = used[::3] if column == 31 else first
+    for before, after in zip(first, used[::3], strict=True):
+        np.testing.assert_array_equal(before, after)
+    np.testing.assert_array_equal(store.recent[:, :, :6], x[:, :, 64:].astype(jnp.bfloat16))
+    assert not np.asarray(store.recent[:, :, 6:]).any()
+
+
+@pytest.mark.parametrize(("axis", "rank"), [(BY_CHANNEL, 5), (BY_TOKEN, 5), (BY_TOKEN, 40)])
+def test_masked_columns_do_not_enter_scales(axis: int, rank: int) -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 2, 64, rank))
+    real = jnp.asarray(np.arange(64) % 7 > 1)[None]
+    wild = jnp.where(real[:, None, :, None], x, 1e3)
+    start = jnp.int32(0)
+    append = jax.jit(append_blocks)
+    reads = [append(empty_blocks(1, 2, 64, rank, axis), each, start, real)[1].old for each in (x, wild)]
+    np.testing.assert_array_equal(*(np.asarray(read)[:, :, np.asarray(real[0])] for read in reads))
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_what_padding_changes(random_params: RandomParams, padding: str) -> None:
+    """On the right nothing; on the left nothing where it is whole blocks."""
+    spec = mixed_spec()
+    params = random_params(CONFIG, spec, 0.2)
+    alone = compiled(CONFIG, spec, params, TOKENS[:1, :70], np.ones((1, 70), bool)).hidden
+    shift = BLOCK if padding == "left" else 0
+    tokens, mask = np.full((1, 70 + BLOCK), 1, np.int32), np.zeros((1, 70 + BLOCK), bool)
+    tokens[:, shift : shift + 70], mask[:, shift : shift + 70] = TOKENS[:1, :70], True
+    padded = compiled(CONFIG, spec, params, tokens, mask).hidden[:, shift : shift + 70]
+    np.testing.assert_allclose(padded, alone, atol=1e-4)
+
+
+def test_the_gradient_passes_storage_unchanged() -> None:
+    x = jax.random.normal(jax.random.key(0), (1, 2, 40, 8))
+    weights = jax.random.normal(jax.random.key(1), (2, *x.shape))
+    allowed = jnp.ones((1, 40, 40), bool)
+
+    def read(x: jax.Array) -> jax.Array:
+        _, keys, values = cache.remember(None, x, x, "int4", jnp.int32(0), allowed)
+        return (weights[0] * keys.old + weights[1] * values.recent).sum()
+
+    np.testing.assert_allclose(jax.jit(jax.grad(read))(x), weights[0] + weights[1], rtol=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [20, 64, 70])
+def test_bytes_of_allocated_arrays_equal_the_formula(capacity: int) -> None:
+    spec = mixed_spec()
+    allocated = cache.empty(spec, 3, capacity)
+    assert allocated.nbytes == cache.cache_bytes(spec, 3, capacity)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(allocated.layers)) == allocated.nbytes
+    assert cache.extend(cache.empty(spec, 3, 20), capacity).nbytes == allocated.nbytes
+    assert cache.measured_bytes_per_token(spec) == cache.bytes_per_token(spec)
+    # By hand. Dense: 3 heads of 8: keys 4 bytes and a byte of scales, values 4 and a scale and a lowest value of their
+    # own; the qk layer: an int8 key of 7 and value of 35 with scales, then one int4 key (7 * 20 / 32) and two values
+    # of 35: 18 bytes, two groups.
+    assert cache.bytes_per_token(spec) == 3 * (5 + 8) + (9 + 37) + 7 * 20 / 32 + 2 * (18 + 8)
+    assert cache.bytes_per_sequence(spec) == 2 * BLOCK * (3 * 16 + 7 + 2 * 35)
+
+
+def test_bytes_per_token_of_opt_125m() -> None:
+    """12 layers of 12 heads of 64: five bits a number, of them one for scales and lowest values."""
+    spec = Spec.dense(12, 12, 64, "int4")
+    assert cache.bytes_per_token(spec) == 12 * 12 * 2 * 64 * 5 // 8
+    assert isinstance(cache.bytes_per_token(spec), int)
+    assert cache.bytes_per_sequence(spec) == 12 * 12 * 2 * 64 * 2 * 32
