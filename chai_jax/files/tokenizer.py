@@ -28,8 +28,8 @@ def load_tokenizer(folder: Path, config: Architecture) -> Any:
     if WHOLE not in there and len(there) < len(PARTS):
         raise InputError(f"{folder} has {there[0]} alone of the tokenizer; expected {' and '.join(PARTS)}, or {WHOLE}")
     # Importing transformers takes seconds, so only where it is used.
-    from transformers import OPTConfig as HFConfig
     from transformers import AutoTokenizer
+    from transformers import OPTConfig as HFConfig
 
     try:
         # With a configuration given, the folder's own is not read: "chai_opt" means nothing to transformers.
