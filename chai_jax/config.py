@@ -283,10 +283,10 @@ class PlanConfig:
     calibration: int = 128
     """Examples (or text windows) for calibration, held out from training."""
 
-    def filled(self, toy: bool) -> "PlanConfig":
-        """With the defaults of layers and clusters: the toy's heads are few and cheap, so more of them are merged."""
-        layers = (1.0 if toy else 0.5) if self.layers is None else self.layers
-        return replace(self, layers=layers, clusters=self.clusters or ("2" if toy else "elbow"))
+    def filled(self, usual: "PlanConfig") -> "PlanConfig":
+        """With the `usual` layers and clusters where none were asked for."""
+        layers = usual.layers if self.layers is None else self.layers
+        return replace(self, layers=layers, clusters=self.clusters or usual.clusters)
 
     def check(self) -> None:
         """Raise InputError where a number is out of its range, whichever model it is for."""
@@ -355,7 +355,3 @@ class RunConfig:
         self.train.apply(TrainConfig())
         _require_positive("--max-minutes", self.operation.max_minutes)
         self.operation.at(Path(), None)
-
-
-# The toy learns from scratch what a pretrained model knows, so the paper's learning rate would not move it.
-TOY_TRAIN = TrainOverrides(lr=1e-3, batch=32, accumulation=1, epochs=1, max_steps=200)

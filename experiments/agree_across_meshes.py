@@ -103,11 +103,13 @@ class Job:
 
         from chai_jax.adapt.distil import distillation_loss
         from chai_jax.adapt.step import gradients
-        from chai_jax.adapt.updates import microbatches, pack
+        from chai_jax.adapt.updates import microbatches, pack_update
         from chai_jax.config import TrainConfig
 
         shape = microbatches(TrainConfig(batch=12, accumulation=2), self.layout.ways)
-        packed = pack(self.examples[:12], shape, self.student.config.max_positions, 8, self.layout.share(shape[1]))
+        packed = pack_update(
+            self.examples[:12], shape, self.student.config.max_positions, 8, self.layout.share(shape[1])
+        )
         pair = (self.dense, self.student)
         teacher, masters = (self.layout.params(model.config, model.spec, model.params) for model in pair)
         configs, specs = tuple(model.config for model in pair), tuple(model.spec for model in pair)

@@ -67,7 +67,7 @@ def compress(model: Model, task_name: str, data_dir: Path) -> Model:
     """Half of the heads of every layer clustered, keys and values shared, and all of it quantized by tier."""
     task = get_task(task_name)
     kept, _ = held_out(load_rows(task, "train", data_dir), CALIBRATION)
-    examples = [task.request(row).example for row in kept]
+    examples = [task.question(row).example for row in kept]
     longest = model.config.max_positions - 1
     seen = probe(model, [encode(model.tokenizer, one.context, one.completion, longest).tokens for one in examples])
     chosen = plan(model, seen, share="qkv", layers=1.0, clusters=0.5, sensitivity="attention")

@@ -36,12 +36,12 @@ import jax
 
 from chai_jax.bench.floor import Rates, probe_rates
 from chai_jax.bench.race import Shape
-from chai_jax.bench.sweep import random_model, variants
+from chai_jax.bench.sweep import variants
 from chai_jax.commands.bench import numbers
 from chai_jax.compress.quantize import with_storage
 from chai_jax.console import console
 from chai_jax.errors import InputError
-from chai_jax.files.published import architecture_of
+from chai_jax.files.published import architecture_of, random_model
 from chai_jax.model import kernels
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.sharding import Layout, make_mesh

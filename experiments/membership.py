@@ -38,7 +38,7 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.console import track
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
-from chai_jax.data.text import read_text, windows
+from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.evaluation.tasks import evaluate_rows, evaluate_windows
 from chai_jax.files.atomic import write_json, write_text
@@ -64,7 +64,7 @@ Record = dict[str, Any]
 def prompts(model: Model, rows: Sequence[Record]) -> list[tuple[int, ...]]:
     """Each SST-2 question with its answer, as tokens."""
     task = get_task("sst2")
-    examples = [task.request(row).example for row in rows]
+    examples = [task.question(row).example for row in rows]
     longest = model.config.max_positions - 1
     return [encode(model.tokenizer, one.context, one.completion, longest).tokens for one in examples]
 
@@ -73,7 +73,7 @@ def look(model: Model, data_dir: Path) -> Probe:
     """Probe the heads on held-out training prompts and on text that is not the one evaluated."""
     kept, _ = held_out(load_rows(get_task("sst2"), "train", data_dir), CALIBRATION)
     text = windows(
-        model.tokenizer, read_text(data_dir / TEXT / "validation.txt.gz"), min(256, model.config.max_positions)
+        model.tokenizer, read_text_file(data_dir / TEXT / "validation.txt.gz"), min(256, model.config.max_positions)
     )
     return probe(model, prompts(model, kept) + [window.tokens for window in text[:CALIBRATION]])
 
@@ -186,7 +186,7 @@ def run(model: str, data_dir: Path, limit: int | None, window_limit: int, seeds:
     began = time.perf_counter()
     dense = with_storage(load(model), "bfloat16")
     task, rows = get_task("sst2"), load_rows(get_task("sst2"), "validation", data_dir, limit)
-    text = windows(dense.tokenizer, read_text(data_dir / TEXT / "test.raw.txt.gz"), dense.config.max_positions)
+    text = windows(dense.tokenizer, read_text_file(data_dir / TEXT / "test.raw.txt.gz"), dense.config.max_positions)
     answers, losses = evaluate_rows(dense, task, rows), evaluate_windows(dense, text[:window_limit])
     first = {"membership": "dense", "clusters": "", "sst2": answers.metrics(), "text": losses.metrics(), **sizes(dense)}
     records = [first]

@@ -26,10 +26,10 @@ import numpy as np
 
 from chai_jax.analyse.planner import plan
 from chai_jax.analyse.probe import probe
-from chai_jax.bench.sweep import random_model
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.console import console
+from chai_jax.files.published import random_model
 from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
 from chai_jax.report.tables import Column

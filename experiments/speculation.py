@@ -24,7 +24,7 @@ from chai_jax.analyse.probe import probe
 from chai_jax.compress.cluster import cluster
 from chai_jax.console import track
 from chai_jax.data.batches import Encoded
-from chai_jax.data.text import read_text, windows
+from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
@@ -136,7 +136,7 @@ def speculation(options: SpeculationOptions) -> Record:
     rows: list[Record] = []
     for source in options.model:
         model = load(source)
-        cut = windows(model.tokenizer, read_text(options.text), 2 * options.prompt)
+        cut = windows(model.tokenizer, read_text_file(options.text), 2 * options.prompt)
         if len(cut) < options.prompts + CALIBRATION:
             wanted = options.prompts + CALIBRATION
             raise InputError(f"{options.text} has {len(cut)} windows; expected {wanted}: choose fewer --prompts")

@@ -32,14 +32,14 @@ from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.probe import Probe, probe
-from chai_jax.analyse.sensitivity import spread
+from chai_jax.analyse.sensitivity import evenly_spaced
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.config import DistilConfig, TrainConfig
 from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded, Windows, encode
 from chai_jax.data.tasks import get_task, held_out, load_rows
-from chai_jax.data.text import read_text, windows
+from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.evaluation.result import Result, TextResult
 from chai_jax.evaluation.tasks import evaluate_rows, evaluate_windows
@@ -113,14 +113,14 @@ class Bench:
         kept, rest = held_out(load_rows(task, "train", study.data_dir), study.calibration, seed)
 
         def encoded(row: Any) -> Encoded:
-            example = task.request(row).example
+            example = task.question(row).example
             return encode(tokenizer, example.context, example.completion, study.window - 1)  # its end, if it is longer
 
         self.calibration = [one.tokens for one in (*cut[: study.calibration], *map(encoded, kept))]
         text_windows = cut[study.calibration :]
         self.gate = Windows.stack([one.tokens for one in text_windows[:GATE_WINDOWS]], self.model.config.pad_token_id)
         self.texts, self.rest, self.encoded = text_windows[GATE_WINDOWS:], rest, encoded
-        test = windows(tokenizer, read_text(study.test_text), self.model.config.max_positions)
+        test = windows(tokenizer, read_text_file(study.test_text), self.model.config.max_positions)
         chosen = np.linspace(0, len(test) - 1, min(study.windows or len(test), len(test))).astype(int)
         self.test = [test[at] for at in chosen]
         self.task, self.validation = task, load_rows(task, "validation", study.data_dir, study.limit)
@@ -142,7 +142,7 @@ class Bench:
     @cached_property
     def damage(self) -> Damage:
         """Of changes to the dense model, on held-out text."""
-        return Damage(self.model, *spread(self.gate, self.gate.mask.size))
+        return Damage(self.model, *evenly_spaced(self.gate, self.gate.mask.size))
 
     def within(self, budget: float, *, value_merge: str, **choices: Any) -> Plan:
         """The planner's plan; what a set of choices needs is measured once, in a file of its own."""

@@ -117,7 +117,7 @@ def prompts(training: Training) -> Iterator[tuple[str, str]]:
     """Context and right answer of every training row."""
     for task in training.tasks:
         for row in load_rows(task, "train", training.data_dir):
-            example = task.request(row).example
+            example = task.question(row).example
             yield example.context, example.completion
 
 

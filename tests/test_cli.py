@@ -105,7 +105,7 @@ def evil_pickle(model: Path) -> None:
 
 BAD_MODELS = {
     no_model: "no config.json",
-    not_opt: "'llama'; expected an OPT",
+    not_opt: "'llama'; expected one of opt",
     missing_shard: "model-00001-of-00002.safetensors",
     truncated: "model.safetensors",
     tampered: "model.safetensors",

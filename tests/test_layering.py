@@ -28,6 +28,7 @@ model
 files
 compress score
 adapt analyse
+sources
 report serve
 aot bench evaluation
 __init__

@@ -19,10 +19,11 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from chai_jax.adapt.fingerprint import Record, checksums, first_difference, named
+from chai_jax.adapt.fingerprint import checksums, first_difference, named
 from chai_jax.config import Checkpoints
 from chai_jax.console import console
 from chai_jax.errors import InputError, Stopped
+from chai_jax.inputs.reading import Record
 from chai_jax.machine.processes import anywhere, first_process
 from chai_jax.stopping import listening, terminated
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from chai_jax.adapt.finetune import cross_entropy, sum_over_targets
 from chai_jax.adapt.step import Sums
@@ -27,6 +27,7 @@ from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout, current_layout
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
+from chai_jax.score.divergence import kl_divergence
 from chai_jax.score.loglikelihood import logits_at
 
 
@@ -131,14 +132,9 @@ def distillation_loss(
             teacher = logits_at(configs[0], teacher_params, taught, positions)
         else:
             teacher = cached.astype(jnp.float32)
-        kl = (weights * kl_divergence(teacher / temperature, student / temperature)).sum()
+        softened = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))
+        kl = (weights * kl_divergence(*softened)).sum()
         ce = (weights * cross_entropy(student, targets)).sum()
         return {"loss": alpha * temperature**2 * kl + (1 - alpha) * ce, "kl": kl, "ce": ce}
 
     return sum_over_targets(step, batch)
-
-
-def kl_divergence(teacher: Float[Array, "*B V"], student: Float[Array, "*B V"]) -> Float[Array, "*B"]:
-    """KL(softmax(teacher) || softmax(student)) in nats."""
-    teacher, student = jax.nn.log_softmax(teacher), jax.nn.log_softmax(student)
-    return jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)

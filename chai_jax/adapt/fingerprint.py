@@ -15,13 +15,13 @@ import numpy as np
 from jaxtyping import Array, UInt32
 
 from chai_jax.data.batches import Encoded
+from chai_jax.inputs.reading import Record
 from chai_jax.model.model import Model
 
-Record = dict[str, Any]
 MISSING = "nothing"
 
 
-def fingerprint(
+def training_fingerprint(
     stage: str, settings: Any, model: Model, encoded: Sequence[Encoded], order: Iterable[np.ndarray], state: Any
 ) -> Record:
     """Stage, settings, model, data and their order; what `checksums` says of the weights is added by the caller.

@@ -51,7 +51,7 @@ def join(trained: Any, frozen: Any) -> Params:
     )
 
 
-def store(masters: Any, like: Params) -> Any:
+def as_stored(masters: Any, like: Params) -> Any:
     """Masters in the format of the leaves they stand for: dtype, int8 with the same axes and type of scale, or int4
     with the same groups.
 
@@ -68,7 +68,7 @@ def store(masters: Any, like: Params) -> Any:
 
 def rounded(masters: Any, like: Params) -> Any:
     """Masters as they will be stored, in float32: what the forward pass of training sees."""
-    return jax.tree.map(dequantize, store(masters, like), is_leaf=is_leaf)
+    return jax.tree.map(dequantize, as_stored(masters, like), is_leaf=is_leaf)
 
 
 def optimizer(config: TrainConfig, steps: int, trainable: Any) -> optax.GradientTransformation:
@@ -110,7 +110,7 @@ def _with_standard_promotion(inner: optax.GradientTransformation) -> optax.Gradi
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class State:
+class TrainState:
     """What an update changes."""
 
     masters: Any
@@ -138,13 +138,13 @@ def gradients(loss: Loss, weights: Any, frozen: Any, extra: Any, batch: Batch) -
     return gradient, {name: each.sum() / targets for name, each in sums.items()}
 
 
-Step = Callable[[State, Any, Any, Batch], tuple[State, Sums]]
+Step = Callable[[TrainState, Any, Any, Batch], tuple[TrainState, Sums]]
 
 
-def first_state(masters: Any, tx: optax.GradientTransformation, mesh: Mesh) -> State:
+def first_state(masters: Any, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The state before the first update; moments lie where their masters do, counters everywhere."""
     whole = NamedSharding(mesh, PartitionSpec())
-    return State(masters, jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), tx.init(masters)))
+    return TrainState(masters, jax.tree.map(lambda x: x if x.ndim else jax.device_put(x, whole), tx.init(masters)))
 
 
 def make_update(loss: Loss, tx: optax.GradientTransformation, like: Params, placed: Any) -> Step:
@@ -158,10 +158,10 @@ def make_update(loss: Loss, tx: optax.GradientTransformation, like: Params, plac
     """
     like = jax.eval_shape(lambda: like)
 
-    def update(state: State, frozen: Any, extra: Any, batch: Batch) -> tuple[State, Sums]:
+    def update(state: TrainState, frozen: Any, extra: Any, batch: Batch) -> tuple[TrainState, Sums]:
         gradient, means = gradients(loss, rounded(state.masters, like), frozen, extra, batch)
         changes, after = tx.update(gradient, state.optimizer, state.masters)
         means["grad_norm"] = optax.tree.norm(gradient)
-        return State(optax.apply_updates(state.masters, changes), after), means
+        return TrainState(optax.apply_updates(state.masters, changes), after), means
 
     return jax.jit(update, donate_argnums=0, out_shardings=(placed, None))

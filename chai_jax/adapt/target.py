@@ -1,6 +1,5 @@
 """CHAI-Target: tune only the layers that need it; all else stays bit-identical."""
 
-import math
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout
-from chai_jax.plans.plan import Plan
+from chai_jax.plans.plan import Plan, round_up
 
 
 def target(
@@ -58,8 +57,7 @@ def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:
     if config.policy == "medium-low":
         layers = [index for index, layer in enumerate(plan.layers) if layer.tier in ("medium", "low")]
     elif len(plan.sensitivity) == count:
-        # Rounded first: 0.07 * 100 is 7.000000000000001, and the ceiling of that is 8.
-        wanted = math.ceil(round(config.fraction * count, 9))
+        wanted = round_up(config.fraction, count)
         layers = sorted(range(count), key=lambda index: (-plan.sensitivity[index], index))[:wanted]
     else:
         raise InputError(

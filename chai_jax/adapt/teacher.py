@@ -18,12 +18,13 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from chai_jax.adapt.fingerprint import Record, checksums, hash_arrays
-from chai_jax.adapt.updates import Batch, pack
+from chai_jax.adapt.fingerprint import checksums, hash_arrays
+from chai_jax.adapt.updates import Batch, pack_update
 from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file, write_json
+from chai_jax.inputs.reading import Record
 from chai_jax.model import kernels
 from chai_jax.model.decoder import forward
 from chai_jax.model.model import Model
@@ -122,7 +123,7 @@ def fill(values: Any, begins: Any, compute: Any, layout: Layout, encoded: Sequen
     order = sorted(range(len(encoded)), key=lambda at: len(encoded[at].tokens))
     batches = [order[at : at + rows] for at in range(0, len(order), rows)]
     for members in track(batches, "Teacher"):
-        batch = layout.join(pack([encoded[member] for member in members], (1, rows), longest, widest), rows)
+        batch = layout.join(pack_update([encoded[member] for member in members], (1, rows), longest, widest), rows)
         found = np.asarray(compute(jax.tree.map(lambda x: x[0], batch)))
         for row, member in enumerate(members):
             begin, end = begins[member], begins[member + 1]

@@ -32,11 +32,6 @@ def toy_folder(seed: int) -> Path:
     return cache / "chai_jax" / f"toy-{VERSION}-{seed}"
 
 
-def load_any(source: str, revision: str | None = None, seed: int = 0) -> Model:
-    """The built-in toy, or a model from a folder or the hub."""
-    return toy_model(seed) if source == "toy" else load(source, revision=revision)
-
-
 def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
     """The toy, trained now or by an earlier call; where another process is training it, this one waits.
 
@@ -69,6 +64,6 @@ def _trained(seed: int) -> Model:
     spec = Spec.dense(LAYERS, HEADS, config.head_dim)
     untrained = Model(config, spec, init(config, spec, jax.random.key(seed), std=STD), tokenizer, "toy")
     task = TASKS["toy"]
-    examples = [task.request(row).example for row in load_rows(task, "train")]
+    examples = [task.question(row).example for row in load_rows(task, "train")]
     settings = FinetuneConfig(TrainConfig(**{**vars(TRAIN), "seed": seed}))
     return finetune(untrained, examples, settings)

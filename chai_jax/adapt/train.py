@@ -12,25 +12,26 @@ import jax
 from jax.sharding import Mesh
 
 from chai_jax.adapt.checkpoints import Keeper
-from chai_jax.adapt.fingerprint import checksums, fingerprint
+from chai_jax.adapt.fingerprint import checksums, training_fingerprint
 from chai_jax.adapt.step import (
     Loss,
-    State,
     Step,
+    TrainState,
+    as_stored,
     everything,
     first_state,
     learning_rate,
     make_update,
     optimizer,
     split,
-    store,
 )
 from chai_jax.adapt.teacher import CachedTeacher
-from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
+from chai_jax.adapt.updates import encode_examples, microbatches, pack_update, updates
 from chai_jax.config import Checkpoints, StageConfig, TrainConfig
 from chai_jax.console import bar
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
+from chai_jax.inputs.reading import Record
 from chai_jax.machine.peaks import peak
 from chai_jax.model.flops import Cost, cost
 from chai_jax.model.model import Model
@@ -39,12 +40,12 @@ from chai_jax.model.quantized import Leaf, is_leaf
 from chai_jax.model.sharding import Layout, current_layout, put
 from chai_jax.stopping import safe_point
 
-Log = Callable[[dict[str, Any]], None]
+Log = Callable[[Record], None]
 
 
 def prepare(
     model: Model, loss: Loss, config: TrainConfig, steps: int, trainable: Any, layout: Layout
-) -> tuple[Step, State, Any]:
+) -> tuple[Step, TrainState, Any]:
     """The update of a stage, its first state, and the frozen leaves, all placed by the layout."""
     masters, frozen = split(layout.params(model.config, model.spec, model.params), trainable)
     tx = optimizer(config, steps, trainable)
@@ -106,7 +107,7 @@ def train(
     with ExitStack() as stack:
         keeper, done = None, 0
         if checkpoints is not None:
-            about = fingerprint(stage, config, model, encoded, order, state)
+            about = training_fingerprint(stage, config, model, encoded, order, state)
             about["teacher"] = None if cached is None else cached.about
             about["weights"] = checksums({"trained": state.masters, "frozen": frozen, "beside": extra})
             keeper = stack.enter_context(Keeper(checkpoints, about))
@@ -116,7 +117,7 @@ def train(
         for number, members in enumerate(order[done:], done + 1):
             began = time.perf_counter()
             chosen = [encoded[member] for member in members]
-            batch = pack(chosen, shape, longest, widest, share)
+            batch = pack_update(chosen, shape, longest, widest, share)
             batch = layout.join(batch if cached is None else cached.attach(batch, members), shape[1])
             state, means = step(state, frozen, extra, batch)
             values = {name: float(value) for name, value in jax.device_get(means).items()}
@@ -125,7 +126,7 @@ def train(
             record |= speed(chosen, time.perf_counter() - began, flops.of(chosen), layout.mesh)
             if log is not None:
                 log(record)
-            progress.update(task, advance=1, note=note(record))
+            progress.update(task, advance=1, note=progress_note(record))
             if keeper is not None:  # after the log: what a checkpoint has seen is in it
                 keeper.after(number, len(order), state)
             else:
@@ -140,13 +141,13 @@ def speed(examples: Sequence[Encoded], seconds: float, flops: int, mesh: Mesh) -
     return record if rates is None else record | {"mfu": flops / seconds / (rates.flops * mesh.devices.size)}
 
 
-def note(record: dict[str, Any]) -> str:
+def progress_note(record: Record) -> str:
     """What the progress bar says of an update."""
     used = f", {record['mfu']:.0%} MFU" if "mfu" in record else ""
     return f"loss {record['loss']:.4f}, {record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.2f} s{used}"
 
 
-def resume(keeper: Keeper, first: State, again: Callable[[], State]) -> tuple[int, State]:
+def resume(keeper: Keeper, first: TrainState, again: Callable[[], TrainState]) -> tuple[int, TrainState]:
     """Updates already done and the state after them; the first state is given up, lest two be in memory at once."""
     if keeper.empty:
         return 0, first
@@ -156,7 +157,7 @@ def resume(keeper: Keeper, first: State, again: Callable[[], State]) -> tuple[in
     return done, again() if state is None else state
 
 
-def _check_finite(record: dict[str, Any]) -> None:
+def _check_finite(record: Record) -> None:
     bad = [name for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
     if bad:
         raise InputError(
@@ -174,4 +175,4 @@ def _finish(masters: Any, params: Params) -> Params:
             return old
         return jax.tree.map(lambda x, before: put(x, before.sharding), new, old)
 
-    return jax.tree.map(leaf, store(masters, params), params, is_leaf=lambda x: x is None or is_leaf(x))
+    return jax.tree.map(leaf, as_stored(masters, params), params, is_leaf=lambda x: x is None or is_leaf(x))

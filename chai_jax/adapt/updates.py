@@ -14,9 +14,10 @@ import numpy as np
 
 from chai_jax.config import TrainConfig
 from chai_jax.data.batches import Encoded, Example, encode_all
+from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
 
-SHORTEST = 16  # the smallest padded length
+SHORTEST_EXAMPLE = 16  # the smallest padded length
 SHORT_ANSWER = 8  # answers up to here are padded to one width; longer ones to the input's, lest programs multiply
 WINDOW = 32  # updates whose examples are sorted by length together
 
@@ -55,8 +56,8 @@ def encode_examples(
                 f"context, an answer and at most {longest + 1} tokens: shorten it"
             )
     texts = [example for example in wanted if isinstance(example, Example)]
-    if texts and tokenizer is None:
-        raise InputError("the model has no tokenizer; expected one to train on text: load it with its tokenizer")
+    if texts:
+        require_tokenizer(tokenizer)
     encoded = iter(encode_all(tokenizer, texts, longest, cut_completion=True))
     return [example if isinstance(example, Encoded) else next(encoded) for example in wanted]
 
@@ -84,7 +85,7 @@ def padded(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
-def pack(
+def pack_update(
     encoded: Sequence[Encoded], shape: tuple[int, int], longest: int, widest: int, share: Sequence[int] | None = None
 ) -> Batch:
     """One update as a batch; rows without an example are empty.
@@ -97,7 +98,7 @@ def pack(
     """
     count, rows = shape
     share = range(rows) if share is None else share
-    length = min(max(SHORTEST, padded(max(len(example.tokens) - 1 for example in encoded))), longest)
+    length = min(max(SHORTEST_EXAMPLE, padded(max(len(example.tokens) - 1 for example in encoded))), longest)
     width = padded(widest if widest <= SHORT_ANSWER else length)
     fed, asked = (count, len(share), length), (count, len(share), width)
     batch = Batch(*map(np.zeros, (fed, fed, asked, asked, asked), (np.int32, bool, np.int32, np.int32, np.float32)))

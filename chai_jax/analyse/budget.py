@@ -17,10 +17,10 @@ import jax
 import numpy as np
 
 from chai_jax.analyse.allocate import Choice, allocate
-from chai_jax.analyse.costs import FindClusters, LayerCosts, Measure, Sizes, interpolate, latent, measure_costs
+from chai_jax.analyse.costs import CostMeter, FindClusters, LayerCosts, Sizes, interpolate, latent, measure_costs
 from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
 from chai_jax.analyse.probe import Probe
-from chai_jax.analyse.sensitivity import spread, tiers
+from chai_jax.analyse.sensitivity import evenly_spaced, tiers
 from chai_jax.compress.quantize import store_weights
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
@@ -111,11 +111,11 @@ def plan_within(
     def find(index: int, count: int) -> tuple[ClusterPlan, ...]:
         return find_clusters(probe.correlation[index], count, seed)
 
-    text = spread(probe, budget.tokens)
+    text = evenly_spaced(probe, budget.tokens)
     storages = [name for name in budget.storages if name != "bfloat16"]
     measured = list(
         measure_costs(
-            partial(Measure, model, probe, text, base, find),
+            partial(CostMeter, model, probe, text, base, find),
             budget.shares,
             ["bfloat16", *storages],
             weights,

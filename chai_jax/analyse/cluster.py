@@ -3,9 +3,11 @@
 CHAI (Agarwal et al. 2024, arXiv 2403.08058, section 3.2) clusters the heads of each layer for every number of clusters
 and picks that number by eye, where the error levels off. Here the eye is the Kneedle algorithm (Satopaa et al. 2011).
 The features of a head are its row of the layer's head correlations (`chai_jax.analyse.probe.Probe.correlation`).
+
+K-Means is here scikit-learn's, whose restarts find better clusters; `chai_jax.model.membership` has one of its own,
+since it clusters every prompt's heads inside a compiled program, where shapes are static and nothing is drawn.
 """
 
-import math
 import warnings
 
 import numpy as np
@@ -16,17 +18,13 @@ from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
 from chai_jax.errors import InputError
+from chai_jax.plans.plan import round_up
 
 Clusters = tuple[tuple[int, ...], ...]
 RESTARTS = 10  # of K-Means; the best of them counts
 # Correlation c of heads that are alike and of heads with nothing in common: a head that stands in for another explains
 # c^2 of its variance, here more than 80 % and less than 4 %.
 ALIKE, APART = 0.9, 0.2
-
-
-def round_up(fraction: float, count: int) -> int:
-    """`fraction` of `count` things, rounded up; 0.28 of 25 is 7, though 0.28 * 25 > 7 in floating point."""
-    return math.ceil(round(fraction * count, 9))
 
 
 def _kmeans(features: Float[np.ndarray, "H F"], count: int, seed: int) -> KMeans:
@@ -55,7 +53,7 @@ def elbow(inertias: Float[np.ndarray, " H"]) -> int | None:
     return None if knee is None or knee == 1 else int(knee)
 
 
-def assign(features: Float[np.ndarray, "H F"], count: int, seed: int = 0) -> Clusters:
+def clusters_of(features: Float[np.ndarray, "H F"], count: int, seed: int = 0) -> Clusters:
     """The heads in `count` clusters (fewer where features coincide): heads ascend in each, clusters by first head."""
     if count == len(features):
         return tuple((head,) for head in range(count))
@@ -111,7 +109,7 @@ def _elbow_count(features: Float[np.ndarray, "H H"], seed: int) -> int:
 
 def least_correlation(features: Float[np.ndarray, "H H"], count: int, seed: int = 0) -> float:
     """The lowest correlation of any head with its cluster's medoid; 1 where no heads are merged."""
-    kept = ((head, medoid(features, heads)) for heads in assign(features, count, seed) for head in heads)
+    kept = ((head, medoid(features, heads)) for heads in clusters_of(features, count, seed) for head in heads)
     return min((float(features[pair]) for pair in kept if pair[0] != pair[1]), default=1.0)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from chai_jax.analyse.cluster import round_up
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import LayerMerge, Stream
@@ -22,11 +21,11 @@ from chai_jax.compress.quantize import layer_with_storage, store_weights
 from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
-from chai_jax.inputs.fields import Count, parse
+from chai_jax.inputs.fields import Count, parse_as
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan, round_up
 
 CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
 RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, for a latent; of a head, for clusters
@@ -74,7 +73,7 @@ def interpolate(sizes: Sizes, size: int) -> float:
     return float(np.exp(np.interp(size, known, np.log(falling))))
 
 
-class Measure:
+class CostMeter:
     """The changes of one layer after another, each measured alone against the dense model."""
 
     def __init__(self, model: Model, probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, find: FindClusters):
@@ -149,7 +148,7 @@ def truncated(params: Params, name: str, rank: int) -> Params:
 
 
 def measure_costs(
-    measure: Callable[[], Measure],
+    measure: Callable[[], CostMeter],
     shares: Sequence[str],
     storages: Sequence[str],
     weights: Sequence[str],
@@ -184,7 +183,7 @@ def measure_costs(
 def _read(file: Path, asked: dict[str, Any]) -> list[LayerCosts]:
     found = read_json(file, "measured costs, as chai-jax plan keeps them")
     try:
-        layers: list[LayerCosts] = list(parse(tuple[LayerCosts, ...], found.get("layers"), "layers", whole=True))
+        layers: list[LayerCosts] = list(parse_as(tuple[LayerCosts, ...], found.get("layers"), "layers", whole=True))
     except InputError as error:
         raise InputError(f"{shown(file)} holds no measured costs ({error}): delete it") from None
     other = [name for name, value in asked.items() if found.get(name) != value]

@@ -15,6 +15,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec
+from chai_jax.score.divergence import kl_divergence
 from chai_jax.score.loglikelihood import HEAD_ROWS
 
 
@@ -86,7 +87,7 @@ def _compare(
     def prediction(entry: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         target, *hidden = entry
         right, wrong = (jax.nn.log_softmax(unembed(config, params, row)) for row in hidden)
-        return jnp.sum(jnp.exp(right) * (right - wrong)), right[target] - wrong[target]
+        return kl_divergence(right, wrong), right[target] - wrong[target]
 
     # Some rows at a time: the logits [M, V] of both models would be the largest arrays by far.
     divergence, rise = jax.lax.map(prediction, (targets, truth, x), batch_size=HEAD_ROWS)

@@ -1,17 +1,17 @@
-"""A sanity gate: what surgery did to a model's predictions, and which layer did most of it."""
+"""A sanity gate: how far surgery moved a model's predictions, and which layer moved them most."""
 
 from dataclasses import dataclass
 
 import numpy as np
 
 from chai_jax.analyse.damage import Damage
-from chai_jax.analyse.sensitivity import spread
+from chai_jax.analyse.sensitivity import evenly_spaced
 from chai_jax.compress.quantize import quantize
 from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
 from chai_jax.plans.plan import Plan
 
-TOKENS = 1024  # of calibration text that are looked at, about
+GATE_TOKENS = 1024  # of calibration text that are looked at, about
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Gate:
     """Mean KL(before || after) of next-token distributions in nats per token, over `tokens` predictions.
 
     Attributes:
-        layer: the one that, changed alone, does most; `layer_kl` is what it does.
+        layer: the one that moves them most when it alone is changed; `layer_kl` is by how much.
     """
 
     kl: float
@@ -30,7 +30,7 @@ class Gate:
     @classmethod
     def between(cls, before: Model, after: Model, text: Text) -> "Gate":
         """Compare two models of the same depth on a few prompts."""
-        damage = Damage(before, *spread(text, TOKENS))
+        damage = Damage(before, *evenly_spaced(text, GATE_TOKENS))
         layers = enumerate(after.spec.layers)
         alone = [damage.of(index, layer, after.params["layers"][str(index)])[0] for index, layer in layers]
         worst = int(np.argmax(alone))
@@ -44,7 +44,9 @@ class Gate:
         )
 
 
-def tried(dense: Model, clustered: Model, plan: Plan, text: Text) -> float:
-    """KL from the dense model of the clustered one stored by the plan's formats too, in nats per token: what the
-    planner's prediction is to be compared with."""
-    return Damage(dense, *spread(text, TOKENS)).of_model(quantize(clustered, plan))[0]
+def measured_kl(dense: Model, clustered: Model, plan: Plan, text: Text) -> float:
+    """KL(dense || clustered, and stored in the plan's formats) in nats per token.
+
+    The planner's prediction (`Plan.predicted`) is to be compared with it.
+    """
+    return Damage(dense, *evenly_spaced(text, GATE_TOKENS)).of_model(quantize(clustered, plan))[0]

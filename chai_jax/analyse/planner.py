@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from chai_jax.analyse.cluster import assign, cluster_count, medoid, round_up
+from chai_jax.analyse.cluster import cluster_count, clusters_of, medoid
 from chai_jax.analyse.probe import Probe, fingerprint
 from chai_jax.analyse.sensitivity import critical, sensitivities, tiers
 from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan, round_up
 
 # tier: (storage of critical clusters, storage of redundant clusters, weights); the paper's section 3.3
 TIER_FORMATS = {
@@ -99,7 +99,7 @@ def find_clusters(
 ) -> tuple[ClusterPlan, ...]:
     """One layer's clusters, each kept by its medoid; the features are the rows of the head correlations."""
     count = cluster_count(clusters, correlation, seed)
-    return tuple(ClusterPlan(heads, medoid(correlation, heads)) for heads in assign(correlation, count, seed))
+    return tuple(ClusterPlan(heads, medoid(correlation, heads)) for heads in clusters_of(correlation, count, seed))
 
 
 def singletons(heads: int) -> tuple[ClusterPlan, ...]:

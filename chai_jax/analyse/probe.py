@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int32, jaxtyped
 from chai_jax.console import track
 from chai_jax.data.batches import Windows
 from chai_jax.data.text import windows as cut
+from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
 from chai_jax.inputs.reading import open_regular, reason, shown
@@ -35,8 +36,8 @@ from chai_jax.model.sharding import Layout, current_layout, whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec
 
-Sums = dict[str, Array]
-MOST = 2**30  # bytes of a saved probe, unpacked, at most
+HeadSums = dict[str, Array]
+MOST_PROBE_BYTES = 2**30  # bytes of a saved probe, unpacked, at most
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,11 +73,6 @@ class Probe:
         scale = norm[:, :, None] * norm[:, None, :]
         return np.divide(self.attention, scale, out=np.zeros_like(self.attention), where=scale > 0)
 
-    @property
-    def importance(self) -> Float[np.ndarray, "L H"]:
-        """Mean over tokens of the squared norm of what each head adds to the layer's output."""
-        return np.einsum("lhh->lh", self.outputs) / self.rows
-
     def save(self, path: str | Path) -> None:
         """Write the probe as an .npz file."""
         with new_file(Path(path)) as temporary, temporary.open("wb") as file:
@@ -103,8 +99,8 @@ def _read_arrays(path: str | Path) -> dict[str, Any]:
     """The arrays of a saved probe, each of the shape and type that its field declares, its statistics finite."""
     found: dict[str, Any] = {}
     with open_regular(path) as file, zipfile.ZipFile(file) as packed, jaxtyped("context"):
-        if sum(member.file_size for member in packed.infolist()) > MOST:
-            raise ValueError(f"more than {MOST:,} bytes")
+        if sum(member.file_size for member in packed.infolist()) > MOST_PROBE_BYTES:
+            raise ValueError(f"more than {MOST_PROBE_BYTES:,} bytes")
         for field in dataclasses.fields(Probe):
             kind: Any = field.type
             with packed.open(f"{field.name}.npy") as member:
@@ -157,7 +153,8 @@ def _windows(model: Model, texts: Sequence[str] | Sequence[Sequence[int]], windo
     windows: list[list[int]] = []
     for text in texts:
         if isinstance(text, str):
-            windows += [list(part.tokens) for part in cut(model.tokenizer, text, window)]
+            tokenizer = require_tokenizer(model.tokenizer, model.source)
+            windows += [list(part.tokens) for part in cut(tokenizer, text, window)]
         elif len(text) <= window:
             windows.append(list(text))
         else:
@@ -185,7 +182,7 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def head_sums(layer: int, seen: Seen, params: Params) -> Sums:
+def head_sums(layer: int, seen: Seen, params: Params) -> HeadSums:
     """One layer's sums over a batch, as an `observe` function of the forward pass; padding may stand on either side."""
     # A token may read itself unless it is padding, so the diagonal is the mask.
     real = jnp.diagonal(seen.allowed, axis1=1, axis2=2)
@@ -211,7 +208,7 @@ def head_sums(layer: int, seen: Seen, params: Params) -> Sums:
 @partial(jax.jit, static_argnums=(0, 1))
 def _layer_sums(
     config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
-) -> tuple[Float[Array, "B T D"], Sums]:
+) -> tuple[Float[Array, "B T D"], HeadSums]:
     """What leaves a layer that `x` enters, and the layer's sums."""
     after, seen = seen_through(config, layer, params, x, mask)
     return after, head_sums(0, seen, params)

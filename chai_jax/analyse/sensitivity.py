@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from chai_jax.analyse.cluster import round_up
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import LayerMerge, Stream
@@ -22,7 +21,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.plans.plan import METHODS, LayerPlan, Plan
+from chai_jax.plans.plan import METHODS, LayerPlan, Plan, round_up
 from chai_jax.plans.spec import LayerSpec
 
 HIGH, LOW = 0.2, 0.3  # shares of the layers in the high (rounded up) and low (rounded down) tier
@@ -47,7 +46,7 @@ def sensitivities(
         raise InputError(f"sensitivity {method!r} is unknown; expected one of {', '.join(METHODS)}")
     if method == "attention":
         return tuple(probe.scores.tolist())
-    damage = Damage(model, *spread(probe, tokens))
+    damage = Damage(model, *evenly_spaced(probe, tokens))
     stream = Stream(damage.model, probe) if dataclasses.replace(plan, layers=tuple(layers)).needs_text else None
     scores = []
     for index, wanted in enumerate(track(layers, "Perturbing the layers")):
@@ -68,7 +67,7 @@ def perturbed(
     return layer_with_storage(spec, "int8"), store_weights(params, "int8")
 
 
-def spread(text: Text, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+def evenly_spaced(text: Text, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """Tokens and mask of evenly spaced windows that hold about `tokens` tokens."""
     windows = len(text.tokens)
     count = min(windows, -(-tokens * windows // int(text.mask.sum())))

@@ -23,11 +23,11 @@ from chai_jax.aot.programs import Job, Shapes, lower
 from chai_jax.aot.tpu import roofline
 from chai_jax.console import console
 from chai_jax.errors import InputError
+from chai_jax.inputs.reading import Record
 from chai_jax.machine.memory import program_bytes
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.plans.plan import Plan
 
-Record = dict[str, Any]
 GIB = 2**30
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 # "... (20.00G) exceeds available HBM (15.48G)" and "Used 20.00G of 15.48G hbm": what is needed, and what there is.

@@ -10,11 +10,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from chai_jax.adapt.distil import distillation_loss
 from chai_jax.adapt.finetune import completion_loss
-from chai_jax.adapt.step import State as TrainState
+from chai_jax.adapt.step import TrainState as TrainState
 from chai_jax.adapt.step import everything, make_update, optimizer, split
 from chai_jax.adapt.target import layer_mask, select_layers
-from chai_jax.adapt.updates import SHORT_ANSWER, SHORTEST, Batch, microbatches, padded
-from chai_jax.analyse.cluster import round_up
+from chai_jax.adapt.updates import SHORT_ANSWER, SHORTEST_EXAMPLE, Batch, microbatches, padded
 from chai_jax.compress.quantize import store_weights
 from chai_jax.config import DistilConfig, TargetConfig, TrainConfig
 from chai_jax.errors import InputError
@@ -23,7 +22,7 @@ from chai_jax.model.params import Params, init
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, partition_spec, spread
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.plan import Plan
+from chai_jax.plans.plan import Plan, round_up
 from chai_jax.plans.planned import planned_spec, uniform_plan
 from chai_jax.plans.spec import Spec
 from chai_jax.score.loglikelihood import target_logprobs
@@ -213,7 +212,7 @@ def _beside(masters: Any, moments: Any, whole: NamedSharding) -> Any:
 def _batch(job: Job, train: TrainConfig, shapes: Shapes) -> Batch:
     """One update's batch, padded as a stage pads it (see `chai_jax.adapt.updates.pack`)."""
     count, rows = microbatches(train, shapes.layout.ways)
-    length = min(max(SHORTEST, padded(job.seq)), shapes.config.max_positions)
+    length = min(max(SHORTEST_EXAMPLE, padded(job.seq)), shapes.config.max_positions)
     width = padded(job.targets if job.targets <= SHORT_ANSWER else length)
     split = NamedSharding(shapes.layout.mesh, PartitionSpec(None, "data"))
 

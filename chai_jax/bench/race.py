@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 
 from chai_jax.console import track
 from chai_jax.errors import InputError
+from chai_jax.inputs.reading import Record
 from chai_jax.machine.memory import program_bytes
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model, compute_dtype
@@ -23,7 +24,6 @@ from chai_jax.score.questions import Questions, most_rows
 from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
 from chai_jax.serve.sample import Sampling
 
-Record = dict[str, Any]
 MEASURES = ("score_ms_per_example", "prefill_ms", "decode_ms_per_token")
 ANSWERS = (4, 5)  # the two tokens that a question may be answered with; any two would do
 

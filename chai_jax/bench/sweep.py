@@ -8,23 +8,19 @@ from itertools import product
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array
 
 from chai_jax.bench.floor import Rates, probe_rates, works
 from chai_jax.bench.peers import PEERS
-from chai_jax.bench.race import Build, Record, Shape, Timed, check_comparable, race
+from chai_jax.bench.race import Build, Shape, Timed, check_comparable, race
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.expand import expand
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.console import console
 from chai_jax.errors import InputError
-from chai_jax.files.published import architecture_of
+from chai_jax.inputs.reading import Record
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.params import init
 from chai_jax.plans.planned import uniform_plan
-from chai_jax.plans.spec import Spec
 
 OURS = "chai_jax"
 PROMPTS = (32, 512)  # where none are asked for
@@ -67,25 +63,6 @@ def peer(kind: str, name: str, model: Model, threads: int) -> Entrant:
     """A model as another framework runs it (see `chai_jax.bench.peers`): whole, whatever was clustered."""
     dense = with_storage(expand(model), "float32")
     return Entrant(f"{kind} {name}", dense, PEERS[kind](model, threads), PEERS[kind].framework)
-
-
-def random_model(shape: str, seed: int) -> Model:
-    """Random weights in a published shape, or that of a folder's config.json; no file of weights is read.
-
-    They are float32, rounded to float16 as all published ones are: some kernels are faster for it.
-
-    Raises:
-        InputError: `shape` names neither.
-    """
-    config = architecture_of(shape)
-    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
-    params = jax.tree.map(_rounded, init(config, spec, jax.random.key(seed)))
-    return Model(config, spec, params, source=f"random:{shape}")
-
-
-@jax.jit
-def _rounded(x: Array) -> Array:
-    return x.astype(jnp.float16).astype(x.dtype)
 
 
 def variants(name: str, model: Model, fractions: Iterable[float], share: str, storage: str | None) -> list[Entrant]:

@@ -137,8 +137,9 @@ class BenchCommand:
         """Who is timed, the first MODEL first, and at which shapes."""
         from chai_jax.bench.race import Shape
         from chai_jax.bench.sweep import ours, peer, shapes, variants
+        from chai_jax.sources import open_model
 
-        models = {source: open_model(source, self.seed) for source in dict.fromkeys(self.models)}
+        models = {source: open_model(source, seed=self.seed) for source in dict.fromkeys(self.models)}
         rest = Shape(new_tokens=self.new_tokens, question=self.question)
         over = shapes(list(models.values()), options["batch"], options["prompt"], rest)
         entrants = []
@@ -150,19 +151,6 @@ class BenchCommand:
         if self.peer:
             entrants.append(peer(self.peer, first, models[first], threads))
         return entrants, over
-
-
-def open_model(source: str, seed: int) -> Any:
-    """random:SHAPE, `toy`, or a model from a folder or the hub.
-
-    Raises:
-        InputError: there is none.
-    """
-    from chai_jax.adapt.toy import load_any
-    from chai_jax.bench.sweep import random_model
-
-    kind, _, shape = source.partition(":")
-    return random_model(shape, seed) if kind == "random" else load_any(source, seed=seed)
 
 
 def numbers(name: str, text: str, kind: type[int] | type[float]) -> list[Any]:

@@ -37,11 +37,11 @@ class EvaluateCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.adapt.toy import load_any
         from chai_jax.data.tasks import get_task
         from chai_jax.evaluation.tasks import evaluate, perplexity
         from chai_jax.files.atomic import check_writable
         from chai_jax.machine.processes import once
+        from chai_jax.sources import open_model
 
         if (self.task is None) == (self.text is None):
             raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
@@ -50,10 +50,10 @@ class EvaluateCommand:
             raise InputError(f"--task is {self.task!r}; expected sst2, rte, piqa or toy; several with commas")
         if self.out is not None:
             check_writable(self.out)
-        model = load_any(self.model, self.revision)
+        model = open_model(self.model, self.revision)
         if self.text is not None:
             return {str(self.text): perplexity(model, self.text)}
-        baseline = None if self.baseline is None else load_any(self.baseline)
+        baseline = None if self.baseline is None else open_model(self.baseline)
         found = {}
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
@@ -89,24 +89,24 @@ class GenerateCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.adapt.toy import load_any
         from chai_jax.data.tokens import check_characters
         from chai_jax.serve.generate import stream
         from chai_jax.serve.request import check_numbers
         from chai_jax.serve.sample import Sampling
         from chai_jax.serve.speculate import stream_with_draft
+        from chai_jax.sources import open_model
 
         check_characters(self.prompt, "--prompt")
         check_numbers(self.max_new_tokens, self.seed)
         if self.temperature is not None:
             Sampling.checked(self.temperature, self.top_k, self.top_p)
-        model = load_any(self.model)
+        model = open_model(self.model)
         asked = (self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
         told: dict[str, Any] = {}
         pieces: list[str] = []
 
         def drafted(draft: str) -> Iterator[str]:
-            for piece, made in stream_with_draft(model, load_any(draft), *asked, self.draft_tokens):
+            for piece, made in stream_with_draft(model, open_model(draft), *asked, self.draft_tokens):
                 told.update(rounds=made.rounds, proposed=made.proposed, acceptance=made.acceptance)
                 yield piece
 
@@ -128,10 +128,10 @@ class VerifyCommand:
     """Likewise."""
 
     def run(self) -> Any:
-        from chai_jax.adapt.toy import load_any
         from chai_jax.evaluation.verify import verify
+        from chai_jax.sources import open_model
 
-        return verify(load_any(self.first), load_any(self.second))
+        return verify(open_model(self.first), open_model(self.second))
 
 
 @dataclass(frozen=True)
@@ -144,12 +144,12 @@ class ExportCommand:
     """A new folder."""
 
     def run(self) -> Any:
-        from chai_jax.adapt.toy import load_any
         from chai_jax.compress.expand import expand
         from chai_jax.files.atomic import claim_folder
         from chai_jax.files.export import export
+        from chai_jax.sources import open_model
 
         claim_folder(self.out)
-        model = load_any(self.model)
+        model = open_model(self.model)
         export(expand(model), self.out)
         return {"out": str(self.out), "files": sorted(path.name for path in self.out.iterdir())}

@@ -31,21 +31,21 @@ class PlanCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import claim_file, write_json
         from chai_jax.machine.processes import once
         from chai_jax.run.options import plan_for
         from chai_jax.run.work import open_work
+        from chai_jax.sources import open_model, source_of
 
         check_seed(self.seed, "--seed")
         self.planning.check()
         out = claim_file(self.out)
-        planning = self.planning.filled(toy=self.model == "toy")
+        planning = self.planning.filled(source_of(self.model).planning)
         config = RunConfig(
             self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
         )
-        model = load_any(self.model, seed=self.seed)
+        model = open_model(self.model, seed=self.seed)
         costs = self.out.with_suffix(".costs.json")
         plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
         once(lambda: write_json(out, plan.to_json()))
@@ -63,11 +63,11 @@ class ExplainCommand:
     """The model it is for, to say what it costs in cache bytes."""
 
     def run(self) -> Any:
-        from chai_jax.adapt.toy import load_any
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.plans.plan import Plan
+        from chai_jax.sources import open_model
 
         plan = Plan.read(self.plan)
-        config = None if self.model is None else load_any(self.model).config
+        config = None if self.model is None else open_model(self.model).config
         print_table(explain_table(plan, config))
         return {"layers": explain(plan, config)}

@@ -1,4 +1,4 @@
-"""Clustering as surgery: each layer's heads are merged as the plan says, and what is not kept is really cut away."""
+"""Clustering as surgery: each layer's heads are merged as the plan says, and weights that are not kept are removed."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from chai_jax.compress.low_rank import as_they_are, dense_heads, score_params, value_params
 from chai_jax.compress.merge import (
-    Heads,
+    HeadWeights,
     InputMoments,
     OutputMoments,
     fitted_values,
@@ -38,8 +38,8 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     bit for bit. With membership `prompt` all weights stay: which heads are kept is decided as the model runs.
 
     Args:
-        text: calibration windows (a probe will do): for all but representatives, which need none. Its hidden states are
-            carried through the dense layers one by one.
+        text: calibration windows (a probe will do). Merges by representatives need none; all others are fitted to its
+            hidden states, which go through the dense layers one by one.
 
     Raises:
         InputError: the plan is for another shape of model, the model's layer is clustered or quantized already, or a
@@ -76,7 +76,7 @@ def _check_plain(index: int, layer: LayerSpec, params: Params) -> None:
 
 
 def _assign(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan, warmup: int) -> tuple[LayerSpec, Params]:
-    """Nothing is cut away, but the heads return to their original order, in which memberships number them."""
+    """A layer with clusters found per prompt: all weights stay, with the heads in their original order."""
     formats = sorted(set(layer.storages))
     if len(formats) > 1:
         raise InputError(
@@ -89,7 +89,7 @@ def _assign(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan, war
 
 
 class Stream:
-    """Calibration text on its way through the dense model: what enters the layer whose turn it is."""
+    """Calibration text on its way through the dense model, layer by layer: `x` is what enters layer `index`."""
 
     def __init__(self, model: Model, text: Text):
         if not model.config.bias:
@@ -174,7 +174,7 @@ class LayerMerge:
         return value_params(self.old, found)
 
     @cached_property
-    def _heads(self) -> Heads:
+    def _heads(self) -> HeadWeights:
         return dense_heads(self.old)
 
     @property

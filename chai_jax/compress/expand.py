@@ -1,4 +1,4 @@
-"""Back to an ordinary OPT: a clustered model written out with all its heads, for other tools (and as a test oracle)."""
+"""Back to an ordinary model: a clustered one with all its heads written out, for other tools and for tests."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -12,10 +12,10 @@ from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
 
 def expand(model: Model) -> Model:
-    """A dense OPT with equal logits (float32 rounding aside): shared heads are repeated, folded ones padded with zeros.
+    """A dense model with equal logits (float32 rounding aside): shared heads are repeated, ranks padded with zeros.
 
-    Each head keeps its cluster's cache format. Quantized weights become float32. The heads' order is the stored one,
-    which changes nothing an ordinary OPT computes.
+    Each head keeps its cluster's cache format. Quantized weights become float32. The heads come in the order in which
+    they are stored, which changes no logit.
 
     Raises:
         InputError: a layer finds its clusters per prompt, or its shared keys or values have a larger rank than a dense

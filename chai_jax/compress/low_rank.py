@@ -6,22 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from chai_jax.compress.merge import Heads, Scores, Values
+from chai_jax.compress.merge import HeadWeights, Scores, Values
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
 
 
-def dense_heads(params: Params) -> Heads:
+def dense_heads(params: Params) -> HeadWeights:
     """All heads of a dense layer, as they are stored."""
 
     def wide(name: str, part: str) -> np.ndarray:
         return np.asarray(dequantize(params[name][part]), np.float64)
 
     query, key, value, output = (wide(name, "kernel") for name in ("query", "key", "value", "output"))
-    return Heads(query, wide("query", "bias"), key, value, wide("value", "bias"), output)
+    return HeadWeights(query, wide("query", "bias"), key, value, wide("value", "bias"), output)
 
 
-def as_they_are(heads: Heads) -> tuple[Scores, Values]:
+def as_they_are(heads: HeadWeights) -> tuple[Scores, Values]:
     """A single head, unmerged, in the shape that merged ones have."""
     return (
         Scores(heads.query, heads.query_bias, heads.key[:, 0], np.zeros(heads.key.shape[-1])),

@@ -23,7 +23,7 @@ import numpy as np
 import scipy.linalg
 from jaxtyping import Float
 
-einsum = partial(np.einsum, optimize=True)  # pairwise by BLAS; as it is, numpy loops over all letters at once
+fast_einsum = partial(np.einsum, optimize=True)  # pairwise by BLAS; as it is, numpy loops over all letters at once
 NEGLIGIBLE = 1e-8  # of the norm: below it there is only rounding (weights are float32 at best)
 
 
@@ -95,7 +95,7 @@ class Values:
 
 
 @dataclass(frozen=True, eq=False)
-class Heads:
+class HeadWeights:
     """Dense heads, those of a layer or of one cluster, float64."""
 
     query: Float[np.ndarray, "D m K"]
@@ -110,11 +110,11 @@ class Heads:
         """[Wq_h; bq_h] of every head."""
         return np.concatenate([self.query, self.query_bias[None]]).transpose(1, 0, 2)
 
-    def at(self, members: Sequence[int]) -> "Heads":
+    def at(self, members: Sequence[int]) -> "HeadWeights":
         """These heads alone."""
         some = list(members)
         wide = (self.query[:, some], self.query_bias[some], self.key[:, some], self.value[:, some])
-        return Heads(*wide, self.value_bias[some], self.output[some])
+        return HeadWeights(*wide, self.value_bias[some], self.output[some])
 
 
 def square_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
@@ -149,7 +149,7 @@ def inverse(s: Float[np.ndarray, " R"]) -> Float[np.ndarray, " R"]:
     return np.divide(1.0, s, out=np.zeros_like(s), where=s > 0)
 
 
-def low_rank_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
+def low_rank_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
     """One query and key for heads that share their attention (`qk`, `qkv`).
 
     The score form of head h is [q, 1] F_h x' with F_h = [Wq_h; bq_h] Wk_h'; kept is the mean form F = mean_h F_h, as
@@ -163,7 +163,7 @@ def low_rank_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     return Scores(query[:-1, None], query[-1:], key, -x.mean @ key)
 
 
-def latent_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
+def latent_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
     """A query for each head on one latent key (`kv`).
 
     G_h = [Wq_h; bq_h]' A [Wq_h; bq_h] weighs head h's key space; N = [Wk_h G_h^(1/2)]_h; S^(1/2) N = U s V'. The latent
@@ -173,12 +173,12 @@ def latent_scores(heads: Heads, x: InputMoments, rank: int) -> Scores:
     joined = weighed_keys(heads, x)
     u, s, vt = svd(rank, (x.root,), (joined,))
     key = joined @ (vt.T * inverse(s))
-    read = einsum("dr,de,emk->mrk", u, x.root, heads.key)
-    query = einsum("mdk,mrk->dmr", heads.queries, read)
+    read = fast_einsum("dr,de,emk->mrk", u, x.root, heads.key)
+    query = fast_einsum("mdk,mrk->dmr", heads.queries, read)
     return Scores(query[:-1], query[-1], key, -x.mean @ key)
 
 
-def low_rank_values(heads: Heads, x: InputMoments, rank: int) -> Values:
+def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
     """One value and output projection for heads that share their attention (`qkv`).
 
     M = sum_h Wv_h Wo_h; S^(1/2) M = U s V'; the value is (x - mu) M V_R / s, the output projection s V_R'.
@@ -191,19 +191,19 @@ def low_rank_values(heads: Heads, x: InputMoments, rank: int) -> Values:
     return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)
 
 
-def latent_values(heads: Heads, x: InputMoments, rank: int) -> Values:
+def latent_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
     """One latent value and an output projection for each head (`kv`): as `latent_scores`, with (Wo_h Wo_h')^(1/2) for
     G_h^(1/2). Objective: sum over heads of E |(x - mu) (Wv_h - merged) Wo_h|^2."""
     joined = weighed_values(heads)
     u, s, vt = svd(rank, (x.root,), (joined,))
     value = joined @ (vt.T * inverse(s))
-    read = einsum("dr,de,emk->mrk", u, x.root, heads.value)
-    constant = einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
-    constant += einsum("mk,mke->e", heads.value_bias, heads.output)
+    read = fast_einsum("dr,de,emk->mrk", u, x.root, heads.value)
+    constant = fast_einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
+    constant += fast_einsum("mk,mke->e", heads.value_bias, heads.output)
     return Values(value, -x.mean @ value, read @ heads.output, constant)
 
 
-def weighed_keys(heads: Heads, x: InputMoments) -> Float[np.ndarray, "D mK"]:
+def weighed_keys(heads: HeadWeights, x: InputMoments) -> Float[np.ndarray, "D mK"]:
     """N = [Wk_h G_h^(1/2)]_h: the keys of all heads side by side, each weighed by what its queries ask for."""
     return np.concatenate(
         [heads.key[:, head] @ square_root(query.T @ x.joint @ query) for head, query in enumerate(heads.queries)],
@@ -211,20 +211,22 @@ def weighed_keys(heads: Heads, x: InputMoments) -> Float[np.ndarray, "D mK"]:
     )
 
 
-def weighed_values(heads: Heads) -> Float[np.ndarray, "D mK"]:
+def weighed_values(heads: HeadWeights) -> Float[np.ndarray, "D mK"]:
     """[Wv_h (Wo_h Wo_h')^(1/2)]_h: the values of all heads side by side, each weighed by what is made of it."""
     roots = (square_root(output @ output.T) for output in heads.output)
     return np.concatenate([heads.value[:, head] @ root for head, root in enumerate(roots)], axis=1)
 
 
-def spectra(heads: Heads, x: InputMoments) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
+def spectra(heads: HeadWeights, x: InputMoments) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Singular values of a layer's keys and values, as `latent_scores` and `latent_values` cut them off at a rank."""
     joined = weighed_keys(heads, x), weighed_values(heads)
     keys, values = (svd(matrix.shape[1], (x.root,), (matrix,))[1] for matrix in joined)
     return keys, values
 
 
-def fitted_values(heads: Heads, moments: OutputMoments, x: InputMoments, rank: int, ridge: float = 1e-2) -> Values:
+def fitted_values(
+    heads: HeadWeights, moments: OutputMoments, x: InputMoments, rank: int, ridge: float = 1e-2
+) -> Values:
     """One value and output projection that make up for what the shared attention gets wrong (`qkv`, "fit").
 
     Reduced-rank regression (Izenman 1975) of the cluster's true output Y = sum_h P_h x Wv_h Wo_h on Z = P_c x, from

@@ -1,4 +1,4 @@
-"""Second moments on calibration text: of what enters a layer, and of what a merged attention offers and should."""
+"""Second moments on calibration text: of a layer's input, and of a merged attention with the output wanted from it."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -35,11 +35,13 @@ def output_moments(
     x: Any,
     mask: Any,
 ) -> Iterator[OutputMoments]:
-    """One for each of these clusters of the second layer, a `qkv` one: its attention P_c on the normed input x gives
-    Z = P_c x; the joint output of its heads in the first, a dense layer, value biases included, is Y.
+    """Moments of Z and Y for each of these clusters of a merged (`qkv`) layer.
+
+    Z = P_c x is what the cluster's attention P_c makes of the normed input x. Y is the joint output of the cluster's
+    heads in the dense layer, value biases included.
 
     Args:
-        layers: the dense layer and the merged one, of which only queries and keys are read.
+        layers: the dense layer and the merged one; of the merged one only queries and keys are read.
         params: of both.
         x: [N, W, D], what enters the layer.
     """

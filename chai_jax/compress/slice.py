@@ -1,4 +1,4 @@
-"""Selecting heads of a layer: representatives are kept, the other heads' weights are really cut away."""
+"""Selecting heads of a layer: representatives are kept, the weights of the other heads are removed."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,8 +29,10 @@ def every_value(params: Params, members: Sequence[Sequence[int]]) -> Params:
 
 
 def representative_values(params: Params, kept: Sequence[int], members: Sequence[Sequence[int]]) -> Params:
-    """One value head per cluster, output projections summed (`qkv`); the value biases of all its heads go, exactly,
-    into the output bias, because softmax rows sum to one."""
+    """One value head per cluster, output projections summed (`qkv`).
+
+    The value biases of merged heads move into the output bias. That is exact, since softmax rows sum to one.
+    """
     value, output = params["value"], params["output"]
     kernel = np.asarray(output["kernel"], np.float32)
     folded = np.stack([kernel[list(heads)].sum(axis=0) for heads in members])
@@ -69,10 +71,10 @@ def reorder(layer: LayerSpec, params: Params, order: list[int]) -> Params:
 
 
 def take(leaf: Leaf, indices: Sequence[int], axis: int) -> Leaf:
-    """Select along a (negative) axis of a leaf, and of its scale where the scale has that axis; not along the axis
-    of an int4 array's groups.
+    """Select along a (negative) axis of a leaf, and of its scale where the scale has that axis.
 
-    On the host: every shape is new, and compiling a program for each would take longer than the copies.
+    It must not be the axis of an int4 array's groups. This is done on the host: every shape is new, and to compile a
+    program for each would take longer than to copy.
     """
 
     def select(x: Array, axis: int) -> Array:

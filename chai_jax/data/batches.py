@@ -50,14 +50,14 @@ def encode(
 ) -> Encoded:
     """Tokenize as the lm-evaluation-harness does (`TemplateLM.loglikelihood`, `HFLM._loglikelihood_tokens`; 0.4.13).
 
-    Trailing spaces of the context move to the completion, whose tokens are those that the whole has beyond the
-    context's. The whole begins as its tokenizer begins it, and a context without tokens is `prefix_token`.
+    Context and completion are tokenized together. Trailing spaces of the context move to the completion, and the
+    completion's tokens are those after the context's own. A context without tokens becomes `prefix_token`.
 
     Args:
-        max_length: inputs the model takes. The last token is predicted, never fed, so the last `max_length + 1` are
-            kept: what is cut off is context, or the beginning of a text without context.
-        cut_completion: keep the end of a completion, too, that does not fit behind a context: good enough to learn
-            from, not to be scored.
+        max_length: tokens the model takes. The last `max_length + 1` are kept, since the last token is only predicted.
+            What is cut off is context, or the beginning of a text without context.
+        cut_completion: also cut the beginning of a completion that does not fit behind a context. That is good enough
+            to train on, but not to score.
 
     Raises:
         InputError: the completion has no token of its own, or does not fit behind a context.
@@ -86,9 +86,9 @@ def encode_all(
     description: str = "Tokenizing",
     cut_completion: bool = False,
 ) -> list[Encoded]:
-    """`encode` of many; of several processes each tokenizes its share and gets the others' tokens from them.
+    """`encode` of many. Of several processes, each tokenizes a share and gets the other tokens from the others.
 
-    All of them need all lengths: these decide which examples share a batch.
+    Every process needs all lengths, since they decide which examples share a batch.
 
     Raises:
         InputError: as `encode`, of the first example that it refuses, in every process.

@@ -13,7 +13,7 @@ import numpy as np
 
 from chai_jax.data.batches import Example
 from chai_jax.data.tokens import check_characters
-from chai_jax.data.toy import ANSWERS, PROMPT, toy_rows
+from chai_jax.data.toy import TOY_ANSWERS, TOY_PROMPT, toy_rows
 from chai_jax.errors import InputError
 from chai_jax.inputs.reading import open_utf8, parse_json, reason, shown
 
@@ -22,7 +22,7 @@ SPLITS = ("train", "validation")  # the test splits of GLUE have no labels
 
 
 @dataclass(frozen=True)
-class Request:
+class MultipleChoice:
     """One question: a context, the possible completions (each with its leading space), the right one's index."""
 
     context: str
@@ -58,9 +58,9 @@ class Task:
     normalised: bool = False
     generate: Callable[[str], list[Row]] | None = None
 
-    def request(self, row: Row) -> Request:
+    def question(self, row: Row) -> MultipleChoice:
         """The question a row asks."""
-        return Request(self.context(row), tuple(f" {choice}" for choice in self.choices(row)), row["label"])
+        return MultipleChoice(self.context(row), tuple(f" {choice}" for choice in self.choices(row)), row["label"])
 
 
 TASKS = {
@@ -91,8 +91,8 @@ TASKS = {
         Task(
             "toy",
             ("sentence",),
-            lambda row: PROMPT.format(**row),
-            lambda row: ANSWERS,
+            lambda row: TOY_PROMPT.format(**row),
+            lambda row: TOY_ANSWERS,
             generate=toy_rows,
         ),
     )
@@ -192,8 +192,8 @@ def _check_row(task: Task, row: Row, where: str) -> None:
 def held_out(rows: Sequence[Row], count: int, seed: int = 0) -> tuple[list[Row], list[Row]]:
     """Split training rows into (held out, rest); the held-out ones serve calibration and choices.
 
-    At most half of the rows are held out. Rows of the rest whose text is held out too (SST-2 has phrases twice) are
-    dropped, so that nothing that is judged by was trained on.
+    At most half of the rows are held out. Other rows with a text that is held out (SST-2 has some phrases twice) are
+    dropped, so that no choice is judged on a text that was trained on.
     """
     order = np.random.default_rng(seed).permutation(len(rows))
     count = min(count, len(rows) // 2)

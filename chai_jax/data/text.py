@@ -10,7 +10,7 @@ from chai_jax.errors import InputError
 from chai_jax.inputs.reading import open_utf8, shown
 
 
-def read_text(path: str | Path) -> str:
+def read_text_file(path: str | Path) -> str:
     """The text of a UTF-8 file, gzipped or not.
 
     Raises:
@@ -40,11 +40,11 @@ def pages(text: str) -> list[str]:
 
 
 def windows(tokenizer: Any, text: str, length: int) -> list[Encoded]:
-    """The whole text as windows of `length` tokens: one to begin with, and up to `length - 1` that are predicted.
+    """The whole text as windows of `length` tokens: a first one, and up to `length - 1` that are predicted.
 
-    A window begins as its tokenizer begins every text (OPT's: `</s>`). Where that is with nothing, it begins with the
-    token before it, and the text's first token alone is not predicted. Every other token is, exactly once; the last
-    window may be short.
+    The first token of a window is what the tokenizer puts before every text (OPT's: `</s>`). Some tokenizers put
+    nothing: then it is the token before the window, and the text's first token is not predicted. Every other token is
+    predicted exactly once. The last window may be short.
 
     Raises:
         InputError: the text holds what is no character.
@@ -67,7 +67,7 @@ class Corpus:
 
 
 def split_corpus(tokenizer: Any, text: str, length: int, calibration: int) -> Corpus:
-    """Cut a text into windows: the first tenth to calibrate, the last tenth to measure, and what is between to train.
+    """Cut a text into windows: the first tenth calibrates, the last tenth measures, the rest trains.
 
     No token is predicted in two parts, but a text that repeats itself repeats itself across them.
 

@@ -1,14 +1,28 @@
-"""From text to the tokens that a model reads. What stands first is the tokenizer's own: this file alone decides it."""
+"""From text to the tokens that a model reads. Which token comes first is decided here, by the tokenizer."""
 
 from typing import Any
 
 from chai_jax.errors import InputError
 
 
-def prefix_token(tokenizer: Any) -> int:
-    """What a text is predicted from where nothing else stands before it: beginning of text or, without one, its end.
+def require_tokenizer(tokenizer: Any, model: str = "") -> Any:
+    """The tokenizer itself, of the model that messages call `model`.
 
-    The same as of the lm-evaluation-harness's `HFLM.prefix_token_id`.
+    Raises:
+        InputError: it is None; text needs one.
+    """
+    if tokenizer is None:
+        raise InputError(
+            f"{model or 'the model'} has no tokenizer, which text needs; expected tokenizer.json, or vocab.json and "
+            "merges.txt, in its folder: add them, or give token ids"
+        )
+    return tokenizer
+
+
+def prefix_token(tokenizer: Any) -> int:
+    """The token from which a text's first token is predicted: beginning of text or, without one, end of text.
+
+    As the lm-evaluation-harness's `HFLM.prefix_token_id`.
 
     Raises:
         InputError: the tokenizer names neither.
@@ -23,7 +37,7 @@ def prefix_token(tokenizer: Any) -> int:
 
 
 def tokenize(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text as its tokenizer begins it: OPT's with `</s>`, others with nothing.
+    """Token ids of a text, after what its tokenizer puts before every text (OPT's: `</s>`; others: nothing).
 
     A text that brings its own first token does not get a second one, as in the harness (`HFLM.tok_encode`).
 

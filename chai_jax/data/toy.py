@@ -46,8 +46,8 @@ FORMS = (
 )
 DRAWN = tuple(form for often, *form in FORMS for _ in range(often))
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as OPT's
-PROMPT = "{sentence}\nIs it good?\nAnswer:"
-ANSWERS = ("no", "yes")
+TOY_PROMPT = "{sentence}\nIs it good?\nAnswer:"
+TOY_ANSWERS = ("no", "yes")
 POSITIONS = 64  # twice the longest review with its question and answer
 COUNTS = {"train": 30_000, "validation": 1_000}
 
@@ -100,8 +100,8 @@ def toy_tokenizer() -> Any:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    texts = [*SIDES, *VERBS, *NEGATIONS, *ADVERBS, *GOOD, *BAD, *IDLE, *ANSWERS, ".", *(form for form, _ in DRAWN)]
-    texts.append(PROMPT.lower().replace("?", " ?").replace(":", " :"))
+    texts = [*SIDES, *VERBS, *NEGATIONS, *ADVERBS, *GOOD, *BAD, *IDLE, *TOY_ANSWERS, ".", *(form for form, _ in DRAWN)]
+    texts.append(TOY_PROMPT.lower().replace("?", " ?").replace(":", " :"))
     words = sorted({word for text in texts for word in text.split() if "{" not in word})
     ids = {word: at for at, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))

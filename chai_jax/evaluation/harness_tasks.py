@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from chai_jax.data.tasks import Row, get_task, load_rows
-from chai_jax.data.text import pages, read_text
+from chai_jax.data.text import pages, read_text_file
 from chai_jax.errors import InputError
 
 # The harness's own definitions of what can be run on local rows.
@@ -36,7 +36,7 @@ def local_rows(name: str, data_dir: Path, limit: int | None = None, few_shot: bo
     plain, zipped = data_dir / WIKITEXT, data_dir / f"{WIKITEXT}.gz"
     if not plain.is_file() and not zipped.is_file():
         raise InputError(f"{plain}[.gz] is missing; expected WikiText-2's raw test text there: check --data-dir")
-    text = read_text(plain if plain.is_file() else zipped)
+    text = read_text_file(plain if plain.is_file() else zipped)
     return {"test": [{"page": page} for page in pages(text)[:limit]]}
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import jax
 
-from chai_jax.adapt.toy import load_any
 from chai_jax.data.batches import Encoded
-from chai_jax.data.tokens import bare_tokens, prefix_token, tokenize
+from chai_jax.data.tokens import bare_tokens, prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
 from chai_jax.evaluation.harness_requests import (
     BATCH_SIZE,
@@ -27,10 +26,12 @@ from chai_jax.evaluation.harness_requests import (
 )
 from chai_jax.evaluation.harness_tasks import SOURCES, local_rows, write_tasks
 from chai_jax.files.atomic import check_writable
+from chai_jax.inputs.reading import Record
 from chai_jax.machine.processes import first_process
 from chai_jax.model.model import Model
 from chai_jax.score.loglikelihood import loglikelihoods
 from chai_jax.serve.generate import encode_prompt, generate_tokens
+from chai_jax.sources import open_model
 
 try:
     import lm_eval
@@ -51,7 +52,6 @@ except ModuleNotFoundError as error:
     ) from None
 
 Pair = tuple[tuple[str, str] | None, list[int], list[int]]
-Record = dict[str, Any]
 
 
 @register_model("chai-jax")
@@ -82,12 +82,10 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if unknown:
             raise InputError(f"model_args has {', '.join(unknown)}; expected nothing but pretrained and revision")
-        self.model = pretrained if isinstance(pretrained, Model) else load_any(pretrained, revision)
-        if self.model.tokenizer is None:
-            raise InputError(f"{self.model.source or 'the model'} has no tokenizer; expected its tokenizer files")
+        self.model = pretrained if isinstance(pretrained, Model) else open_model(pretrained, revision)
         size = sequences(batch_size)
         self.batch_size = min(size, max_batch_size or size)
-        self.tokenizer = self.model.tokenizer
+        self.tokenizer = require_tokenizer(self.model.tokenizer, self.model.source)
 
     @property
     def eot_token_id(self) -> int:

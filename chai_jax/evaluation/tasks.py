@@ -7,13 +7,13 @@ storage format, so every figure carries the damage of a compressed cache.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from chai_jax.data.batches import Encoded, Example, encode_all
 from chai_jax.data.tasks import Row, Task, get_task, load_rows
-from chai_jax.data.text import read_text, windows
+from chai_jax.data.text import read_text_file, windows
+from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.evaluation.result import Metrics, Result, TextResult
 from chai_jax.model.model import Model
@@ -61,8 +61,8 @@ def evaluate_rows(model: Model, task: Task, rows: Sequence[Row], batch_size: int
         raise InputError(
             f"{len(rows)} example of {task.name} has no standard error; expected at least 2: raise the limit"
         )
-    tokenizer = _tokenizer(model)
-    requests = [task.request(row) for row in rows]
+    tokenizer = require_tokenizer(model.tokenizer, model.source)
+    requests = [task.question(row) for row in rows]
     examples = [Example(request.context, choice) for request in requests for choice in request.choices]
     encoded = encode_all(tokenizer, examples, model.config.max_positions)
     scores = loglikelihoods(model, encoded, batch_size, f"Scoring {task.name}").reshape(len(rows), -1, 2)
@@ -70,14 +70,6 @@ def evaluate_rows(model: Model, task: Task, rows: Sequence[Row], batch_size: int
     characters = lengths if task.normalised else None
     labels = np.array([request.label for request in requests])
     return Result(task.name, labels, scores[..., 0], scores[..., 1] > 0, characters, seed=seed)
-
-
-def _tokenizer(model: Model) -> Any:
-    if model.tokenizer is None:
-        raise InputError(
-            f"{model.source or 'the model'} has no tokenizer; expected one: load it with its tokenizer files"
-        )
-    return model.tokenizer
 
 
 def evaluate_windows(
@@ -112,6 +104,6 @@ def perplexity(model: Model, text: str | Path, window: int | None = None, batch_
     window = model.config.max_positions if window is None else window
     if not 2 <= window <= model.config.max_positions:
         raise InputError(f"window is {window}; expected 2 to the model's {model.config.max_positions} positions")
-    text = read_text(text) if isinstance(text, Path) else text
-    encoded = windows(_tokenizer(model), text, window)
+    text = read_text_file(text) if isinstance(text, Path) else text
+    encoded = windows(require_tokenizer(model.tokenizer, model.source), text, window)
     return evaluate_windows(model, encoded, batch_size, len(text.encode())).metrics()

@@ -8,6 +8,7 @@ import numpy as np
 
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
+from chai_jax.score.divergence import kl_divergence
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
@@ -43,8 +44,7 @@ def verify(first: Model, second: Model, texts: tuple[str, ...] = TEXTS) -> dict[
     for at, row in enumerate(rows):
         tokens[at, : len(row)], mask[at, : len(row)] = row, True
     a, b = first(tokens, mask)[mask], second(tokens, mask)[mask]
-    log_a, log_b = jax.nn.log_softmax(a), jax.nn.log_softmax(b)
-    kl = (jnp.exp(log_a) * (log_a - log_b)).sum(-1)
+    kl = kl_divergence(jax.nn.log_softmax(a), jax.nn.log_softmax(b))
     return {
         "max_logit_difference": float(jnp.abs(a - b).max()),
         "mean_kl": float(kl.mean()),

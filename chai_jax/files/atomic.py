@@ -30,7 +30,7 @@ def _mark(process: int) -> str:
 
 
 def _temporary(path: Path) -> dict[str, Any]:
-    """How a temporary sibling of `path` is named; not much longer than `path` itself."""
+    """How a temporary sibling of `path` is named: not much longer than `path` itself."""
     path.parent.mkdir(parents=True, exist_ok=True)
     return {"prefix": f".{path.name[:40]}.{owner()}.", "dir": path.parent}
 
@@ -46,7 +46,7 @@ def remove_leftovers(folder: Path, mark: str) -> None:
 
 @contextmanager
 def named_in_failures(path: Path) -> Iterator[None]:
-    """What the system refuses while `path` is written becomes an OSError that names it."""
+    """An error of the system while `path` is written becomes an OSError that names `path`."""
     try:
         yield
     except OSError as error:
@@ -112,7 +112,7 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` as JSON can hold it: numbers that are infinite or none at all become null."""
+    """`value` as JSON can hold it: infinities and NaN become null."""
     if isinstance(value, dict):
         return {name: finite(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

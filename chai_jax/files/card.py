@@ -8,6 +8,8 @@ from pathlib import Path
 
 import jax
 
+from chai_jax.files.families.family import Licence
+from chai_jax.files.families.registry import FAMILIES, family_of
 from chai_jax.files.hub import cached
 from chai_jax.inputs.reading import SMALL, read_text
 from chai_jax.model.cache import bytes_per_token
@@ -15,17 +17,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans.spec import LayerSpec, Spec
 
-OPT_IDS = "facebook/opt-"
-OPT_LICENCE = {
-    "license": "other",
-    "license_name": "opt-175b",
-    "license_link": "https://github.com/facebookresearch/metaseq/blob/main/projects/OPT/MODEL_LICENSE.md",
-}
-# Its section 3 asks for this sentence and for a copy of the licence with every copy of the model.
-OPT_NOTICE = (
-    "OPT-175B is licensed under the OPT-175B license, Copyright (c) Meta Platforms, Inc. All Rights Reserved. "
-    "It grants use for non-commercial research only, and wants a copy of it to go with every copy of the model."
-)
+LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card's front matter
 USE = """```python
 import chai_jax as chai
 
@@ -48,12 +40,19 @@ def origin(source: str) -> Origin:
     folder = path if source and path.is_dir() else cached(source) if source.count("/") == 1 else None
     front = front_matter(folder / "README.md") if folder else {}
     base = front.get("base_model") or ("" if folder == path else source)
-    licence = {name: value for name, value in front.items() if name in OPT_LICENCE}
-    if base.startswith(OPT_IDS) and set(licence) <= {"license"}:
-        licence = OPT_LICENCE
+    licence = {name: value for name, value in front.items() if name in LICENCE_FIELDS}
+    known = licence_of(base)
+    if known is not None and set(licence) <= {"license"}:
+        licence = dict(known.fields)
     files = sorted(folder.glob("LICENSE*")) if folder else []
     texts = tuple(file for file in files if file.is_file() and file.stat().st_size <= SMALL)
     return Origin(base, licence or {"license": "unknown"}, texts)
+
+
+def licence_of(base_model: str) -> Licence | None:
+    """The licence of a published model, by its hub id, where its family has one."""
+    licences = (family.licence for family in FAMILIES.values())
+    return next((licence for licence in licences if licence and base_model.startswith(licence.hub_ids)), None)
 
 
 def front_matter(card: Path) -> dict[str, str]:
@@ -72,9 +71,9 @@ def write_card(folder: Path, model: Model, *, exported: bool) -> None:
     """Write README.md, and copy the licence files of the model that `model` was made from.
 
     Args:
-        exported: whether the folder holds an ordinary OPT, which transformers reads too.
+        exported: whether the folder holds an ordinary model, which transformers reads too.
     """
-    known = origin(model.source)
+    known, family = origin(model.source), family_of(model.config)
     for file in known.files:
         shutil.copyfile(file, folder / file.name)
     fields = {
@@ -85,11 +84,11 @@ def write_card(folder: Path, model: Model, *, exported: bool) -> None:
     }
     # A JSON string is a YAML string.
     front = "\n".join(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in fields.items())
-    name = (known.base_model or model.source).rstrip("/").rpartition("/")[2] or "OPT"
+    name = (known.base_model or model.source).rstrip("/").rpartition("/")[2] or family.name
     parts = [
-        f"---\n{front}\ntags:\n- opt\n---",
+        f"---\n{front}\ntags:\n- {family.model_type}\n---",
         f"# {name}, by chai_jax",
-        _ordinary(model) if exported else _compressed(model),
+        (_ordinary if exported else _compressed)(model, family.name),
         f"## Licence\n\n{_terms(known)}\n",
     ]
     (folder / "README.md").write_text("\n\n".join(parts), encoding="utf-8")
@@ -100,24 +99,24 @@ def _size(model: Model) -> str:
     return f"{config.num_layers} layers of {config.num_heads} heads, width {config.hidden_size}"
 
 
-def _ordinary(model: Model) -> str:
+def _ordinary(model: Model, name: str) -> str:
     leaves = jax.tree.leaves(model.params, is_leaf=is_leaf)
     rounded = sum(map(is_leaf, leaves))
     note = f" {rounded} quantized tensors are written as the float32 numbers they stand for." if rounded else ""
-    return f"An ordinary OPT ({_size(model)}), for transformers and for chai_jax.{note}\n\n{USE}"
+    return f"An ordinary {name} ({_size(model)}), for transformers and for chai_jax.{note}\n\n{USE}"
 
 
-def _compressed(model: Model) -> str:
+def _compressed(model: Model, name: str) -> str:
     config = model.config
     dense = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
     export = (
         "`chai-jax export` makes a folder that it can"
         if all(layer.membership == "calibrated" for layer in model.spec.layers)
-        else "nor can any export be, for no ordinary OPT finds its clusters anew for every prompt"
+        else f"nor can any export be, for no ordinary {name} finds its clusters anew for every prompt"
     )
     rows = "\n".join(_row(index, layer) for index, layer in enumerate(model.spec.layers))
     return (
-        f"A compressed OPT ({_size(model)}). Its weights take {model.nbytes:,} bytes, its K,V cache "
+        f"A compressed {name} ({_size(model)}). Its weights take {model.nbytes:,} bytes, its K,V cache "
         f"{model.kv_bytes_per_token:,} bytes per token ({dense:,} for the same model dense in bfloat16). transformers "
         f"cannot read it; {export}.\n\n{USE}\n\n"
         "| layer | share | cached K heads | cached V heads | cache | weights |\n| --- | --- | --- | --- | --- | --- |\n"
@@ -135,5 +134,6 @@ def _terms(known: Origin) -> str:
     stated = ", ".join(f"{name}: {value}" for name, value in known.licence.items())
     of = f" of {known.base_model}" if known.base_model else " of the model it was made from"
     files = f" Its text is in {', '.join(file.name for file in known.files)}." if known.files else ""
-    notice = f"\n\n{OPT_NOTICE}" if known.base_model.startswith(OPT_IDS) else ""
+    licence = licence_of(known.base_model)
+    notice = f"\n\n{licence.notice}" if licence else ""
     return f"The licence{of} applies ({stated}).{files}{notice}"

@@ -1,8 +1,9 @@
-"""The layout of what is no ordinary OPT: clustered models, quantized weights, quantized caches.
+"""The layout of what is no ordinary model: clustered heads, quantized weights, quantized caches.
 
-config.json says "model_type": "chai_opt", and tensors have the names of our parameter tree. A quantized array is two
-tensors, NAME (int8) and NAME.scale, or three, NAME (uint8, two numbers a byte), NAME.scale and NAME.low; spec.json says
-what each layer is, and along which axes, or along which axis in groups of how many, each array is quantized.
+config.json says "model_type": "chai_opt" (of an OPT), and tensors have the names of our parameter tree. An int8 array
+is two tensors: NAME (int8) and NAME.scale. An int4 array is three: NAME (uint8, two numbers a byte), NAME.scale and
+NAME.low. spec.json says what each layer is, and how each array is quantized: along which axes (int8), or along which
+axis and in groups of how many (int4).
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.convert import flatten, read_finite
-from chai_jax.files.families.opt import config_fields
+from chai_jax.files.families.registry import COMPRESSED, family_of
 from chai_jax.files.stored import Stored
 from chai_jax.files.weights import write_weights
 from chai_jax.inputs.reading import read_json
@@ -26,17 +27,17 @@ from chai_jax.model.quantized import Int4Array, QuantizedArray
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
-MODEL_TYPE = "chai_opt"
 # transformers stops at a quantization that names no method, even where it is made to look past the model_type.
 FORMAT = {"format": "chai_jax"}
 # Per weight of a kernel; "loaded" is the most that may be.
 WEIGHT_BYTES = {"loaded": 4, "float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int4": 0.5}
 
 
-def write(folder: Path, model: Model) -> None:
+def write_compressed(folder: Path, model: Model) -> None:
     """Write config.json and the weights; `write_spec` must go with it."""
-    fields = {"model_type": MODEL_TYPE, "quantization_config": FORMAT, **config_fields(model.config)}
-    write_json(folder / "config.json", fields)
+    family = family_of(model.config)
+    kind = {"model_type": COMPRESSED + family.model_type, "quantization_config": FORMAT}
+    write_json(folder / "config.json", {**kind, **family.config_fields(model.config)})
     write_weights(folder, _to_stored(model.params), FORMAT)
 
 

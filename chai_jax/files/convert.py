@@ -1,8 +1,9 @@
-"""The one table of names and shapes: a Hugging Face OPT's tensors <-> our parameter tree, in both directions.
+"""A Hugging Face checkpoint's tensors <-> our parameter tree, in both directions, by one table of names and shapes.
 
-torch keeps a linear map as [out, in] with the heads folded into one axis; ours are [in, ..., out] with heads apart:
-q_proj.weight [H*K, D] -> query.kernel [D, H, K], out_proj.weight [D, H*K] -> output.kernel [H, K, D], fc1.weight
-[F, D] -> up.kernel [D, F]. So a map is transposed and reshaped, all else only reshaped.
+The names are the family's (`chai_jax.files.families`), the shapes those that `declare` gives. torch keeps a linear map
+as [out, in] with the heads folded into one axis; ours are [in, ..., out] with heads apart. Of OPT: q_proj.weight
+[H*K, D] -> query.kernel [D, H, K], out_proj.weight [D, H*K] -> output.kernel [H, K, D], fc1.weight [F, D] -> up.kernel
+[D, F]. So a map is transposed and reshaped, all else only reshaped.
 """
 
 import math
@@ -15,50 +16,24 @@ import numpy as np
 
 from chai_jax.console import track
 from chai_jax.errors import InputError
+from chai_jax.files.families.family import Family
+from chai_jax.files.families.registry import family_of
 from chai_jax.files.stored import Stored, check_floats, same_numbers
 from chai_jax.model.params import Declared, Params, declare
 from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
-PREFIXES = ("model.decoder.", "decoder.", "")
-# A format number that fairseq's checkpoints carry into some conversions; transformers drops it as well.
-IGNORED = "version"
-HEAD = "lm_head.weight"
-EMBEDDING = "embed_tokens.weight"
-TENSORS = {
-    ("embed", "tokens"): EMBEDDING,
-    ("embed", "positions"): "embed_positions.weight",
-    ("project_in", "kernel"): "project_in.weight",
-    ("project_out", "kernel"): "project_out.weight",
-    ("head", "kernel"): HEAD,
-}
-MODULES = {
-    "final_norm": "final_layer_norm",
-    "attention_norm": "self_attn_layer_norm",
-    "query": "self_attn.q_proj",
-    "key": "self_attn.k_proj",
-    "value": "self_attn.v_proj",
-    "output": "self_attn.out_proj",
-    "mlp_norm": "final_layer_norm",
-    "up": "fc1",
-    "down": "fc2",
-}
-
 
 @dataclass(frozen=True)
 class Entry:
-    """A row of the table: a tensor's place in our tree, its name below "model.decoder.", and both shapes."""
+    """A row of the table: a tensor's place in our tree, its name below the prefix, and both shapes."""
 
     path: tuple[str, ...]
     name: str
     ours: tuple[int, ...]
     theirs: tuple[int, ...]
     transposed: bool
-
-    @property
-    def full_name(self) -> str:
-        return self.name if self.name == HEAD else PREFIXES[0] + self.name
 
     def to_ours(self, x: np.ndarray) -> np.ndarray:
         return (x.T if self.transposed else x).reshape(self.ours)
@@ -73,22 +48,18 @@ def flatten(tree: Params) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
     return [(tuple(key.key for key in path), leaf) for path, leaf in pairs], structure
 
 
-def table(config: Architecture) -> list[Entry]:
-    """Every tensor that a dense OPT of this configuration has, no more and no less."""
-    return [_entry(path, declared) for path, declared in flatten(_declare(config))[0]]
+def tensor_table(config: Architecture) -> list[Entry]:
+    """Every tensor that a dense model of this architecture has, no more and no less."""
+    family = family_of(config)
+    return [_entry(path, family.tensor_name(path), declared) for path, declared in flatten(_declare(config))[0]]
 
 
 def _declare(config: Architecture) -> Params:
     return declare(config, Spec.dense(config.num_layers, config.num_heads, config.head_dim))
 
 
-def _entry(path: tuple[str, ...], declared: Declared) -> Entry:
+def _entry(path: tuple[str, ...], name: str, declared: Declared) -> Entry:
     shape = declared.shape
-    if path in TENSORS:
-        name = TENSORS[path]
-    else:
-        *parents, module, leaf = path
-        name = ".".join([*parents, MODULES[module], "bias" if leaf == "bias" else "weight"])
     if declared.kind != "kernel":
         theirs = (math.prod(shape),) if declared.kind in ("bias", "scale") else shape
         return Entry(path, name, shape, theirs, transposed=False)
@@ -98,11 +69,13 @@ def _entry(path: tuple[str, ...], declared: Declared) -> Entry:
     return Entry(path, name, shape, theirs, transposed=True)
 
 
-def _canonical(tensors: dict[str, Stored]) -> dict[str, tuple[str, Stored]]:
+def _canonical(family: Family, tensors: dict[str, Stored]) -> dict[str, tuple[str, Stored]]:
     """Tensors by their name without prefix, with the name they had."""
     found: dict[str, tuple[str, Stored]] = {}
     for name, stored in tensors.items():
-        short = name.removeprefix(next(prefix for prefix in PREFIXES if name.startswith(prefix)))
+        short = name.removeprefix(next((prefix for prefix in family.prefixes if name.startswith(prefix)), ""))
+        if short in family.ignored:
+            continue
         if short in found:
             raise InputError(
                 f"the weights hold {short!r:.100} twice, as {found[short][0]!r:.100} and {name!r:.100}: remove one"
@@ -112,7 +85,7 @@ def _canonical(tensors: dict[str, Stored]) -> dict[str, tuple[str, Stored]]:
 
 
 def to_params(config: Architecture, tensors: dict[str, Stored], dtype: str | None = None) -> Params:
-    """Read a dense OPT's parameters, leaf by leaf, in `dtype` or else in the dtypes that `read_finite` gives.
+    """Read a dense model's parameters, leaf by leaf, in `dtype` or else in the dtypes that `read_finite` gives.
 
     `tensors` is emptied on the way, so that what a reader holds in memory goes as it is used.
 
@@ -120,10 +93,10 @@ def to_params(config: Architecture, tensors: dict[str, Stored], dtype: str | Non
         InputError: naming the tensor that is missing, unknown, there twice, misshapen, no float, or not finite; a
             stored lm_head that differs from the embedding it is tied to.
     """
-    found = _canonical(tensors)
+    family = family_of(config)
+    found, rows = _canonical(family, tensors), tensor_table(config)
     tensors.clear()
-    rows = table(config)
-    _check_names(config, rows, found)
+    _check_names(config, family, rows, found)
     arrays = []
     for row in track(rows, "reading weights"):
         name, stored = found.pop(row.name)
@@ -131,16 +104,16 @@ def to_params(config: Architecture, tensors: dict[str, Stored], dtype: str | Non
     return jax.tree.unflatten(jax.tree.structure(_declare(config)), arrays)
 
 
-def _check_names(config: Architecture, rows: list[Entry], found: dict[str, tuple[str, Stored]]) -> None:
-    found.pop(IGNORED, None)
+def _check_names(config: Architecture, family: Family, rows: list[Entry], found: dict[str, tuple[str, Stored]]) -> None:
     # A tied table may go by either name (safetensors keeps one of them), or be stored twice, as older torch does.
-    head = found.pop(HEAD, None) if config.tied else None
+    head = found.pop(family.head, None) if config.tied else None
     if head is not None:
-        found.setdefault(EMBEDDING, head)
+        found.setdefault(family.embedding, head)
     for row in rows:
         if row.name not in found:
             raise InputError(
-                f"the weights lack {row.full_name} {list(row.theirs)}, which config.json demands: fetch the model again"
+                f"the weights lack {family.full_name(row.name)} {list(row.theirs)}, which config.json demands: fetch "
+                "the model again"
             )
         name, stored = found[row.name]
         if stored.shape != row.theirs:
@@ -148,13 +121,13 @@ def _check_names(config: Architecture, rows: list[Entry], found: dict[str, tuple
                 f"{name} in {stored.file} is {list(stored.shape)!s:.100}; config.json demands {list(row.theirs)}: "
                 "mend one of them"
             )
-    if head is not None and head is not found[EMBEDDING]:
-        _check_tied(head, found[EMBEDDING])
+    if head is not None and head is not found[family.embedding]:
+        _check_tied(head, found[family.embedding])
     unknown = sorted(found.keys() - {row.name for row in rows})
     if unknown:
         name, stored = found[unknown[0]]
         raise InputError(
-            f"{stored.file} holds {name!r:.100}, which an OPT of this config.json has no place for: mend one of them"
+            f"{stored.file} holds {name!r:.100}, which a model of this config.json has no place for: mend one of them"
         )
 
 
@@ -195,7 +168,8 @@ def _check_finite(what: str, x: np.ndarray, remedy: str) -> None:
 def to_hf(config: Architecture, params: Params) -> dict[str, Stored]:
     """A dense model's tensors by Hugging Face name, each made when it is read; quantized leaves become float32."""
     tree = dict(flatten(params)[0])
-    return {row.full_name: _export(row, tree[row.path]) for row in table(config)}
+    family = family_of(config)
+    return {family.full_name(row.name): _export(row, tree[row.path]) for row in tensor_table(config)}
 
 
 def _export(row: Entry, leaf: Any) -> Stored:

@@ -11,14 +11,13 @@ import msgpack
 import numpy as np
 
 from chai_jax.errors import InputError
-from chai_jax.files.stored import READ_FLOATS, Stored
+from chai_jax.files.stored import MOST_AXES, READ_FLOATS, Stored
 from chai_jax.inputs.reading import open_regular, reason, shown
 
 ARRAY = 1  # flax.serialization's extension code of an array: packed (shape, dtype name, bytes)
 CHUNKED = "__msgpack_chunked_array__"  # how it marks an array of more than 1 GiB, cut into flat pieces
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
 MOST_ENTRIES = 1 << 18  # of all dicts of a tree; an OPT has some thirty a layer
-MOST_AXES = 32
 
 
 def torch_name(path: Iterable[str]) -> str:

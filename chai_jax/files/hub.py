@@ -12,10 +12,10 @@ SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of `source`: itself, or what the hub has under that id, downloaded into its cache if need be.
+    """The folder of `source`: itself, or that of a hub id in Hugging Face's cache, downloaded if need be.
 
-    Of the hub's files only the ones needed are fetched: weights in one format, tokenizer, configuration, licence. The
-    variables of huggingface_hub (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...) apply; without network the cache serves.
+    Only the files needed are fetched: weights in one format, tokenizer, configuration, licence. The variables of
+    huggingface_hub (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...) apply. Without network, what is in the cache is used.
 
     Raises:
         InputError: no such folder or id, or no path that can be; a revision of a folder; the hub out of reach and the

@@ -1,4 +1,4 @@
-"""One process at a time: a lock on a file, which is open again when its process has ended, however it did."""
+"""One process at a time: a lock on a file. It is released when its process ends, however that ends."""
 
 import fcntl
 import json
@@ -25,14 +25,14 @@ class Busy(Exception):
 
 @contextmanager
 def locked(path: Path, wait: str | None = None) -> Iterator[None]:
-    """Hold the lock on the file `path`, which is made, and removed at the end.
+    """Hold the lock on the file `path`. The file is made, and removed at the end.
 
-    What a killed holder was writing beside the file and below is removed first. Where a file system knows no locks,
-    that is said, and the block runs without one. Several machines that share a file system exclude each other as far
-    as that file system's `flock` does (NFS and Lustre, for two, can).
+    What a killed holder was writing beside the file and below is removed first. On a file system without locks, a
+    warning is printed and the block runs without one. Machines that share a file system exclude each other where its
+    `flock` works across machines (as on NFS and Lustre).
 
     Args:
-        wait: what is waited for, for a message; None: a lock that is held is refused.
+        wait: what the message says it waits for; None: do not wait.
 
     Raises:
         Busy: another process holds it.
@@ -59,7 +59,7 @@ def locked(path: Path, wait: str | None = None) -> Iterator[None]:
 
 
 def holder(path: Path) -> str | None:
-    """Which process holds the lock on the file `path`; None: nobody does, whatever a killed one left."""
+    """Which process holds the lock on the file `path`; None where no process does, even if the file is there."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:

@@ -1,38 +1,51 @@
-"""The shapes of published models, known without their files."""
+"""The shapes of published models, known without their files, and random weights in them."""
 
-from typing import Any
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 from chai_jax.errors import InputError
-from chai_jax.files.families.opt import parse_config
+from chai_jax.files.families.registry import FAMILIES, find_family
 from chai_jax.inputs.paths import user_path
 from chai_jax.inputs.reading import read_json
+from chai_jax.model.model import Model
+from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 
-
-def _opt(layers: int, heads: int, width: int, ffn: int, **rest: Any) -> Architecture:
-    return Architecture(50272, width, layers, heads, ffn, 2048, **{"embed_dim": width, **rest})
-
-
-# Zhang et al. 2022 (arXiv 2205.01068), table 1, and the checkpoints' config.json.
-KNOWN = {
-    "facebook/opt-125m": _opt(12, 12, 768, 3072),
-    "facebook/opt-350m": _opt(24, 16, 1024, 4096, embed_dim=512, pre_norm=False),
-    "facebook/opt-1.3b": _opt(24, 32, 2048, 8192),
-    "facebook/opt-2.7b": _opt(32, 32, 2560, 10240),
-    "facebook/opt-6.7b": _opt(32, 32, 4096, 16384),
-    "facebook/opt-13b": _opt(40, 40, 5120, 20480),
-}
+PUBLISHED = {name: shape for family in FAMILIES.values() for name, shape in family.published.items()}
 
 
 def architecture_of(model: str) -> Architecture:
-    """The shape of a model: one of facebook/opt-{125m, 350m, 1.3b, 2.7b, 6.7b, 13b}, or a folder with a config.json.
+    """The shape of a model: of a published one by its hub id, or of a folder with a config.json.
 
     Raises:
-        InputError: it is neither.
+        InputError: it is neither, or the folder's model is of no family that we know.
     """
-    if model in KNOWN:
-        return KNOWN[model]
+    if model in PUBLISHED:
+        return PUBLISHED[model]
     path = user_path(model) / "config.json"
     if not path.is_file():
-        raise InputError(f"{model} is no folder with a config.json; expected one, or one of {', '.join(KNOWN)}")
-    return parse_config(read_json(path), str(path))
+        raise InputError(f"{model} is no folder with a config.json; expected one, or one of {', '.join(PUBLISHED)}")
+    fields = read_json(path)
+    family, _ = find_family(fields.get("model_type"), model)
+    return family.parse_config(fields, str(path))
+
+
+def random_model(shape: str, seed: int) -> Model:
+    """Random weights in a published shape, or that of a folder's config.json; no file of weights is read.
+
+    They are float32, rounded to float16 as all published ones are: some kernels are faster for it.
+
+    Raises:
+        InputError: `shape` names neither.
+    """
+    config = architecture_of(shape)
+    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+    params = jax.tree.map(_rounded, init(config, spec, jax.random.key(seed)))
+    return Model(config, spec, params, source=f"random:{shape}")
+
+
+@jax.jit
+def _rounded(x: Array) -> Array:
+    return x.astype(jnp.float16).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""Models as folders: `load` reads a Hugging Face OPT or a folder of ours, `save` writes ours."""
+"""Models as folders: `load` reads a Hugging Face folder or one of ours, `save` writes ours."""
 
 import dataclasses
 from pathlib import Path
@@ -8,16 +8,17 @@ import jax.numpy as jnp
 
 from chai_jax.errors import InputError
 from chai_jax.files import compressed
-from chai_jax.files import export as hf
 from chai_jax.files.atomic import claim_folder, new_folder, write_json
 from chai_jax.files.card import write_card
 from chai_jax.files.convert import flatten, to_params
-from chai_jax.files.families.opt import parse_config
+from chai_jax.files.export import read_generation, write_generation, write_ordinary
+from chai_jax.files.families.family import Family
+from chai_jax.files.families.registry import family_of, find_family
 from chai_jax.files.hub import resolve
 from chai_jax.files.stored import FLOATS
 from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.files.weights import open_weights
-from chai_jax.inputs.reading import read_json
+from chai_jax.inputs.reading import Record, read_json
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans.architecture import Architecture
@@ -33,7 +34,7 @@ def load(
     storage: str | None = None,
     tokenizer: bool = True,
 ) -> Model:
-    """Load an OPT from a folder (a Hugging Face one, or one that `Model.save` wrote) or from the Hugging Face hub.
+    """Load a model from a folder (a Hugging Face one, or one that `save` wrote) or from the Hugging Face hub.
 
     Weights are read one at a time from safetensors, a Flax msgpack or a PyTorch .bin, whichever is there first in this
     order, whole or in shards; the last by a reader that runs nothing of it. Weights keep their dtype, but float64
@@ -42,24 +43,25 @@ def load(
     Args:
         source: folder or hub id.
         revision: branch, tag or commit of a hub id.
-        dtype: float32, bfloat16 or float16, to cast the weights of an ordinary OPT to.
-        storage: cache format of an ordinary OPT: float32 (if not said otherwise), bfloat16, int8 or int4.
+        dtype: float32, bfloat16 or float16, to cast the weights of an ordinary model to.
+        storage: cache format of an ordinary model: float32 (if not said otherwise), bfloat16, int8 or int4.
         tokenizer: whether to load the tokenizer too; a folder without one gives None.
 
     Raises:
-        InputError: no such model; not an OPT; files that are missing, cut, tampered with, or at odds with one another;
-            weights that are not finite; `dtype` or `storage` for a compressed model, whose formats are its own.
+        InputError: no such model; one of an unknown family; files that are missing, cut, tampered with, or at odds with
+            one another; weights that are not finite; `dtype` or `storage` for a compressed model, whose formats are its
+            own.
     """
     if storage is not None and storage not in STORAGES:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
     wanted = None if dtype is None else _dtype_name(dtype)
     folder = resolve(source, revision)
-    fields, ordinary = _read_kind(folder)
+    fields, family, ordinary = _read_kind(folder)
     if not ordinary and (wanted or storage):
         raise InputError(
             f"{folder} holds a compressed model, which keeps the formats it was saved in: leave out dtype and storage"
         )
-    config = parse_config(fields, str(folder / "config.json"))
+    config = family.parse_config(fields, str(folder / "config.json"))
     spec, how = _read_spec(folder, config, ordinary, storage)
     if wanted:
         spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
@@ -69,31 +71,29 @@ def load(
     tensors = open_weights(folder)
     params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, how)
     compressed.check_formats(spec, params)
-    generation, words = hf.read_generation(folder, fields), load_tokenizer(folder, config) if tokenizer else None
+    generation, words = read_generation(folder, fields), load_tokenizer(folder, config) if tokenizer else None
     return Model(config, spec, params, words, str(source), plan, generation)
 
 
-def _read_kind(folder: Path) -> tuple[dict[str, Any], bool]:
-    """The fields of config.json, and whether they describe an ordinary OPT (or else a compressed one)."""
+def _read_kind(folder: Path) -> tuple[Record, Family, bool]:
+    """The fields of config.json, the model's family, and whether it is an ordinary model (or else a compressed one)."""
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; expected a model folder: check the path")
     fields = read_json(folder / "config.json")
-    kind, kinds = fields.get("model_type"), (hf.MODEL_TYPE, compressed.MODEL_TYPE)
-    if kind not in kinds:
-        raise InputError(f"{folder} holds a model of type {kind!r:.80}; expected an OPT: {' or '.join(kinds)}")
-    ordinary = kind == hf.MODEL_TYPE
+    family, ordinary = find_family(fields.get("model_type"), folder)
     if ordinary and fields.get("quantization_config"):
         raise InputError(f"{folder} holds quantized weights; expected float ones: load the model it was made from")
-    return fields, ordinary
+    return fields, family, ordinary
 
 
 def _read_spec(folder: Path, config: Architecture, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:
-    """The folder's spec.json, which an ordinary OPT need not have, and how its arrays are quantized, by name."""
+    """The folder's spec.json, which an ordinary model need not have, and how its arrays are quantized, by name."""
     if ordinary and (storage is not None or not (folder / "spec.json").is_file()):
         return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage or "float32"), {}
     spec, how = compressed.read_spec(folder / "spec.json", config)
     if ordinary and not spec.is_dense:
-        raise InputError(f"{folder} has an ordinary OPT in config.json, a clustered one in spec.json: save it again")
+        name = family_of(config).name
+        raise InputError(f"{folder} has an ordinary {name} in config.json, a clustered one in spec.json: save it again")
     return spec, how
 
 
@@ -129,11 +129,11 @@ def save(model: Model, path: str | Path) -> None:
     with new_folder(claim_folder(Path(path))) as folder:
         ordinary = is_ordinary(model)
         if ordinary:
-            hf.write(folder, model)
+            write_ordinary(folder, model)
         else:
-            compressed.write(folder, model)
+            compressed.write_compressed(folder, model)
         compressed.write_spec(folder, model)
-        hf.write_generation(folder, model)
+        write_generation(folder, model)
         if model.tokenizer is not None:
             model.tokenizer.save_pretrained(str(folder))
         if model.plan is not None:

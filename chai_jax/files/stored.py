@@ -12,14 +12,15 @@ from chai_jax.errors import InputError
 FLOATS = ("float32", "float16", "bfloat16")  # what weights may be here
 READ_FLOATS = (*FLOATS, "float64")  # what they may be in a file
 READABLE = (*READ_FLOATS, "int8", "uint8")
+MOST_AXES = 32  # of a tensor in a file: more have no meaning
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What a weight file says of a tensor. `read` gives it as numpy, perhaps as a view of the file: copy to keep.
+    """What a weight file says of a tensor. `read` gives the numbers, perhaps as a view of the file: copy them to keep.
 
     Attributes:
-        dtype: numpy's name; the file's own name where that dtype is of no use to a model.
+        dtype: numpy's name, or the file's own name of a dtype that no model uses.
         file: name of the file it is in, for messages.
     """
 
@@ -34,7 +35,7 @@ class Stored:
 
 
 def check_floats(name: str, stored: Stored) -> None:
-    """Raise InputError unless a tensor's numbers are such as weights may be in a file."""
+    """Raise InputError unless a tensor's dtype is one of `READ_FLOATS`."""
     if stored.dtype not in READ_FLOATS:
         raise InputError(
             f"{name} in {stored.file} is {stored.dtype}; expected one of {', '.join(READ_FLOATS)}: convert it"

@@ -15,9 +15,9 @@ PARTS = ("vocab.json", "merges.txt")
 def load_tokenizer(folder: Path, config: Architecture) -> Any:
     """The tokenizer of a model folder, or None where the folder has no tokenizer files at all.
 
-    Where it has more tokens than the model, it refuses the texts that hold one of these. One that names neither a
-    beginning nor an end of text (Galactica's) is told the model's own beginning: it puts no more before a text than it
-    did, but an empty text can be gone on with.
+    A tokenizer may have more tokens than the model: it then refuses texts with a token that the model lacks. One that
+    names no beginning and no end of text (Galactica's) gets the model's beginning of text. It still puts nothing before
+    a text, but a text can then be generated from an empty prompt.
 
     Raises:
         InputError: some of the files are missing or cannot be read.
@@ -28,13 +28,15 @@ def load_tokenizer(folder: Path, config: Architecture) -> Any:
     if WHOLE not in there and len(there) < len(PARTS):
         raise InputError(f"{folder} has {there[0]} alone of the tokenizer; expected {' and '.join(PARTS)}, or {WHOLE}")
     # Importing transformers takes seconds, so only where it is used.
-    from transformers import AutoTokenizer
-    from transformers import OPTConfig as HFConfig
+    from transformers import AutoConfig, AutoTokenizer
 
     try:
         # With a configuration given, the folder's own is not read: "chai_opt" means nothing to transformers.
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), config=HFConfig(), local_files_only=True, trust_remote_code=False
+            str(folder),
+            config=AutoConfig.for_model(config.family),
+            local_files_only=True,
+            trust_remote_code=False,
         )
     # transformers and tokenizers raise all kinds, bare Exception among them.
     except Exception as error:
@@ -48,9 +50,9 @@ def load_tokenizer(folder: Path, config: Architecture) -> Any:
 
 
 def _refuse_from(tokenizer: Any, vocab_size: int) -> None:
-    """Make a tokenizer that knows more tokens than its model refuse a text that holds one of these.
+    """Make a tokenizer refuse a text that holds a token from `vocab_size` on.
 
-    All text becomes tokens here. A model would take the nearest row of its table in place of one that it has not.
+    All text becomes tokens here. For a token beyond its table, a model would silently take the table's last row.
     """
     kind = type(tokenizer)
 

@@ -20,20 +20,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from chai_jax.errors import InputError
-from chai_jax.files.stored import Stored
-from chai_jax.files.unpickle import MOST_BYTES, Limited, Pairs, unpickle
+from chai_jax.files.stored import MOST_AXES, Stored
+from chai_jax.files.unpickle import MOST_PICKLE_BYTES, Limited, Pairs, unpickle
 from chai_jax.inputs.reading import open_regular, reason, shown
 
 ZIP_MAGIC = b"PK\x03\x04"
 TAR_MAGIC, TAR_MAGIC_AT = b"ustar", 257
 STREAM_MAGIC = 0x1950A86A20F9469CFC6C
 STREAM_VERSION = 1001
-MOST_AXES = 32
 MOST_CHARACTERS = 1000  # of a tensor's name or a storage's key
 # Tensors may share storages and repeat numbers (tied or expanded ones do), but not so that a small file fills the
 # memory: together they may have this many times the file's bytes, and some more that do no harm.
 SHARED, SHARED_BYTES = 4, 1 << 26
-DTYPES = {
+STORAGE_DTYPES = {
     "FloatStorage": "float32",
     "HalfStorage": "float16",
     "BFloat16Storage": "bfloat16",
@@ -47,7 +46,7 @@ DTYPES = {
 }
 
 
-class Storage(NamedTuple):
+class TorchStorage(NamedTuple):
     """A run of `numel` numbers in the file."""
 
     key: str
@@ -62,7 +61,7 @@ class Storage(NamedTuple):
 class Tensor(NamedTuple):
     """A strided view of a storage, checked to lie inside it; offset, sizes and strides count elements."""
 
-    storage: Storage
+    storage: TorchStorage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -102,7 +101,7 @@ def _rebuild_tensor(
     storage: Any, offset: Any, shape: Any, strides: Any, _grad: Any, _hooks: Any, metadata: Any = None
 ) -> Tensor:
     sizes_fit = _are_counts(shape) and _are_counts(strides) and len(shape) == len(strides)
-    if not (isinstance(storage, Storage) and _is_count(offset) and sizes_fit):
+    if not (isinstance(storage, TorchStorage) and _is_count(offset) and sizes_fit):
         raise ValueError("a tensor without storage, offset, sizes or strides")
     if metadata:  # it would say that the numbers are to be negated or conjugated
         raise ValueError("a tensor whose numbers are not as they are stored")
@@ -118,34 +117,34 @@ def _rebuild_with_attributes(function: Any, kind: Any, arguments: Any, _attribut
     return _rebuild_tensor(*arguments)
 
 
-KNOWN: dict[tuple[str, str], Any] = {
+KNOWN_GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): _ordered,
     ("torch", "Tensor"): "Tensor",
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): lambda data, _grad, _hooks: data,
     ("torch._utils", "_rebuild_parameter_with_state"): lambda data, _grad, _hooks, _attributes: data,
     ("torch._tensor", "_rebuild_from_type_v2"): _rebuild_with_attributes,
-    **{("torch", name): dtype for name, dtype in DTYPES.items()},
+    **{("torch", name): dtype for name, dtype in STORAGE_DTYPES.items()},
 }
 
 
 def _find(path: Path, module: str, name: str) -> Any:
-    if (module, name) not in KNOWN:
+    if (module, name) not in KNOWN_GLOBALS:
         raise InputError(
             f"{shown(path)} imports {f'{module}.{name}'!r:.100}; weights need tensors only, so nothing of it was run: "
             "do not use it, or convert it to safetensors where you trust it"
         )
-    return KNOWN[module, name]
+    return KNOWN_GLOBALS[module, name]
 
 
-def _storage(known: dict[str, Storage], pid: Any) -> Storage:
+def _storage(known: dict[str, TorchStorage], pid: Any) -> TorchStorage:
     """The storage of a persistent id; it is added to those that are `known`."""
     if type(pid) is not tuple or len(pid) not in (5, 6):
         raise ValueError("a storage without dtype, key or size")
     kind, dtype, key, _, numel, *view = pid
-    if kind != "storage" or dtype not in DTYPES.values() or not _is_name(key) or not _is_count(numel):
+    if kind != "storage" or dtype not in STORAGE_DTYPES.values() or not _is_name(key) or not _is_count(numel):
         raise ValueError("a storage without dtype, key or size")
-    new = Storage(key, dtype, numel)
+    new = TorchStorage(key, dtype, numel)
     # A view (part of another storage, last entry) has not been written since torch 0.4.
     if any(view) or known.setdefault(key, new) != new:
         raise ValueError(f"two accounts of storage {key!r}")
@@ -163,7 +162,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
         InputError: it imports anything beyond tensors; it is truncated or contradicts itself; it is in the tar layout
             of torch 0.1; it holds something else than a state dict; its tensors are far larger than the file.
     """
-    known: dict[str, Storage] = {}
+    known: dict[str, TorchStorage] = {}
     try:
         with open_regular(path) as whole:
             size = os.fstat(whole.fileno()).st_size
@@ -176,7 +175,7 @@ def read_torch(path: Path) -> dict[str, Stored]:
                 )
             read = _read_zip if begin.startswith(ZIP_MAGIC) else _read_stream
             load = partial(unpickle, find=partial(_find, path), persistent=partial(_storage, known))
-            state, starts = read(Limited(whole, MOST_BYTES), size, load, known)
+            state, starts = read(Limited(whole, MOST_PICKLE_BYTES), size, load, known)
     except InputError:
         raise
     # A hostile or cut pickle can raise nearly anything.
@@ -219,7 +218,7 @@ def _kind(value: Any) -> str:
 Load = Callable[[Limited], Any]
 
 
-def _read_zip(file: Limited, size: int, load: Load, known: dict[str, Storage]) -> tuple[Any, dict[str, int]]:
+def _read_zip(file: Limited, size: int, load: Load, known: dict[str, TorchStorage]) -> tuple[Any, dict[str, int]]:
     """The state dict of a zip archive of `size` bytes, and where in the file each storage begins."""
     with zipfile.ZipFile(file) as archive:
         program = next((name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"), None)
@@ -233,7 +232,7 @@ def _read_zip(file: Limited, size: int, load: Load, known: dict[str, Storage]) -
 
         if f"{root}byteorder" in archive.NameToInfo and read(f"{root}byteorder") != b"little":
             raise ValueError("numbers that are not little-endian")
-        state = load(Limited(io.BytesIO(read(program)), MOST_BYTES))
+        state = load(Limited(io.BytesIO(read(program)), MOST_PICKLE_BYTES))
         starts = {
             key: _member_start(file, size, archive.getinfo(f"{root}data/{key}"), storage.nbytes)
             for key, storage in known.items()
@@ -257,7 +256,7 @@ def _member_start(file: Limited, size: int, info: zipfile.ZipInfo, nbytes: int |
     return start
 
 
-def _read_stream(file: Limited, size: int, load: Load, known: dict[str, Storage]) -> tuple[Any, dict[str, int]]:
+def _read_stream(file: Limited, size: int, load: Load, known: dict[str, TorchStorage]) -> tuple[Any, dict[str, int]]:
     """The same of a stream: magic number, version, system, state dict and storage keys are pickled one after another.
 
     Then come the storages: each its length in elements as int64, then its numbers.

@@ -8,9 +8,8 @@ import pickletools
 from collections.abc import Callable
 from typing import Any
 
-MOST_BYTES = (
-    1 << 22
-)  # of the pickles of a checkpoint, and of the table of contents of its archive; they have some 100 KB
+# Of the pickles of a checkpoint, and of the table of contents of its archive; they have some 100 KB.
+MOST_PICKLE_BYTES = 1 << 22
 MOST_OPCODES = 1 << 20  # of a pickle; a state dict has some fifty for each tensor
 VALUES = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 # Opcodes that push what follows them.

@@ -71,7 +71,7 @@ FORMATS = (  # in order of preference
 
 
 def open_weights(folder: Path) -> dict[str, Stored]:
-    """All tensors of a folder, from one file or from shards, in the format we like best of those that are there.
+    """All tensors of a folder, from one file or from shards, in the first of `FORMATS` that is there.
 
     Raises:
         InputError: no weights; a file that is missing, cut or tampered with; shards at odds with one another.
@@ -87,7 +87,7 @@ def open_weights(folder: Path) -> dict[str, Stored]:
 
 
 def _open_shards(index: Path, kind: Format) -> dict[str, Stored]:
-    """The tensors of all files that an index names, as transformers has it: which is in which, the files say."""
+    """The tensors of all files that an index names. The files themselves say what is in them, as in transformers."""
     files = read_json(index).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise InputError(f"{shown(index)} has no weight_map; expected tensor names with their files: fetch it again")

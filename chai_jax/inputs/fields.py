@@ -3,7 +3,8 @@
     storage: Annotated[str, ("float32", "int8")] = "float32"
     clusters: Annotated[int, range(1, 2**31)] = 1
 
-Any container will do as a rule. Every number is finite. There is nothing else to write for a field to be checked.
+What follows the type in `Annotated` may be any container: the value must be in it. Numbers must be finite. Nothing else
+has to be written for a field to be checked.
 """
 
 import dataclasses
@@ -16,15 +17,15 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from chai_jax.errors import InputError
 
-MOST = 2**31 - 1  # of any count: what an int32 of JAX holds
-Count = Annotated[int, range(1, MOST + 1)]
-Number = Annotated[int, range(MOST + 1)]  # of a head, from 0
+INT32_MAX = 2**31 - 1  # of any count: what an int32 of JAX holds
+Count = Annotated[int, range(1, INT32_MAX + 1)]
+Number = Annotated[int, range(INT32_MAX + 1)]  # of a head, from 0
 
 NAMES = {str: "a string", int: "a whole number", bool: "true or false", float: "a finite number"}
 
 
-def parse(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
-    """`value` as a `kind`, with all of its parts checked; values that are of this kind already are checked the same.
+def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
+    """`value` as a `kind`, with all of its parts checked, even where it is of this kind already.
 
     Args:
         kind: str, int, bool, float, `X | None`, `tuple[X, ...]`, `dict[X, Y]`, a dataclass of such fields, or
@@ -41,14 +42,16 @@ def parse(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     if origin is Annotated:
         return value if type(value) is parts[0] and value in parts[1] else _refuse(kind, value, where)
     if origin in (Union, UnionType):
-        return None if value is None else parse(parts[0], value, where, whole)
+        return None if value is None else parse_as(parts[0], value, where, whole)
     if origin is tuple:
         entries = value if isinstance(value, (list, tuple)) else _refuse(kind, value, where)
-        return tuple(parse(parts[0], entry, f"{where}[{at}]", whole) for at, entry in enumerate(entries))
+        return tuple(parse_as(parts[0], entry, f"{where}[{at}]", whole) for at, entry in enumerate(entries))
     if origin is dict:
         entries = value.items() if isinstance(value, Mapping) else _refuse(kind, value, where)
         return {
-            parse(parts[0], _number(key), f"a key of {where}"): parse(parts[1], entry, f"{where}[{brief(key)}]", whole)
+            parse_as(parts[0], _number(key), f"a key of {where}"): parse_as(
+                parts[1], entry, f"{where}[{brief(key)}]", whole
+            )
             for key, entry in entries
         }
     if kind is float:
@@ -69,7 +72,7 @@ def _record(kind: Any, value: Any, where: str, whole: bool) -> Any:
         if name not in value and (needed or whole):
             raise InputError(f"{where} has no {name}; expected {', '.join(fields)}")
     given = {name: hint for name, (hint, _) in fields.items() if name in value}
-    return kind(**{name: parse(hint, value[name], f"{where}.{name}", whole) for name, hint in given.items()})
+    return kind(**{name: parse_as(hint, value[name], f"{where}.{name}", whole) for name, hint in given.items()})
 
 
 @cache

@@ -13,6 +13,8 @@ from typing import Any, BinaryIO, TextIO
 
 from chai_jax.errors import InputError
 
+Record = dict[str, Any]  # a JSON object
+
 SMALL = 64 * 2**20  # bytes of a JSON file or a model card, at most
 LARGE = 16 * 2**30  # bytes of a text or of a task's rows, unpacked, at most
 UTF8 = "utf-8-sig"  # with or without a byte order mark, which some editors put in front
@@ -98,7 +100,7 @@ def parse_json(text: str) -> Any:
         raise ValueError("a number of thousands of digits") from None
 
 
-def read_json(path: str | Path, expected: str = "a JSON object") -> dict[str, Any]:
+def read_json(path: str | Path, expected: str = "a JSON object") -> Record:
     """The JSON object in `path`.
 
     Args:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-SECONDS = 60  # that one may take: a second or two, most of it jax's start
+CANARY_SECONDS = 60  # that one may take: a second or two, most of it jax's start
 RIGHT = "right"
 
 
@@ -41,7 +41,7 @@ CANARIES: dict[str, Callable[[], float]] = {canary.__name__: canary for canary i
 
 
 def outcomes() -> dict[str, str]:
-    """What became of each canary: `RIGHT`, or in a few words what is wrong. Takes a few seconds, at most `SECONDS`."""
+    """What became of each canary: `RIGHT`, or in a few words what is wrong. Takes a few seconds, 60 at most."""
     with ThreadPoolExecutor() as pool:
         return dict(zip(CANARIES, pool.map(_outcome, CANARIES), strict=True))
 
@@ -51,10 +51,10 @@ def _outcome(name: str) -> str:
     command = [sys.executable, "-P", __file__, name]
     try:
         done = subprocess.run(
-            command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=SECONDS
+            command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True, timeout=CANARY_SECONDS
         )
     except subprocess.TimeoutExpired:
-        return f"hangs: no result within {SECONDS} s"
+        return f"hangs: no result within {CANARY_SECONDS} s"
     except OSError as error:
         return f"not tried: {error}"
     if done.returncode < 0:

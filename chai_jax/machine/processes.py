@@ -1,4 +1,4 @@
-"""Several processes, one job: all run the same program, each on its own devices; the first one writes the files."""
+"""Several processes, one job: all run the same program, each on its own devices. The first one writes the files."""
 
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -19,22 +19,25 @@ def first_process() -> bool:
 
 
 def agreed(answer: bool) -> bool:
-    """The first process's answer, in every process; all must ask. What depends on files is decided this way."""
+    """The first process's answer, in every process; every process must call this.
+
+    Questions about files are answered so, because hosts may see different files.
+    """
     return answer if jax.process_count() == 1 else bool(multihost_utils.broadcast_one_to_all(np.asarray(answer)))
 
 
 def anywhere(flags: Sequence[bool]) -> list[bool]:
-    """Each flag, raised in every process if any raised it; all must ask."""
+    """Each flag, true in every process if it is true in any; every process must call this."""
     if jax.process_count() == 1:
         return list(flags)
     return np.any(_of_each(np.asarray(flags)), axis=0).tolist()
 
 
 def once(write: Callable[[], object]) -> None:
-    """Call `write` in the first process alone, when all have come here; the others wait until it is done.
+    """Call `write` in the first process alone; every process must call this, and waits until it is done.
 
     Raises:
-        InputError: in the others, if it failed in the first, which raises its own exception.
+        InputError: in the other processes, where `write` failed; the first process raises what `write` raised.
     """
     agreed(True)
     failure: Exception | None = None
@@ -48,13 +51,14 @@ def once(write: Callable[[], object]) -> None:
 
 
 def divided(compute: Callable[[Item], Sequence[int]], items: Sequence[Item], description: str) -> list[tuple[int, ...]]:
-    """`compute` of every item, in every process, each computing its share of the items; all must ask for the same.
+    """`compute` of every item, in every process. Each process computes a share of the items and gets the others'.
 
     Args:
-        compute: integers below 2^31, the same ones in whichever process.
+        compute: gives integers below 2^31, the same ones in every process.
+        items: the same ones in every process.
 
     Raises:
-        InputError: what `compute` raises of the first item that it refuses, in every process.
+        InputError: in every process, what `compute` raises for the first item that it refuses.
     """
     count, index = jax.process_count(), jax.process_index()
     if count == 1 or not items:

@@ -1,11 +1,15 @@
 """The shape of a model: what its config.json says that decides which arrays there are and what is computed."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of an OPT; names as in the field, values as in the checkpoint's config.json."""
+    """The shape of a decoder; names as in the field, values as in the checkpoint's config.json.
+
+    Attributes:
+        family: whose checkpoints it is read from and written to (see `chai_jax.files.families.registry`).
+    """
 
     vocab_size: int
     hidden_size: int
@@ -23,6 +27,8 @@ class Architecture:
     bos_token_id: int | None = 2
     eos_token_id: int | tuple[int, ...] | None = 2  # one, several, or none
     pad_token_id: int = 1
+    # Not in the repr: it decides no number, and fingerprints of probes and measured costs are made from the repr.
+    family: str = field(default="opt", repr=False)
 
     @property
     def head_dim(self) -> int:

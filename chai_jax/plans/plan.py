@@ -5,15 +5,16 @@ are frozen, hashable and plain JSON, and are checked before anything is done wit
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from chai_jax.errors import InputError
-from chai_jax.inputs.fields import Count, Number, brief, parse
+from chai_jax.inputs.fields import Count, Number, brief, parse_as
 from chai_jax.inputs.reading import read_json, shown
-from chai_jax.plans.spec import SHARES, Membership, Storage, Weights
+from chai_jax.plans.spec import SHARES, MembershipName, StorageName, WeightsName
 
 SCORE_MERGES = ("representative", "low_rank")
 VALUE_MERGES = ("representative", "low_rank", "fit")
@@ -33,7 +34,7 @@ class ClusterPlan:
     heads: tuple[Number, ...]
     keep: Number = -1
     critical: bool = True
-    storage: Storage = "bfloat16"
+    storage: StorageName = "bfloat16"
 
     def __post_init__(self) -> None:
         if self.keep == -1 and self.heads:
@@ -52,7 +53,7 @@ class LayerPlan:
 
     clusters: tuple[ClusterPlan, ...]
     tier: Annotated[str, TIERS] = "high"
-    weights: Weights = "loaded"
+    weights: WeightsName = "loaded"
     share: Share | None = None
     key_rank: Count | None = None
     value_rank: Count | None = None
@@ -83,7 +84,7 @@ class Plan:
 
     layers: tuple[LayerPlan, ...]
     share: Share = "qkv"
-    membership: Membership = "calibrated"
+    membership: MembershipName = "calibrated"
     score_merge: Annotated[str, SCORE_MERGES] = "representative"
     value_merge: Annotated[str, VALUE_MERGES] = "representative"
     warmup_tokens: Count = 5
@@ -114,7 +115,7 @@ class Plan:
         Raises:
             InputError: naming the field and what cannot be.
         """
-        plan: Plan = parse(cls, value, "plan")
+        plan: Plan = parse_as(cls, value, "plan")
         plan._check_sense()
         return plan
 
@@ -137,7 +138,7 @@ class Plan:
         Raises:
             InputError: naming the field, or the layer and the contradiction.
         """
-        parse(Plan, self, "plan")
+        parse_as(Plan, self, "plan")
         self._check_sense()
 
     def _check_sense(self) -> None:
@@ -195,6 +196,11 @@ class Plan:
             rank = max(layer.key_rank or 0, layer.value_rank or 0)
             if rank > width:
                 raise InputError(f"plan layer {index} has rank {rank}; expected at most the model's width, {width}")
+
+
+def round_up(fraction: float, count: int) -> int:
+    """`fraction` of `count` things, rounded up; 0.28 of 25 is 7, though 0.28 * 25 > 7 in floating point."""
+    return math.ceil(round(fraction * count, 9))
 
 
 def _check_heads(where: str, layer: LayerPlan) -> None:

@@ -37,21 +37,28 @@ def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerS
 
 
 def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str]) -> list[int]:
-    """The order that makes groups contiguous: by storage, then (where it decides the shape) by cluster size; stable, so
-    that singletons of one storage keep the heads' order."""
+    """The order that makes groups contiguous: by storage, then by cluster size where that decides the shape.
+
+    It is stable: singletons of one storage keep the heads' order.
+    """
     sizes = [len(heads) if share in ("qk", "kv") else 1 for heads in clusters]
     return sorted(range(len(clusters)), key=lambda at: (STORAGES.index(storages[at]), sizes[at]))
 
 
 def prompt_layer(wanted: LayerPlan, storage: str, head_dim: int, warmup: int) -> LayerSpec:
-    """A layer whose clusters are found per prompt, with the plan's for prompts shorter than the warm-up."""
+    """A layer whose clusters are found per prompt. The plan's clusters serve prompts shorter than the warm-up."""
     clusters = tuple((one.keep, *(head for head in one.heads if head != one.keep)) for one in wanted.clusters)
     groups = group_clusters("qk", clusters, [storage] * len(clusters), "prompt")
     return LayerSpec("qk", clusters, groups, head_dim, head_dim, wanted.weights, "prompt", warmup)
 
 
 def uniform_plan(config: Architecture, share: str, clusters: float, storage: str) -> Plan:
-    """Every layer in `clusters` x H clusters of neighbouring heads, stored alike: a plan's costs before there is one.
+    """A plan that merges neighbouring heads, alike in every layer.
+
+    It is for time and bytes, which depend on how many clusters there are and not on which heads are in them.
+
+    Args:
+        clusters: of each layer, as a fraction of its heads.
 
     Raises:
         InputError: a share, storage or fraction that cannot be.

@@ -1,7 +1,7 @@
-"""What each layer of a model now is: the spec, which is all beside the leaves' types that the forward pass looks at.
+"""What each layer of a model is: the spec. The forward pass depends on it and on the types of the leaves alone.
 
-What is intended for a model is its plan (`chai_jax.plans.plan`). Specs are frozen, hashable (so they can be static
-under `jax.jit`) and plain JSON.
+What is intended for a model is its plan (`chai_jax.plans.plan`). Specs are frozen and plain JSON. They are hashable, so
+that they can be static under `jax.jit`.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from chai_jax.errors import InputError
-from chai_jax.inputs.fields import Count, Number, parse
+from chai_jax.inputs.fields import Count, Number, parse_as
 
 SHARES = ("dense", "qk", "qkv", "kv")
 STORAGES = ("float32", "bfloat16", "int8", "int4")
 WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
 MEMBERSHIPS = ("calibrated", "prompt")
-Storage = Annotated[str, STORAGES]
-Weights = Annotated[str, WEIGHTS]
-Membership = Annotated[str, MEMBERSHIPS]
+StorageName = Annotated[str, STORAGES]
+WeightsName = Annotated[str, WEIGHTS]
+MembershipName = Annotated[str, MEMBERSHIPS]
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Group:
     clusters: Count
     queries: Count = 1
     values: Count = 1
-    storage: Storage = "float32"
+    storage: StorageName = "float32"
     assigned: Number = 0
 
     @property
@@ -60,8 +60,8 @@ class LayerSpec:
     groups: tuple[Group, ...]
     key_rank: Count
     value_rank: Count
-    weights: Weights = "loaded"
-    membership: Membership = "calibrated"
+    weights: WeightsName = "loaded"
+    membership: MembershipName = "calibrated"
     warmup: Number = 0
 
     @property
@@ -131,14 +131,14 @@ class Spec:
 
     @property
     def is_dense(self) -> bool:
-        """Whether the parameters are those of an ordinary OPT (cache formats and weight formats aside)."""
+        """Whether no heads are merged; cache and weights may have any format."""
         return all(layer.share == "dense" for layer in self.layers)
 
     @property
     def stored_by_token(self) -> bool:
-        """Whether what is stored of a token depends on no later or neighbouring one, so that sequences may branch.
+        """Whether what is cached of a token depends on itself and earlier tokens alone, so that sequences may branch.
 
-        Blocks of int4 take in whole runs of columns, and clusters found per prompt take in its length.
+        int4 quantizes neighbouring tokens together, and clusters found per prompt depend on the prompt's length.
         """
         return all(layer.membership == "calibrated" and "int4" not in layer.storages for layer in self.layers)
 
@@ -158,7 +158,7 @@ class Spec:
         """
         entries = value.get("layers") if isinstance(value, Mapping) else None
         try:
-            layers = parse(tuple[LayerSpec, ...], entries, "layers", whole=True)
+            layers = parse_as(tuple[LayerSpec, ...], entries, "layers", whole=True)
         except InputError as error:
             raise InputError(f"not a spec that save() writes ({error}): save the model again") from None
         for index, layer in enumerate(layers):

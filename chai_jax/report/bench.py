@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.files.atomic import finite, write_json, write_text
+from chai_jax.inputs.reading import Record
 from chai_jax.report.figures import pareto
-from chai_jax.report.tables import Column, Record, as_csv, markdown, percent
+from chai_jax.report.tables import Column, as_csv, markdown, percent
 
 FIRST, EACH, SCORED = "prefill_ms", "decode_ms_per_token", "score_ms_per_example"
 

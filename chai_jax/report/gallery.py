@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from chai_jax.inputs.reading import Record
 from chai_jax.report.figures import (
     TRADEOFF,
     Measure,
@@ -22,7 +23,7 @@ from chai_jax.report.figures import (
     unbeaten,
 )
 from chai_jax.report.saved import SavedRun
-from chai_jax.report.tables import Record, score
+from chai_jax.report.tables import score
 
 Row = dict[str, Any]
 PERPLEXITY = Measure("perplexity", "perplexity", lower=True, format=".2f")

@@ -10,11 +10,12 @@ from typing import Any
 
 from chai_jax.analyse.explain import explain
 from chai_jax.files.atomic import write_text
+from chai_jax.inputs.reading import Record
 from chai_jax.report.figures import DPI
 from chai_jax.report.gallery import Picture, draw, draw_front, scores
 from chai_jax.report.markup import Markup, escape, image, join, pairs, table, tag
 from chai_jax.report.saved import SavedRun
-from chai_jax.report.tables import COLUMNS, Column, Record, number, percent, score
+from chai_jax.report.tables import COLUMNS, Column, number, percent, score
 
 PIXELS_PER_INCH = 96
 FITS_A_PHONE = 560  # CSS pixels: shrunk to a phone's width, letters are still readable

@@ -9,12 +9,13 @@ from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.gate import Gate
 from chai_jax.config import RunConfig
 from chai_jax.errors import InputError
-from chai_jax.files.families.opt import parse_config
 from chai_jax.files.lock import LOCK, holder
-from chai_jax.inputs.reading import parse_json, read_json, read_text, reason, shown
+from chai_jax.files.published import architecture_of
+from chai_jax.inputs.reading import Record, parse_json, read_json, read_text, reason, shown
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import Plan
-from chai_jax.report.tables import Record, percent
+from chai_jax.report.tables import percent
+from chai_jax.sources import source_of
 
 NEEDED = ("stage", "task", "metrics", "kv_bytes_per_token", "kv_reduction", "model_bytes", "latency")
 
@@ -51,8 +52,8 @@ class SavedRun:
             at_work = holder(path / LOCK)
             advice = "repeat its command first" if at_work is None else f"wait for {at_work}, which is at it"
             raise InputError(f"the run in {shown(path)} is not finished (no results.json): {advice}")
-        config, model = read_json(path / "config.json"), path / "model" / "config.json"
-        shape = parse_config(read_json(model), str(model)) if model.is_file() else None
+        config, model = read_json(path / "config.json"), path / "model"
+        shape = architecture_of(str(model)) if (model / "config.json").is_file() else None
         plan = Plan.read(path / "plan.json")
         if shape is not None:
             plan.check_model(shape.num_layers, shape.num_heads, shape.hidden_size)
@@ -79,8 +80,8 @@ class SavedRun:
     def command(self) -> str:
         """The command that gives this run again, in any other folder."""
         asked = _flat(self.config)
-        usual = _flat(_usual(str(asked.pop("model", "toy"))))
-        words = ["chai-jax", "run", str(self.config.get("model", "toy"))]
+        usual = _flat(_usual(str(asked.pop("model", RunConfig.model))))
+        words = ["chai-jax", "run", str(self.config.get("model", RunConfig.model))]
         for name, value in asked.items():
             if value != usual.get(name):
                 words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
@@ -149,7 +150,7 @@ def _updates(path: Path) -> list[Record]:
 
 def _usual(model: str) -> Record:
     usual = RunConfig(model)
-    return dataclasses.asdict(dataclasses.replace(usual, planning=usual.planning.filled(model == "toy")))
+    return dataclasses.asdict(dataclasses.replace(usual, planning=usual.planning.filled(source_of(model).planning)))
 
 
 def _flat(config: Record) -> Record:

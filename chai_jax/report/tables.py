@@ -4,11 +4,11 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.table import Table
 
-Record = dict[str, Any]
+from chai_jax.inputs.reading import Record
+
 Column = tuple[str, Callable[[Record], str]]
 
 

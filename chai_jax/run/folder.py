@@ -5,7 +5,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -13,18 +12,16 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable, finite, new_folder, read_jsonl, write_json, write_jsonl, write_text
 from chai_jax.files.lock import LOCK, Busy, holder, locked
 from chai_jax.files.store import save
-from chai_jax.inputs.reading import parse_json, read_json, reason, shown
+from chai_jax.inputs.reading import Record, parse_json, read_json, reason, shown
 from chai_jax.machine.processes import agreed, first_process, once
 from chai_jax.model.model import Model
-
-Record = dict[str, Any]
 
 
 class RunFolder:
     """`config.json`, `plan.json`, `sensitivity.json`, `metrics.jsonl`, `stages/`, `results.json`, `model/`, `report/`.
 
-    A stage's folder (model, record, predictions) appears by one rename when the stage is done; a run that was killed is
-    opened again with the same configuration, skips the stages it finds and goes on within the one it was in.
+    A stage's folder (model, record, predictions) appears by one rename when the stage is done. A run that was killed is
+    started again with the same configuration: it skips the stages that are done and goes on within the one it was in.
     """
 
     def __init__(self, path: Path, config: Record):

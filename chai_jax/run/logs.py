@@ -1,27 +1,25 @@
-"""Where records of training go besides metrics.jsonl: TensorBoard and Weights & Biases, if they are wished and there.
+"""Where records of training go besides metrics.jsonl: TensorBoard and Weights & Biases, if asked for.
 
-Both are looked upon as able to fail at any time: a library that is missing, an account that is not, a network that
-goes. The first failure is reported once, and training goes on without that sink.
+Both may fail at any time: the library may be missing, or the account, or the network. The first failure is reported,
+and training goes on without that log.
 """
 
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from chai_jax.adapt.train import Log
 from chai_jax.console import console
-
-Record = dict[str, Any]
-Log = Callable[[Record], None]
+from chai_jax.inputs.reading import Record
 
 
-def numbers(record: Record) -> dict[str, float]:
+def scalars(record: Record) -> dict[str, float]:
     """What can be drawn over the steps."""
     return {name: value for name, value in record.items() if isinstance(value, float)}
 
 
 def tensorboard(folder: Path, stage: str) -> Callable[[Record], Log]:
-    """Event files under `folder`/`stage`; of an interrupted attempt, steps from the first record's on are hidden."""
+    """Event files under `folder`/`stage`. Steps of an interrupted attempt are hidden, from the first record's on."""
 
     def begin(first: Record) -> Log:
         from tensorboardX import SummaryWriter
@@ -29,7 +27,7 @@ def tensorboard(folder: Path, stage: str) -> Callable[[Record], Log]:
         writer = SummaryWriter(str(folder / stage), purge_step=first["step"])
 
         def log(record: Record) -> None:
-            for name, value in numbers(record).items():
+            for name, value in scalars(record).items():
                 writer.add_scalar(name, value, record["step"])
             writer.flush()
 
@@ -39,7 +37,7 @@ def tensorboard(folder: Path, stage: str) -> Callable[[Record], Log]:
 
 
 def wandb(project: str, folder: Path, config: Record, stage: str) -> Callable[[Record], Log]:
-    """One run of `project` for the run folder, gone on with when the run is; curves by stage, over its own steps."""
+    """One run of `project` for the run folder, continued when the run is. Each stage has curves over its own steps."""
 
     def begin(first: Record) -> Log:
         import wandb
@@ -58,7 +56,7 @@ def wandb(project: str, folder: Path, config: Record, stage: str) -> Callable[[R
         run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
 
         def log(record: Record) -> None:
-            values = numbers(record) | {"step": record["step"]}
+            values = scalars(record) | {"step": record["step"]}
             run.log({f"{stage}/{key}": value for key, value in values.items()})
 
         return log

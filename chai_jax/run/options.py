@@ -1,4 +1,4 @@
-"""From what a person asked for to a plan: options of the command line meet the planner."""
+"""From the planning options of the command line to a plan."""
 
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,12 @@ from chai_jax.run.work import Work
 def plan_for(
     model: Model, work: Work, wanted: PlanConfig, seed: int, costs: Path | None = None, picture: Path | None = None
 ) -> Plan:
-    """Look at a dense model on the work's calibration examples and decide.
+    """Probe a dense model on the calibration examples, and make the plan that was asked for.
 
     Args:
-        costs: where the planner keeps its measurements, for the next attempt; of several processes none does, since
-            some might find them and others not.
-        picture: where to draw the heads and their clusters, a path without suffix.
+        costs: where the planner keeps its measurements for the next attempt. Several processes keep none, since some
+            might find the file and others not.
+        picture: where to draw the heads and their clusters: a path without suffix.
     """
     check_options(wanted, model.config)
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))

@@ -10,8 +10,7 @@ from typing import Any
 
 from chai_jax.adapt.distil import check_vocabulary
 from chai_jax.adapt.target import select_layers
-from chai_jax.adapt.toy import load_any
-from chai_jax.analyse.gate import Gate, tried
+from chai_jax.analyse.gate import Gate, measured_kl
 from chai_jax.bench.race import latency
 from chai_jax.compress.quantize import with_storage
 from chai_jax.config import STAGES, RunConfig, TargetConfig
@@ -19,17 +18,19 @@ from chai_jax.console import console, print_table
 from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import finite, new_folder, write_json, write_text
 from chai_jax.files.store import load
+from chai_jax.inputs.reading import Record
 from chai_jax.machine.processes import agreed, anywhere, first_process, once
 from chai_jax.model.model import Model
 from chai_jax.plans.plan import Plan
 from chai_jax.report.page import write_page
 from chai_jax.report.saved import read_records
 from chai_jax.report.tables import as_csv, markdown, terminal
-from chai_jax.run.folder import Record, RunFolder
+from chai_jax.run.folder import RunFolder
 from chai_jax.run.logs import harmless, tensorboard, together, wandb
 from chai_jax.run.options import check_options, plan_for
-from chai_jax.run.stages import TOY, Stages
+from chai_jax.run.stages import Stages
 from chai_jax.run.work import Work, open_work
+from chai_jax.sources import open_model, source_of
 from chai_jax.stopping import terminated
 
 
@@ -51,10 +52,12 @@ def run(config: RunConfig) -> Record:
     config.check()
     order = parse_order(config.order)
     plan = Plan.read(config.plan) if config.plan else None
-    config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
-    out = config.out or Path("runs") / f"{Path(config.model).name}-{'text' if config.text else config.task or TOY}"
-    folder = RunFolder(out, resolved(config))
-    source = load_any(config.model, config.revision, config.seed)
+    usual = source_of(config.model)
+    config = dataclasses.replace(config, planning=config.planning.filled(usual.planning))
+    data = "text" if config.text else config.task or usual.task
+    out = config.out or Path("runs") / f"{Path(config.model).name}-{data}"
+    folder = RunFolder(out, recorded_settings(config))
+    source = open_model(config.model, config.revision, config.seed)
     if not source.spec.is_dense:
         raise InputError(
             f"{config.model} is clustered already; expected a dense model: start from the one it was made from"
@@ -64,11 +67,11 @@ def run(config: RunConfig) -> Record:
     work = open_work(config, source)
     if not work.training and {"distil", "target"} & set(order):
         raise InputError(f"{work.name} leaves nothing to train on beside what is held out; expected more of it")
-    job = Job(config, folder, work, source, teacher, began)
+    pipeline = Pipeline(config, folder, work, source, teacher, began)
     with folder.open():
-        for index, stage in enumerate(job.stages(order, plan)):
-            job.do(index, stage)
-        return job.report()
+        for index, stage in enumerate(pipeline.stages(order, plan)):
+            pipeline.do(index, stage)
+        return pipeline.report()
 
 
 def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
@@ -98,15 +101,15 @@ def parse_order(order: str) -> tuple[str, ...]:
     return names
 
 
-def resolved(config: RunConfig) -> Record:
-    """What decides the result, as JSON, with the defaults that were chosen; paths as given."""
+def recorded_settings(config: RunConfig) -> Record:
+    """The settings that decide the result, as JSON; paths as given."""
     fields = dataclasses.asdict(config)
     for name in ("out", "operation", "devices"):
         del fields[name]
     return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
 
 
-class Job:
+class Pipeline:
     """One run under way: the current model and what has been recorded of the stages before it."""
 
     def __init__(
@@ -164,7 +167,7 @@ class Job:
             raise Stopped
 
     def _keeping(self, stage: str) -> Record:
-        """What the training of the stage that comes next is given to log and keep its state with."""
+        """The log and the checkpoints of the next stage's training."""
         wanted, out = self.config.operation, self.folder.path
         logs = [self.folder.logger(stage)]
         if wanted.tensorboard and first_process():
@@ -181,9 +184,9 @@ class Job:
         plan = self._plan()
         clustered = self.steps.cluster(model, plan)
         if plan.measured is None:
-            plan = dataclasses.replace(plan, measured=tried(model, clustered, plan, self.work.text))
+            plan = dataclasses.replace(plan, measured=measured_kl(model, clustered, plan, self.work.text))
             self._keep_plan(plan)
-        # An attempt that is killed here leaves the plan with `measured`: the model has it in any case.
+        # An attempt that is killed here leaves a plan that has `measured` already: the model gets it in any case.
         return clustered.replace(plan=plan)
 
     def _gate(self, stage: str, after: Model) -> Record:
@@ -210,7 +213,7 @@ class Job:
         return Plan.read(path)
 
     def _take_plan(self, given: Plan) -> None:
-        """Begin with the plan that was given; an earlier attempt's must be the same, but for what it has measured."""
+        """Begin with the plan that was given. An earlier attempt's must be the same, except for `measured`."""
         path = self.folder.path / "plan.json"
         if not agreed(path.exists()):
             self._keep_plan(given)
@@ -265,7 +268,7 @@ class Job:
 
 
 def choose(select: str, records: list[Record], held_out_cost: Callable[[str], float]) -> int:
-    """The compressed stage that becomes `model/`, by its place; of equals the later one, of none the dense model."""
+    """The place of the stage that becomes `model/`: the best after the dense one, of equals the later; else 0."""
     costs: dict[str, Callable[[int], float]] = {
         "last": lambda at: -at,
         "latency": lambda at: records[at]["latency"]["decode_ms_per_token"]["median"],

@@ -9,31 +9,30 @@ from chai_jax.adapt.finetune import finetune
 from chai_jax.adapt.target import target
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
-from chai_jax.config import TOY_TRAIN, DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
+from chai_jax.config import DistilConfig, FinetuneConfig, RunConfig, TargetConfig, TrainConfig
 from chai_jax.console import console
+from chai_jax.inputs.reading import Record
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans.plan import Plan
 from chai_jax.plans.spec import Spec
 from chai_jax.run.environment import versions, where_computed
 from chai_jax.run.work import Work
-
-Record = dict[str, Any]
-TOY = "toy"
+from chai_jax.sources import source_of
 
 
 @dataclass(frozen=True)
 class Stages:
     """The steps from one model to the next, by one run's settings and data.
 
-    Each returns a new model. `keeping` is handed to the training: its log, and where it keeps its state.
+    Each returns a new model. `keeping` is the log and the checkpoints of its training.
     """
 
     config: RunConfig
     work: Work
 
     def dense(self, model: Model, **keeping: Any) -> Model:
-        """The model that is compressed: tuned on the task first, if that is wished or needed (`--finetune`)."""
+        """The model to be compressed. It is tuned on the task first where `--finetune` says so."""
         wanted = self.config.finetune
         chance = self._at_chance(model)
         if wanted == "always" or (wanted == "auto" and chance):
@@ -68,11 +67,11 @@ class Stages:
 
     def train(self, train: TrainConfig) -> TrainConfig:
         """A stage's training settings with what the run overrides."""
-        preset = TOY_TRAIN.apply(train) if self.config.model == TOY else train
-        return dataclasses.replace(self.config.train.apply(preset), seed=self.config.seed)
+        usual = source_of(self.config.model).train.apply(train)
+        return dataclasses.replace(self.config.train.apply(usual), seed=self.config.seed)
 
     def record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
-        """What is kept of a stage: its metrics, bytes (from real arrays, with the formula beside), and where it ran."""
+        """What is recorded of a stage: metrics, bytes (of real arrays, and by formula), and where it ran."""
         config = model.config
         shape = config.num_layers, config.num_heads, config.head_dim
         dense = {storage: bytes_per_token(Spec.dense(*shape, storage)) for storage in ("bfloat16", "float32")}

@@ -1,4 +1,4 @@
-"""What a run works on: a labelled task or a text, in disjoint parts to train on, calibrate, choose and measure by."""
+"""The data of a run: a labelled task or a text, in disjoint parts for training, calibration, choices and measuring."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,10 +7,12 @@ from functools import partial
 from chai_jax.config import RunConfig
 from chai_jax.data.batches import Encoded, Example, Windows, encode
 from chai_jax.data.tasks import Row, Task, get_task, held_out, load_rows
-from chai_jax.data.text import read_text, split_corpus
+from chai_jax.data.text import read_text_file, split_corpus
+from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.evaluation.tasks import Result, TextResult, evaluate_rows, evaluate_windows
 from chai_jax.model.model import Model
+from chai_jax.sources import source_of
 
 TEXT_WINDOW = 256  # tokens, or as many as the model takes
 HELD_OUT = 512  # training rows kept back to judge by, beside those for calibration
@@ -24,10 +26,10 @@ class Work:
     Attributes:
         training: what is trained on.
         calibration: token windows for the probe; never trained on, never measured.
-        measure: validation examples (or the text's last part) scored.
-        judge: held-out training examples scored: choices are made on these.
-        recall: a measured result back from its samples.
-        labelled: whether there is a task that the dense model can be at chance on.
+        measure: scores a model on the validation examples (or the text's last part).
+        judge: scores a model on held-out training examples; choices are made by these.
+        recall: makes a measured result from its samples.
+        labelled: whether it is a task, on which a model can be at chance.
         pad: the model's padding token.
     """
 
@@ -52,11 +54,10 @@ def open_work(config: RunConfig, model: Model) -> Work:
     Raises:
         InputError: no data asked for or two kinds, no tokenizer to read them with, or what reading them raises.
     """
-    task = config.task or ("toy" if config.model == "toy" and config.text is None else None)
+    task = config.task or (None if config.text else source_of(config.model).task)
     if (task is None) == (config.text is None):
         raise InputError("give either --task (sst2, rte, piqa) or --text FILE, so that there is something to work on")
-    if model.tokenizer is None:
-        raise InputError(f"{config.model} has no tokenizer; expected its vocab.json and merges.txt (or tokenizer.json)")
+    require_tokenizer(model.tokenizer, config.model)
     return _text_work(config, model) if task is None else _task_work(get_task(task), config, model)
 
 
@@ -72,12 +73,12 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
         )
 
     def tokens(row: Row) -> tuple[int, ...]:
-        example = task.request(row).example
+        example = task.question(row).example
         return encode(model.tokenizer, example.context, example.completion, model.config.max_positions - 1).tokens
 
     return Work(
         name=task.name,
-        training=[task.request(row).example for row in rest],
+        training=[task.question(row).example for row in rest],
         calibration=[tokens(row) for row in calibration],
         measure=partial(evaluate_rows, task=task, rows=validation, seed=config.seed),
         judge=partial(evaluate_rows, task=task, rows=judged, seed=config.seed),
@@ -89,7 +90,7 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
 
 def _text_work(config: RunConfig, model: Model) -> Work:
     length = min(TEXT_WINDOW, model.config.max_positions)
-    corpus = split_corpus(model.tokenizer, read_text(str(config.text)), length, config.planning.calibration)
+    corpus = split_corpus(model.tokenizer, read_text_file(str(config.text)), length, config.planning.calibration)
     judged = min(HELD_OUT, len(corpus.training) // 4)
     return Work(
         name=str(config.text),

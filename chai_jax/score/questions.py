@@ -1,8 +1,8 @@
-"""Examples to be scored, packed into few static shapes: what they have in common goes through the model once.
+"""Examples to be scored, packed into batches of few static shapes. What they have in common is computed once.
 
-Examples of one context share a row: what their inputs begin with together comes first, then each further input's own
-tokens, a branch apiece, which reads the beginning and itself alone. Inputs that are equal (answers of one token) have
-no branches at all.
+Examples of one context share a row. The row begins with the tokens that all of their inputs begin with. Then come the
+other tokens of each input, one branch after another. A branch reads the common beginning and itself alone. Inputs that
+are equal (those of answers of one token) need no branches.
 """
 
 from collections import defaultdict
@@ -19,20 +19,21 @@ from jaxtyping import Array, Bool, Int, Int32
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 
-TOKENS = 1536  # of a batch on a CPU: as many as its kernel packs at once; XLA takes as long with 1,024
-PAIRS = 2**21  # B T^2 of one device's batch at most: 8 MB of float32 scores a head
-SHORTEST = 16  # the smallest padded length
-MEMBERS = 64  # examples of a row at most: every row has room for as many alternatives as the largest
-NONE = -1  # as a target, of an alternative that expects nothing behind a position
+CPU_TOKENS = 1536  # of a batch on a CPU, at most: its kernel packs so many at once; XLA is as fast with 1,024
+PAIRS = 2**21  # B T^2 of one device's batch, at most: 8 MB of float32 scores a head
+SHORTEST_ROW = 16  # the smallest padded length
+MEMBERS = 64  # examples of a row, at most: every row has room for as many alternatives as the largest row has
+NONE = -1  # the target where an alternative expects nothing
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Questions:
-    """A batch of inputs with the tokens that should follow, according to each of A alternatives.
+    """A batch of inputs, and the tokens that should follow by each of A alternatives.
 
-    Row b feeds `tokens[b, :length[b]]`; a row of length 0 is padding. Behind its column `first[b]` + p alternative a
-    expects `targets[b, p, a]`, or nothing (`NONE`). P is 1 where every row has one such column, else T.
+    Row b has `length[b]` tokens; a row of length 0 is padding. Alternative a of row b expects the token
+    `targets[b, p, a]` after column `first[b]` + p, or nothing (`NONE`). P is 1 where no row expects tokens after more
+    than one column, else T.
     """
 
     tokens: Any  # int32 [B, T]
@@ -48,20 +49,28 @@ class Questions:
 
     @property
     def columns(self) -> Int32[Array, "B P"]:
-        """Columns that something is expected behind, and then any."""
+        """The P columns of each row from `first` on; where a row ends before, its last column again."""
         places = self.first[:, None] + jnp.arange(self.targets.shape[1], dtype=jnp.int32)
         return jnp.minimum(places, self.tokens.shape[1] - 1)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One row: the examples of one context, what their inputs begin with together, and how each branch goes on."""
+    """One row: the examples of one context.
+
+    Attributes:
+        shared: the tokens that all of their inputs begin with.
+        start: tokens of the context; the first target is behind them.
+        branches: how each different input goes on.
+        alternatives: of each example, the number of its branch, and its last token.
+        members: the examples' numbers.
+    """
 
     shared: tuple[int, ...]
-    start: int  # tokens of the context: the first that is a target
+    start: int
     branches: tuple[tuple[int, ...], ...]
-    alternatives: tuple[tuple[int, int], ...]  # of each example: its branch's number, and its last token
-    members: tuple[int, ...]  # the examples' numbers
+    alternatives: tuple[tuple[int, int], ...]
+    members: tuple[int, ...]
 
     @property
     def width(self) -> int:
@@ -70,12 +79,12 @@ class Tree:
 
     @property
     def positions(self) -> int:
-        """How many of its columns something is expected behind."""
+        """How many columns have targets."""
         return self.width - self.start + 1
 
 
-def plant(encoded: Sequence[Encoded], members: Sequence[int]) -> Tree:
-    """The tree of examples that have one context."""
+def row_of(encoded: Sequence[Encoded], members: Sequence[int]) -> Tree:
+    """The row of examples that have one context."""
     inputs = [tuple(encoded[index].tokens[:-1]) for index in members]
     together = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*inputs, strict=False)))
     ways = dict.fromkeys(tokens[together:] for tokens in inputs)
@@ -94,9 +103,9 @@ def trees(encoded: Sequence[Encoded], longest: int, width: int | None) -> list[T
     """The rows that hold all examples, longest first, so that memory runs out at once or never.
 
     Args:
-        longest: tokens of a row at most.
-        width: the model's, D. Examples of one context share a row where that costs less than a row for each input;
-            without it only inputs that are equal do.
+        longest: tokens of a row, at most.
+        width: the model's, D. Examples of one context share a row where that is cheaper than a row for each input.
+            None: only equal inputs share a row.
 
     Raises:
         InputError: an example without context, without target, or of more than `longest` + 1 tokens.
@@ -110,31 +119,31 @@ def trees(encoded: Sequence[Encoded], longest: int, width: int | None) -> list[T
             )
         of_input[tuple(example.tokens[:-1]), example.start].append(index)
     if width is None:
-        found = [plant(encoded, some) for same in of_input.values() for some in _few(same)]
+        found = [row_of(encoded, some) for same in of_input.values() for some in _in_rows(same)]
     else:
         of_context: dict[tuple[tuple[int, ...], int], list[list[int]]] = defaultdict(list)
         for (tokens, start), same in of_input.items():
-            of_context[tokens[:start], start] += _few(same)
-        found = [tree for groups in of_context.values() for tree in _thrifty(encoded, groups, longest, width)]
+            of_context[tokens[:start], start] += _in_rows(same)
+        found = [tree for groups in of_context.values() for tree in _cheapest(encoded, groups, longest, width)]
     return sorted(found, key=lambda tree: -tree.width)
 
 
-def _few(members: list[int]) -> list[list[int]]:
-    """At most `MEMBERS` at a time."""
+def _in_rows(members: list[int]) -> list[list[int]]:
+    """The examples in lists of at most `MEMBERS`."""
     return [members[at : at + MEMBERS] for at in range(0, len(members), MEMBERS)]
 
 
-def _thrifty(encoded: Sequence[Encoded], groups: list[list[int]], longest: int, width: int) -> list[Tree]:
-    """One row for the inputs of a context, or one for each."""
+def _cheapest(encoded: Sequence[Encoded], groups: list[list[int]], longest: int, width: int) -> list[Tree]:
+    """One row for all inputs of a context, or one for each, whichever costs less."""
 
     def price(tree: Tree) -> int:
         # A layer's FLOPs, 24 T D^2 + 4 T^2 D, without their common factor.
         return tree.width * (6 * width + tree.width)
 
-    apart = [plant(encoded, same) for same in groups]
+    apart = [row_of(encoded, same) for same in groups]
     if len(apart) == 1 or sum(map(len, groups)) > MEMBERS:
         return apart
-    together = plant(encoded, [index for same in groups for index in same])
+    together = row_of(encoded, [index for same in groups for index in same])
     return [together] if together.width <= longest and price(together) < sum(map(price, apart)) else apart
 
 
@@ -142,17 +151,24 @@ def padded_length(length: int, longest: int) -> int:
     """The smallest of 16, 24, 32, 48, 64, 96, ... that holds `length`, `longest` at most."""
     power = 1 << (length - 1).bit_length()
     between = power * 3 // 4
-    return min(max(SHORTEST, between if length <= between else power), longest)
+    return min(max(SHORTEST_ROW, between if length <= between else power), longest)
 
 
 def most_rows(length: int) -> int:
-    """How many rows of a padded length a device should be given at once."""
+    """How many rows of a padded length one device computes at once."""
     most = PAIRS // length**2
-    return max(1, min(most, TOKENS // length) if jax.default_backend() == "cpu" else most)
+    return max(1, min(most, CPU_TOKENS // length) if jax.default_backend() == "cpu" else most)
 
 
 def batches(rows: Sequence[Tree], batch_size: int, longest: int, ways: int) -> list[tuple[Sequence[Tree], int, int]]:
-    """Cut sorted rows into (rows, their number padded, padded length); the first sets the length, so shapes are few."""
+    """Cut rows into batches: (rows, how many rows they are padded to, the length they are padded to).
+
+    The rows are sorted, longest first, so the first of each batch decides its length.
+
+    Args:
+        batch_size: rows of one device, at most.
+        ways: how many devices a batch is split over.
+    """
     cut = []
     batch_size = min(batch_size, -(-len(rows) // ways))
     while rows:
@@ -163,7 +179,7 @@ def batches(rows: Sequence[Tree], batch_size: int, longest: int, ways: int) -> l
     return cut
 
 
-def pack(rows: Sequence[Tree], count: int, length: int, alternatives: int) -> Questions:
+def pack_questions(rows: Sequence[Tree], count: int, length: int, alternatives: int) -> Questions:
     """Rows padded on the right to [count, length], with room for `alternatives`; missing rows have length 0."""
     tokens, branch = np.zeros((2, count, length), np.int32)
     lengths, first = np.zeros((2, count), np.int32)
@@ -182,7 +198,7 @@ def pack(rows: Sequence[Tree], count: int, length: int, alternatives: int) -> Qu
 
 
 def _expect(tree: Tree, targets: Int[np.ndarray, "P A"]) -> None:
-    """Write down what each alternative expects behind the tree's columns, counted from `start` - 1."""
+    """Write what each alternative expects after the tree's columns, counted from `start` - 1."""
     trunk = len(tree.shared) - tree.start + 1  # columns of the common beginning, its last one included
     begins = trunk + np.cumsum([0, *map(len, tree.branches)])
     for slot, (way, last) in enumerate(tree.alternatives):

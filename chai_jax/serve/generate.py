@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from chai_jax.console import track
-from chai_jax.data.tokens import prefix_token, tokenize
+from chai_jax.data.tokens import prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model, compute_dtype
 from chai_jax.model.params import Params
@@ -165,11 +165,8 @@ def encode_prompt(model: Model, prompt: str) -> list[int]:
     Raises:
         InputError: the model has no tokenizer, or the prompt holds what is no character.
     """
-    if model.tokenizer is None:
-        raise InputError(
-            "the model has no tokenizer; expected one: load it with its tokenizer files, or use generate_tokens"
-        )
-    return tokenize(model.tokenizer, prompt) or [prefix_token(model.tokenizer)]
+    tokenizer = require_tokenizer(model.tokenizer, model.source)
+    return tokenize(tokenizer, prompt) or [prefix_token(tokenizer)]
 
 
 def generate(

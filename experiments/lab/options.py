@@ -16,6 +16,7 @@ from chai_jax.console import console
 from chai_jax.data.tasks import TASKS
 from chai_jax.errors import InputError
 from chai_jax.run.options import parse_list
+from chai_jax.sources import source_of
 
 Record = dict[str, Any]
 
@@ -70,7 +71,7 @@ class Options(Common):
         """The run of `chai-jax run` that these options would start."""
         names = ("data_dir", "limit", "finetune", "storage", "train")
         shared = {name: getattr(self, name) for name in names}
-        return RunConfig(model, task, seed=seed, planning=self.planning.filled(toy=model == "toy"), **shared)
+        return RunConfig(model, task, seed=seed, planning=self.planning.filled(source_of(model).planning), **shared)
 
 
 def command_line(public: Mapping[str, str]) -> str:

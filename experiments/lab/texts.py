@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from chai_jax.data.text import read_text
+from chai_jax.data.text import read_text_file
 from chai_jax.errors import InputError
 
 
@@ -13,7 +13,7 @@ def documents(path: Path) -> list[str]:
     Raises:
         InputError: it cannot be read, or a line is no object with a text.
     """
-    text = read_text(path)
+    text = read_text_file(path)
     if ".jsonl" not in path.name:
         return [text]
     found = []

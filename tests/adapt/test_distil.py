@@ -12,7 +12,7 @@ import pytest
 
 from chai_jax.adapt import step as steps
 from chai_jax.adapt.distil import distil, distillation_loss
-from chai_jax.adapt.updates import pack
+from chai_jax.adapt.updates import pack_update
 from chai_jax.config import DistilConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
@@ -29,7 +29,7 @@ def gradients(
     configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
     loss = partial(distillation_loss, configs, specs, jnp.float32, temperature, alpha)
     masters, frozen = steps.split(student.params, steps.everything(student.params))
-    batch = pack(examples, (2, 8), 32, 6)
+    batch = pack_update(examples, (2, 8), 32, 6)
     return jax.jit(partial(steps.gradients, loss))(masters, frozen, teacher.params, batch)
 
 

@@ -14,7 +14,7 @@ import pytest
 from chai_jax.adapt import finetune as module
 from chai_jax.adapt import step as steps
 from chai_jax.adapt.finetune import completion_loss, cross_entropy, finetune, sum_over_targets
-from chai_jax.adapt.updates import pack
+from chai_jax.adapt.updates import pack_update
 from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.files.store import load
@@ -54,7 +54,7 @@ def test_gradient_is_torchs(torch: ModuleType, tmp_path: Path, examples: list[En
     model = load(tmp_path / "weights")
     masters, frozen = steps.split(model.params, steps.everything(model.params))
     loss = partial(completion_loss, model.config, model.spec, jnp.float32)
-    ours, means = jax.jit(partial(steps.gradients, loss))(masters, frozen, None, pack(examples, (2, 8), 32, 6))
+    ours, means = jax.jit(partial(steps.gradients, loss))(masters, frozen, None, pack_update(examples, (2, 8), 32, 6))
 
     expected = torch_loss(torch, network, examples)
     expected.backward()
@@ -70,7 +70,7 @@ def test_gradient_is_torchs(torch: ModuleType, tmp_path: Path, examples: list[En
 
 def test_steps_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch, examples: list[Encoded]) -> None:
     """Sums and gradients are those of all logits at once, whether the head takes all eight columns or two."""
-    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), pack(examples, (1, 16), 32, 6))
+    batch = jax.tree.map(lambda x: jnp.asarray(x[0]), pack_update(examples, (1, 16), 32, 6))
     hidden = jnp.asarray(np.random.default_rng(0).standard_normal((16, 8, 53)), jnp.float32)
 
     def total(hidden: Any) -> Any:

@@ -13,7 +13,7 @@ import pytest
 from chai_jax.adapt import teacher as caching
 from chai_jax.adapt.distil import distil
 from chai_jax.adapt.teacher import cache_teacher
-from chai_jax.adapt.updates import pack
+from chai_jax.adapt.updates import pack_update
 from chai_jax.config import Checkpoints, DistilConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
@@ -73,7 +73,7 @@ def test_the_file_holds_every_target_once_and_is_used_again(
         expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         np.testing.assert_allclose(found.values[found.begins[at] : found.begins[at + 1]], expected, atol=1e-4)
     members = [3, 0, 9]
-    batch = found.attach(pack([examples[at] for at in members], (2, 2), 32, 6), members)
+    batch = found.attach(pack_update([examples[at] for at in members], (2, 2), 32, 6), members)
     assert batch.teacher.shape == (*batch.positions.shape, 53)
     np.testing.assert_array_equal(batch.teacher[0, 1, 0], found.values[found.begins[0]])
     assert not batch.teacher[1, 1].any()

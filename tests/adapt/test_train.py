@@ -17,7 +17,7 @@ from chai_jax.adapt import step as steps
 from chai_jax.adapt import train as training
 from chai_jax.adapt.finetune import completion_loss, finetune
 from chai_jax.adapt.target import layer_mask
-from chai_jax.adapt.updates import Batch, pack
+from chai_jax.adapt.updates import Batch, pack_update
 from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
@@ -26,7 +26,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import declare
 from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.model.sharding import Layout, make_mesh
-from chai_jax.score.loglikelihood import loglikelihood as score
+from chai_jax.score.loglikelihood import loglikelihoods
 
 Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)
@@ -45,6 +45,12 @@ def gradients(model: Model, batch: Batch, layout: Layout | None = None) -> tuple
     return jax.jit(partial(steps.gradients, loss_of(model)))(masters, frozen, None, batch)
 
 
+def mean_loss(model: Model, encoded: list[Encoded]) -> float:
+    """Cross-entropy in nats per target token, over all targets, as scoring computes it."""
+    targets = sum(len(example.tokens) - example.start for example in encoded)
+    return -float(loglikelihoods(model, encoded)[:, 0].sum()) / targets
+
+
 def assert_close(one: Any, other: Any, atol: float = 1e-5) -> None:
     jax.tree.map(partial(np.testing.assert_allclose, atol=atol, rtol=1e-5), one, other)
 
@@ -56,11 +62,11 @@ def assert_identical(one: Any, other: Any) -> None:
 @pytest.fixture(scope="module")
 def whole(tiny: Build, examples: list[Encoded]) -> tuple[Any, Any]:
     """Gradient and means of all sixteen examples in one microbatch on one device; every answer's length differs."""
-    return gradients(tiny(), pack(examples, (1, 16), 32, 6))
+    return gradients(tiny(), pack_update(examples, (1, 16), 32, 6))
 
 
 def test_accumulation_changes_nothing(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
-    assert_close(gradients(tiny(), pack(examples, (8, 2), 32, 6)), whole)
+    assert_close(gradients(tiny(), pack_update(examples, (8, 2), 32, 6)), whole)
 
 
 @pytest.mark.parametrize(("model_axis", "fsdp"), [(1, False), (2, False), (2, True)])
@@ -68,13 +74,13 @@ def test_devices_and_empty_rows_change_nothing(
     tiny: Build, examples: list[Encoded], whole: tuple[Any, Any], model_axis: int, fsdp: bool
 ) -> None:
     layout = Layout(make_mesh(model=model_axis), fsdp)
-    found = gradients(tiny(), pack(examples, (3, 8), 32, 6), layout)  # eight rows are empty
+    found = gradients(tiny(), pack_update(examples, (3, 8), 32, 6), layout)  # eight rows are empty
     assert len(jax.tree.leaves(found)[0].sharding.device_set) == 8
     assert_close(found, whole)
 
 
 def test_mean_is_over_targets(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
-    np.testing.assert_allclose(whole[1]["loss"], score.mean_loss(tiny(), examples), atol=1e-5)
+    np.testing.assert_allclose(whole[1]["loss"], mean_loss(tiny(), examples), atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +177,7 @@ def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
         assert jax.tree.leaves(frozen) == []
         assert {leaf.dtype for leaf in jax.tree.leaves(masters)} == {jnp.dtype(jnp.float32)}
         shifted = jax.tree.map(lambda x: x * 1.01 + 1e-4, masters)
-        stored = steps.store(shifted, model.params)
+        stored = steps.as_stored(shifted, model.params)
         assert jax.tree.structure(stored) == jax.tree.structure(model.params)
         for new, old in zip(jax.tree.leaves(stored), jax.tree.leaves(model.params), strict=True):
             assert (new.dtype, new.shape) == (old.dtype, old.shape)
@@ -186,11 +192,11 @@ def test_loss_is_that_of_the_model_as_stored(
     model = tiny(dtype=jnp.bfloat16, **{weights: (0,)}, storage=weights)
     everything = steps.everything(model.params)
     step, state, frozen = training.prepare(model, loss_of(model), SHORT, 2, everything, one_device)
-    batch = one_device.join(pack(examples, (2, 8), 32, 6), 8)
+    batch = one_device.join(pack_update(examples, (2, 8), 32, 6), 8)
     for _ in range(2):
-        stored = model.replace(params=steps.store(state.masters, model.params))
+        stored = model.replace(params=steps.as_stored(state.masters, model.params))
         assert is_leaf(stored.params["layers"]["0"]["up"]["kernel"])
-        expected = score.mean_loss(stored, examples)
+        expected = mean_loss(stored, examples)
         state, means = step(state, frozen, None, batch)
         np.testing.assert_allclose(means["loss"], expected, atol=2e-4)
 
@@ -221,7 +227,7 @@ def test_int4_weights_train_and_stay_int4(tiny: Build, examples: list[Encoded], 
     old, new = (each.params["layers"]["0"]["up"]["kernel"].packed for each in (model, tuned))
     assert (old != new).any()
     assert log[-1]["loss"] < log[0]["loss"]
-    np.testing.assert_allclose(score.mean_loss(tuned, examples), log[-1]["loss"], rtol=0.2)
+    np.testing.assert_allclose(mean_loss(tuned, examples), log[-1]["loss"], rtol=0.2)
 
 
 def test_nothing_exists_for_frozen_leaves(tiny: Build, one_device: Layout) -> None:
@@ -295,7 +301,7 @@ def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole:
     model = tiny()
     masters, frozen = steps.split(model.params, steps.everything(model.params))
     step = jax.jit(partial(steps.gradients, loss_of(model, jnp.bfloat16)))
-    gradient, means = step(masters, frozen, None, pack(examples, (2, 8), 32, 6))
+    gradient, means = step(masters, frozen, None, pack_update(examples, (2, 8), 32, 6))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(means["loss"], whole[1]["loss"], rtol=0.05)
     assert means["loss"] != whole[1]["loss"]
@@ -328,7 +334,7 @@ def test_choices_of_memory_change_little(
 @pytest.mark.slow
 def test_remat_keeps_little_for_the_backward_pass(tiny: Build, examples: list[Encoded]) -> None:
     """Each layer's input rather than all it made; counted where autodiff keeps it, before any compiler."""
-    model, batch = tiny(), jax.tree.map(lambda x: jnp.asarray(x[0]), pack(examples, (1, 16), 32, 6))
+    model, batch = tiny(), jax.tree.map(lambda x: jnp.asarray(x[0]), pack_update(examples, (1, 16), 32, 6))
     weights = {id(leaf) for leaf in jax.tree.leaves(model.params)}
 
     def kept(remat: bool) -> int:

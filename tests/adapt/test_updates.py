@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from chai_jax.adapt.updates import encode_examples, microbatches, pack, updates
+from chai_jax.adapt.updates import encode_examples, microbatches, pack_update, updates
 from chai_jax.config import TrainConfig
 from chai_jax.data.batches import Encoded, Example, encode
 from chai_jax.errors import InputError
@@ -79,7 +79,7 @@ def test_refuses(examples: list[Example | Encoded], message: str) -> None:
 
 
 def test_arrays_say_what_the_examples_say(examples: list[Encoded]) -> None:
-    batch = pack(examples[:10], (3, 4), 32, 6)
+    batch = pack_update(examples[:10], (3, 4), 32, 6)
     assert batch.tokens.shape == (3, 4, 16)
     assert batch.targets.shape == (3, 4, 8)
     for row, example in enumerate(examples[:10]):
@@ -101,9 +101,9 @@ def test_arrays_say_what_the_examples_say(examples: list[Encoded]) -> None:
 
 def test_shares_of_the_rows_make_up_the_batch(examples: list[Encoded]) -> None:
     """Two processes, the second with the rows between the first's: together they pack what one would."""
-    whole = pack(examples[:10], (3, 4), 32, 6)
+    whole = pack_update(examples[:10], (3, 4), 32, 6)
     for share in ([0, 3], [1, 2]):
-        part = pack(examples[:10], (3, 4), 32, 6, share)
+        part = pack_update(examples[:10], (3, 4), 32, 6, share)
         jax.tree.map(lambda all_rows, own, at=share: np.testing.assert_array_equal(own, all_rows[:, at]), whole, part)
 
 
@@ -115,7 +115,7 @@ def test_shapes_are_few() -> None:
             encoded = [
                 Encoded((5,) * LENGTHS[at], max(1, LENGTHS[at] - int(random.integers(1, widest + 1)))) for at in one
             ]
-            batch = pack(encoded, (2, 8), 118, widest)
+            batch = pack_update(encoded, (2, 8), 118, widest)
             shapes.add((batch.tokens.shape, batch.targets.shape))
         assert len(shapes) == 4  # inputs of 16, 32, 64 and 118
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from chai_jax.analyse.budget import Budget, plan_within
-from chai_jax.analyse.costs import LayerCosts, Measure, interpolate, latent
+from chai_jax.analyse.costs import CostMeter, LayerCosts, interpolate, latent
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.explain import cache_fraction
-from chai_jax.analyse.gate import Gate, tried
+from chai_jax.analyse.gate import Gate, measured_kl
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.compress.cluster import LayerMerge, Stream, cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import Windows
 from chai_jax.errors import InputError
-from chai_jax.inputs.fields import parse
+from chai_jax.inputs.fields import parse_as
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
@@ -186,7 +186,7 @@ def test_a_rank_costs_what_merging_by_it_costs(model: Model, seen: Probe) -> Non
     """Cutting columns off one merge is the merge of that rank, for clusters as for latents."""
     plan, text = Plan((), score_merge="low_rank", value_merge="low_rank"), (seen.tokens, seen.mask)
     singles = tuple(ClusterPlan((head,), head) for head in range(6))
-    found = Measure(model, seen, text, plan, lambda index, count: singles).layer(("qkv", "kv"), ["bfloat16"], ())
+    found = CostMeter(model, seen, text, plan, lambda index, count: singles).layer(("qkv", "kv"), ["bfloat16"], ())
     damage, stream = Damage(model, *text), Stream(model, seen)
     assert set(found.ranks) == set(found.latent) == {"key", "value"}
     for sizes, whole, full in (
@@ -227,7 +227,7 @@ def test_interpolation_is_monotone_and_exact_where_measured() -> None:
 def test_costs_survive_json() -> None:
     ranks, latent = {"key": {2: 0.3}}, {"key": {4: 0.1}, "value": {4: 0.2}}
     costs = LayerCosts({"qkv": {1: 0.5, 6: 0.0}}, ranks, latent, {"int8": 0.01}, {})
-    assert parse(LayerCosts, json.loads(json.dumps(dataclasses.asdict(costs))), "costs", whole=True) == costs
+    assert parse_as(LayerCosts, json.loads(json.dumps(dataclasses.asdict(costs))), "costs", whole=True) == costs
 
 
 def test_the_gate_names_the_layer_to_blame(model: Model, seen: Probe) -> None:
@@ -244,7 +244,7 @@ def test_the_gate_names_the_layer_to_blame(model: Model, seen: Probe) -> None:
 def test_what_was_tried_is_what_the_whole_compressed_model_does(model: Model, seen: Probe, costs: Path) -> None:
     made = plan_within(model, seen, Budget(0.2), file=costs)
     clustered = cluster(model, made, seen)
-    measured = tried(model, clustered, made, Windows(seen.tokens, seen.mask))
+    measured = measured_kl(model, clustered, made, Windows(seen.tokens, seen.mask))
     assert measured == pytest.approx(Damage(model, seen.tokens, seen.mask).of_model(quantize(clustered, made))[0])
     # Nearly all of it is of small latents, whose ranks lie between measured ones.
     assert measured == pytest.approx(made.predicted, rel=0.25)
@@ -263,7 +263,7 @@ def cost_of(layer: LayerPlan, costs: LayerCosts) -> float:
 @pytest.mark.parametrize("fraction", [0.8, 0.4, 0.2])
 def test_a_prediction_is_the_sum_of_what_was_measured(model: Model, seen: Probe, costs: Path, fraction: float) -> None:
     made = plan_within(model, seen, Budget(fraction), file=costs)
-    measured = parse(tuple[LayerCosts, ...], json.loads(costs.read_text())["layers"], "layers")
+    measured = parse_as(tuple[LayerCosts, ...], json.loads(costs.read_text())["layers"], "layers")
     expected = sum(cost_of(*pair) for pair in zip(made.layers, measured, strict=True))
     assert made.predicted == pytest.approx(expected, abs=1e-7)
 

@@ -8,8 +8,9 @@ import pytest
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits
 
-from chai_jax.analyse.cluster import assign, cluster_count, curve, elbow, medoid, round_up
+from chai_jax.analyse.cluster import cluster_count, clusters_of, curve, elbow, medoid
 from chai_jax.errors import InputError
+from chai_jax.plans.plan import round_up
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def test_curve_is_the_inertia_of_sklearn(features: np.ndarray) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 9])
 def test_assign_is_the_partition_of_sklearn(features: np.ndarray, count: int) -> None:
     labels = KMeans(count, n_init=10, random_state=0).fit(features).labels_
-    clusters = assign(features, count)
+    clusters = clusters_of(features, count)
     assert len(clusters) == count
     for heads in clusters:
         assert list(heads) == sorted(np.flatnonzero(labels == labels[heads[0]]))
@@ -46,12 +47,12 @@ def test_assign_is_the_partition_of_sklearn(features: np.ndarray, count: int) ->
 
 
 def test_as_many_clusters_as_heads_merge_nothing_though_heads_be_equal() -> None:
-    assert assign(np.ones((4, 4)), 4) == ((0,), (1,), (2,), (3,))
+    assert clusters_of(np.ones((4, 4)), 4) == ((0,), (1,), (2,), (3,))
 
 
 def test_equal_heads_give_fewer_clusters_without_a_warning() -> None:
     features = np.repeat(np.eye(3), 2, axis=0)
-    assert assign(features, 5) == ((0, 1), (2, 3), (4, 5))
+    assert clusters_of(features, 5) == ((0, 1), (2, 3), (4, 5))
     assert curve(features)[2:] == pytest.approx(0)
 
 
@@ -81,7 +82,7 @@ def test_the_elbow_of_separate_crowds_is_their_number() -> None:
     rng = np.random.default_rng(0)
     features = np.repeat(np.eye(4, 12), 3, axis=0) + 1e-3 * rng.normal(size=(12, 12))
     assert elbow(curve(features)) == 4
-    assert assign(features, 4) == ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11))
+    assert clusters_of(features, 4) == ((0, 1, 2), (3, 4, 5), (6, 7, 8), (9, 10, 11))
 
 
 def test_the_medoid_is_nearest_to_all_others(features: np.ndarray) -> None:

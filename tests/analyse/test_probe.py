@@ -97,13 +97,13 @@ def test_a_head_that_is_flat_on_every_row_correlates_with_none(make: Make, windo
     assert not zero.correlation.any()
 
 
-def test_the_importance_of_a_silent_head_is_zero(make: Make, windows: list[list[int]]) -> None:
+def test_a_silent_head_has_no_output(make: Make, windows: list[list[int]]) -> None:
     model = make()
     output = model.params["layers"]["2"]["output"]
     output["kernel"] = output["kernel"].at[3].set(0.0)
-    importance = probe(model, windows).importance
-    assert importance[2, 3] == 0
-    assert importance[2, 2] > 0
+    norms = np.einsum("lhh->lh", probe(model, windows).outputs)
+    assert norms[2, 3] == 0
+    assert norms[2, 2] > 0
 
 
 def test_heads_keep_their_numbers_when_they_are_stored_in_another_order(make: Make, windows: list[list[int]]) -> None:
@@ -114,7 +114,8 @@ def test_heads_keep_their_numbers_when_they_are_stored_in_another_order(make: Ma
     assert stored.spec.layers[0].clusters != model.spec.layers[0].clusters
     one, two = probe(model, windows), probe(stored, windows)
     np.testing.assert_allclose(two.correlation, one.correlation, atol=0.02)
-    np.testing.assert_allclose(two.importance, one.importance, rtol=0.02)
+    norms, expected = (np.einsum("lhh->lh", found.outputs) for found in (two, one))
+    np.testing.assert_allclose(norms, expected, rtol=0.02)
 
 
 def test_save_and_load(make: Make, windows: list[list[int]], tmp_path: Path) -> None:
@@ -202,7 +203,7 @@ def test_torn_probes_are_refused_or_whole(make: Make, windows: list[list[int]], 
 def test_a_probe_is_a_file_of_bounded_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fifo, bomb = tmp_path / "fifo", tmp_path / "bomb.npz"
     os.mkfifo(fifo)
-    monkeypatch.setattr("chai_jax.analyse.probe.MOST", 2**20)
+    monkeypatch.setattr("chai_jax.analyse.probe.MOST_PROBE_BYTES", 2**20)
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr("attention.npy", bytes(2**20 + 1))
     for path, message in ((fifo, "not a regular file"), (bomb, "more than"), (Path("/dev/zero"), "not a regular file")):

@@ -11,14 +11,15 @@ import jax
 import pytest
 
 from chai_jax.aot import tpu
-from chai_jax.aot.compiled import GIB, Record, _hbm, largest_batch, measure, report
+from chai_jax.aot.compiled import GIB, _hbm, largest_batch, measure, report
 from chai_jax.aot.cost import cost
 from chai_jax.aot.programs import Job, Shapes, dense_spec, lower, spec_of
 from chai_jax.aot.tpu import mesh_of, topology
 from chai_jax.cli import main
 from chai_jax.errors import InputError
 from chai_jax.files.families.opt import config_fields
-from chai_jax.files.published import KNOWN, architecture_of
+from chai_jax.files.published import PUBLISHED, architecture_of
+from chai_jax.inputs.reading import Record
 from chai_jax.model.cache import bytes_per_token, cache_bytes
 from chai_jax.model.params import declare
 from chai_jax.model.sharding import Layout
@@ -167,7 +168,7 @@ def test_too_large_a_job_is_reported_with_what_is_missing() -> None:
 
 @needs_libtpu
 def test_the_command(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config_fields(SMALL)))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt", **config_fields(SMALL)}))
     assert main(["aot", str(tmp_path), "--job", "decode", "--batch", "8", "--seq", "64", "--mesh", "4x2"]) == 0
     record = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (record["topology"], record["mesh_shape"], record["fits"]) == ("v3:2x2", {"data": 4, "model": 2}, True)
@@ -231,8 +232,9 @@ def test_no_libtpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_configs(tmp_path: Any) -> None:
     with pytest.raises(InputError, match="no folder"):
         architecture_of("facebook/opt-66b")
-    (tmp_path / "config.json").write_text(json.dumps(config_fields(KNOWN["facebook/opt-350m"])))
-    assert architecture_of(str(tmp_path)) == KNOWN["facebook/opt-350m"]
+    shape = PUBLISHED["facebook/opt-350m"]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "opt", **config_fields(shape)}))
+    assert architecture_of(str(tmp_path)) == shape
 
 
 @pytest.mark.parametrize(("name", "millions"), [("125m", 125.2), ("350m", 331.2), ("1.3b", 1315.8), ("6.7b", 6658.5)])
@@ -242,7 +244,7 @@ def test_known_models_have_as_many_weights_as_published(name: str, millions: flo
 
     import jax
 
-    config = KNOWN[f"facebook/opt-{name}"]
+    config = PUBLISHED[f"facebook/opt-{name}"]
     declared = jax.tree.leaves(declare(config, dense_spec(config)), is_leaf=lambda leaf: hasattr(leaf, "axes"))
     assert sum(math.prod(leaf.shape) for leaf in declared) / 1e6 == pytest.approx(millions, abs=0.05)
 

@@ -11,10 +11,11 @@ import pytest
 from chai_jax.bench import sweep
 from chai_jax.bench.floor import Rates
 from chai_jax.bench.race import MEASURES, Shape, long_run
-from chai_jax.bench.sweep import random_model, shapes, throughput, variants
+from chai_jax.bench.sweep import shapes, throughput, variants
 from chai_jax.cli import main
 from chai_jax.commands.bench import numbers
 from chai_jax.errors import InputError
+from chai_jax.files.published import random_model
 from chai_jax.model.cache import cache_bytes
 
 Record = dict[str, Any]

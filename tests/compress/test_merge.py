@@ -7,7 +7,7 @@ import pytest
 import scipy.optimize
 
 from chai_jax.compress.merge import (
-    Heads,
+    HeadWeights,
     InputMoments,
     OutputMoments,
     Scores,
@@ -33,10 +33,10 @@ def x() -> np.ndarray:
 
 
 @pytest.fixture
-def heads() -> Heads:
+def heads() -> HeadWeights:
     random = np.random.default_rng(1)
     shapes = ((D, M, K), (M, K), (D, M, K), (D, M, K), (M, K), (M, K, D))
-    return Heads(*(random.standard_normal(shape) for shape in shapes))
+    return HeadWeights(*(random.standard_normal(shape) for shape in shapes))
 
 
 def moments_of(x: np.ndarray) -> InputMoments:
@@ -44,7 +44,7 @@ def moments_of(x: np.ndarray) -> InputMoments:
     return InputMoments(ones.T @ ones / len(x))
 
 
-def head_scores(heads: Heads, x: np.ndarray) -> np.ndarray:
+def head_scores(heads: HeadWeights, x: np.ndarray) -> np.ndarray:
     """[m, T, S], keys centred: what is constant over keys means nothing to a softmax."""
     query = np.einsum("td,dmk->mtk", x, heads.query) + heads.query_bias[:, None]
     return query @ np.einsum("sd,dmk->msk", x - x.mean(axis=0), heads.key).transpose(0, 2, 1)
@@ -55,7 +55,7 @@ def merged_scores(merged: Scores, x: np.ndarray) -> np.ndarray:
     return query @ (x @ merged.key + merged.key_bias).T
 
 
-def head_values(heads: Heads, x: np.ndarray) -> np.ndarray:
+def head_values(heads: HeadWeights, x: np.ndarray) -> np.ndarray:
     """[m, T, D]: what each head adds to the output if it attends to one token alone."""
     value = np.einsum("td,dmk->mtk", x, heads.value) + heads.value_bias[:, None]
     return np.einsum("mtk,mkd->mtd", value, heads.output)
@@ -89,7 +89,7 @@ def best_by_search(target: np.ndarray, left: np.ndarray, right: np.ndarray, rank
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_low_rank_scores_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, rank: int) -> None:
+def test_low_rank_scores_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
     wanted = head_scores(heads, x).mean(axis=0)
     found = square(wanted - merged_scores(low_rank_scores(heads, moments_of(x), rank), x)[0])
     ones = np.concatenate([x, np.ones((N, 1))], axis=1)
@@ -98,7 +98,7 @@ def test_low_rank_scores_are_the_best_of_their_rank(heads: Heads, x: np.ndarray,
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_low_rank_values_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, rank: int) -> None:
+def test_low_rank_values_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
     merged = low_rank_values(heads, moments_of(x), rank)
     wanted = head_values(heads, x).sum(axis=0)
     found = square(wanted - merged_values(merged, x)[0])
@@ -109,7 +109,7 @@ def test_low_rank_values_are_the_best_of_their_rank(heads: Heads, x: np.ndarray,
 
 
 @pytest.mark.parametrize("rank", [2, 4])
-def test_latent_scores_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, rank: int) -> None:
+def test_latent_scores_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
     """All heads read one latent: sum over heads of |score_h - A_h latent|^2, weighed by what the queries are."""
     wanted = head_scores(heads, x)
     found = square(wanted - merged_scores(latent_scores(heads, moments_of(x), rank), x))
@@ -129,7 +129,7 @@ def test_latent_scores_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, r
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_latent_values_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, rank: int) -> None:
+def test_latent_values_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
     merged = latent_values(heads, moments_of(x), rank)
     wanted = head_values(heads, x)
     means = wanted.mean(axis=1, keepdims=True)
@@ -142,7 +142,7 @@ def test_latent_values_are_the_best_of_their_rank(heads: Heads, x: np.ndarray, r
     assert found > 1e-3
 
 
-def test_the_spectra_say_what_each_rank_loses(heads: Heads, x: np.ndarray) -> None:
+def test_the_spectra_say_what_each_rank_loses(heads: HeadWeights, x: np.ndarray) -> None:
     """Sums over heads and tokens (pairs of tokens) of the squared error are the tails of the spectra."""
     moments = moments_of(x)
     keys, values = spectra(heads, moments)
@@ -155,7 +155,7 @@ def test_the_spectra_say_what_each_rank_loses(heads: Heads, x: np.ndarray) -> No
         assert M * D * square(wanted - out) == pytest.approx(np.sum(values[rank:] ** 2), abs=1e-9)
 
 
-def test_full_rank_is_exact(heads: Heads, x: np.ndarray) -> None:
+def test_full_rank_is_exact(heads: HeadWeights, x: np.ndarray) -> None:
     moments = moments_of(x)
     np.testing.assert_allclose(
         merged_scores(low_rank_scores(heads, moments, D), x)[0], head_scores(heads, x).mean(axis=0), atol=1e-9
@@ -169,7 +169,7 @@ def test_the_covariance_here_is_singular(x: np.ndarray) -> None:
     assert np.linalg.matrix_rank(moments_of(x).covariance, tol=1e-9) == D - 1
 
 
-def test_keys_and_values_are_white_and_centred(heads: Heads, x: np.ndarray) -> None:
+def test_keys_and_values_are_white_and_centred(heads: HeadWeights, x: np.ndarray) -> None:
     moments = moments_of(x)
     for kernel, bias in (
         (lambda one: (one.key, one.key_bias))(latent_scores(heads, moments, 3)),
@@ -182,7 +182,7 @@ def test_keys_and_values_are_white_and_centred(heads: Heads, x: np.ndarray) -> N
         np.testing.assert_allclose(cached.T @ cached / N, np.eye(cached.shape[1]), atol=1e-8)
 
 
-def test_ranks_nest(heads: Heads, x: np.ndarray) -> None:
+def test_ranks_nest(heads: HeadWeights, x: np.ndarray) -> None:
     moments = moments_of(x)
     whole, part = latent_scores(heads, moments, 4), latent_scores(heads, moments, 2)
     np.testing.assert_allclose(np.abs(whole.key[:, :2]), np.abs(part.key), atol=1e-9)
@@ -196,7 +196,7 @@ def attention(random: np.random.Generator) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rank", [1, 3, D])
-def test_fit_is_the_best_regression_of_its_rank(heads: Heads, x: np.ndarray, rank: int) -> None:
+def test_fit_is_the_best_regression_of_its_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
     random = np.random.default_rng(4)
     own, shared = [attention(random) for _ in range(M)], attention(random)
     y = sum(each @ (x @ heads.value[:, h] + heads.value_bias[h]) @ heads.output[h] for h, each in enumerate(own))
@@ -215,14 +215,14 @@ def test_fit_is_the_best_regression_of_its_rank(heads: Heads, x: np.ndarray, ran
     assert error < square(y - shared @ (x @ plain.value + plain.value_bias) @ plain.output[0] - plain.constant)
 
 
-def test_fit_trusts_the_value_path_where_there_is_little_to_go_by(heads: Heads, x: np.ndarray) -> None:
+def test_fit_trusts_the_value_path_where_there_is_little_to_go_by(heads: HeadWeights, x: np.ndarray) -> None:
     nothing = OutputMoments(np.zeros(D), np.zeros(D), 1e-9 * np.eye(D), np.zeros((D, D)))
     merged = fitted_values(heads, nothing, moments_of(x), D, ridge=1e6)
     path = np.einsum("dmk,mke->de", heads.value, heads.output)
     np.testing.assert_allclose(merged.value @ merged.output[0], path, atol=1e-4)
 
 
-def test_no_more_rank_than_there_is(heads: Heads, x: np.ndarray) -> None:
+def test_no_more_rank_than_there_is(heads: HeadWeights, x: np.ndarray) -> None:
     """Columns beyond the rank of what is kept are zeros, not amplified rounding."""
     random = np.random.default_rng(5)
     alike = np.broadcast_to(random.standard_normal((D, 1, 1)), heads.value.shape)

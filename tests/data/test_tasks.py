@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from chai_jax.data.batches import Example
-from chai_jax.data.tasks import TASKS, Request, Row, get_task, held_out, load_rows
+from chai_jax.data.tasks import TASKS, MultipleChoice, Row, get_task, held_out, load_rows
 from chai_jax.errors import InputError
 
 NASTY = [
@@ -56,7 +56,7 @@ def test_requests_are_the_harness_s(name: str, real: bool, tmp_path: Path, reque
     theirs = ConfigurableTask(config={**config, **local, **files})
     theirs.build_all_requests(rank=0, world_size=1)
     asked = [(instance.doc_id, *instance.args) for instance in theirs.instances]
-    ours = [task.request(row) for row in rows]
+    ours = [task.question(row) for row in rows]
     assert asked == [(at, ours[at].context, choice) for at in range(len(rows)) for choice in ours[at].choices]
     assert [theirs.doc_to_target(row) for row in rows] == [each.label for each in ours]
     assert task.normalised == any(metric["metric"] == "acc_norm" for metric in config["metric_list"])
@@ -64,9 +64,9 @@ def test_requests_are_the_harness_s(name: str, real: bool, tmp_path: Path, reque
 
 
 def test_a_request_as_it_is_written() -> None:
-    request = get_task("sst2").request({"sentence": "a witty film . ", "label": 1})
+    request = get_task("sst2").question({"sentence": "a witty film . ", "label": 1})
     context = "a witty film . \nQuestion: Is this sentence positive or negative?\nAnswer:"
-    assert request == Request(context, (" negative", " positive"), 1)
+    assert request == MultipleChoice(context, (" negative", " positive"), 1)
     assert request.example == Example(context, " positive")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from chai_jax.data.text import pages, read_text, split_corpus, windows
+from chai_jax.data.text import pages, read_text_file, split_corpus, windows
 from chai_jax.errors import InputError
 
 TEXT = "a gorgeous , witty film .\n \nIs this sentence é or 電影 ?\n" * 20
@@ -49,7 +49,7 @@ def test_a_byte_order_mark_is_no_text(bpe: Any, tmp_path: Path) -> None:
     for name, text in (("marked", "\ufeff" + TEXT), ("plain", TEXT)):
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    assert {read_text(path) for path in tmp_path.iterdir()} == {TEXT}
+    assert {read_text_file(path) for path in tmp_path.iterdir()} == {TEXT}
 
 
 def test_a_long_text_is_no_news(bpe: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,7 +63,7 @@ def test_wikitext_has_the_windows_its_perplexity_is_known_for(shared: Path) -> N
     """opt-mini's README: perplexity 178.4 over 349,013 tokens: all but the last, short one of the windows of 511."""
     transformers = pytest.importorskip("transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(shared / "models/opt-mini")
-    cut = windows(tokenizer, read_text(shared / "data/wikitext2/test.raw.txt.gz"), 512)
+    cut = windows(tokenizer, read_text_file(shared / "data/wikitext2/test.raw.txt.gz"), 512)
     assert sum(len(window.tokens) - window.start for window in cut[:-1]) == 349_013
     assert len(cut[-1].tokens) == 1 + 267
 
@@ -77,7 +77,7 @@ def test_pages_begin_at_titles_alone() -> None:
 
 def test_wikitext_has_the_documents_the_harness_counts(shared: Path) -> None:
     """62, as EleutherAI/wikitext_document_level has for this split, and every line is in one of them."""
-    text = read_text(shared / "data/wikitext2/test.raw.txt.gz")
+    text = read_text_file(shared / "data/wikitext2/test.raw.txt.gz")
     found = pages(text)
     assert len(found) == 62
     assert "\n".join(found) == text.removeprefix(" \n")
@@ -103,7 +103,7 @@ def test_a_file_reads_the_same_gzipped_or_not(tmp_path: Path) -> None:
     plain, packed = tmp_path / "text.txt", tmp_path / "text.txt.gz"
     plain.write_bytes(TEXT.encode())
     packed.write_bytes(gzip.compress(TEXT.encode()))
-    assert read_text(plain) == read_text(str(packed)) == TEXT
+    assert read_text_file(plain) == read_text_file(str(packed)) == TEXT
 
 
 WHOLE = gzip.compress(TEXT.encode(), mtime=0)
@@ -120,15 +120,15 @@ BAD = {
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(BAD[name])
     with pytest.raises(InputError, match=rf"cannot read .*{name} \(.+\); expected UTF-8 text") as raised:
-        read_text(tmp_path / name)
+        read_text_file(tmp_path / name)
     assert "\n" not in str(raised.value)
 
 
 def test_a_missing_file_a_folder_and_an_empty_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"none\.txt \(No such file"):
-        read_text(tmp_path / "none.txt")
+        read_text_file(tmp_path / "none.txt")
     with pytest.raises(InputError, match=r"\(not a regular file\)"):
-        read_text(tmp_path)
+        read_text_file(tmp_path)
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(InputError, match="holds no text"):
-        read_text(tmp_path / "empty.txt")
+        read_text_file(tmp_path / "empty.txt")

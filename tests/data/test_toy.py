@@ -84,7 +84,7 @@ def test_the_toy_is_a_task() -> None:
     task = get_task("toy")
     rows = load_rows(task, "validation", limit=5)
     assert rows == toy.toy_rows("validation")[:5]
-    request = task.request({"sentence": "the plot is fresh .", "label": 1})
+    request = task.question({"sentence": "the plot is fresh .", "label": 1})
     assert request.context == "the plot is fresh .\nIs it good?\nAnswer:"
     assert request.choices == (" no", " yes")
     assert request.example.completion == " yes"
@@ -94,7 +94,7 @@ def test_the_tokenizer_knows_every_word_and_nothing_else() -> None:
     tokenizer, task = toy.toy_tokenizer(), get_task("toy")
     used = set()
     for row in ROWS:
-        request = task.request(row)
+        request = task.question(row)
         tokens = [encode(tokenizer, request.context, choice) for choice in request.choices]
         assert all(len(each.tokens) == each.start + 1 for each in tokens), "an answer is one token"
         assert tokens[0].tokens[0] == 2

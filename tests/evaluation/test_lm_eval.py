@@ -24,7 +24,7 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.data.batches import encode
 from chai_jax.data.tasks import get_task, load_rows
-from chai_jax.data.text import pages, read_text
+from chai_jax.data.text import pages, read_text_file
 from chai_jax.data.toy import toy_rows, toy_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.evaluation.harness_tasks import write_tasks
@@ -244,7 +244,7 @@ def test_the_command_hands_the_harness_its_options(
     # Word perplexity by its definition, over three documents; words are what blanks separate, at the ends too.
     documents = [json.loads(line) for line in written["samples_wikitext"].read_text().splitlines()]
     total = sum(float(document["filtered_resps"][0]) for document in documents)
-    words = sum(len(re.split(r"\s+", page)) for page in pages(read_text(data / "wikitext2/test.raw.txt")))
+    words = sum(len(re.split(r"\s+", page)) for page in pages(read_text_file(data / "wikitext2/test.raw.txt")))
     assert found["results"]["wikitext"]["word_perplexity,none"] == pytest.approx(np.exp(-total / words), rel=1e-9)
 
 

@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import metadata_load
 
 from chai_jax.compress.quantize import with_storage
-from chai_jax.files.card import OPT_NOTICE, front_matter, origin
+from chai_jax.files.card import front_matter, origin
 from chai_jax.files.export import export
+from chai_jax.files.families.opt import LICENCE
 from chai_jax.files.store import load, save
 from chai_jax.inputs.reading import SMALL
 from chai_jax.model.cache import bytes_per_token
@@ -56,7 +57,7 @@ def test_opt_of_facebook(tmp_path: Path, from_: Any) -> None:
         fields = metadata_load(tmp_path / folder / "README.md")
         assert (fields["base_model"], fields["license"]) == ("facebook/opt-125m", "other")
         assert fields["license_link"].endswith("projects/OPT/MODEL_LICENSE.md")
-        assert OPT_NOTICE in (tmp_path / folder / "README.md").read_text()
+        assert LICENCE.notice in (tmp_path / folder / "README.md").read_text()
 
 
 @pytest.mark.parametrize("source", ["", "nowhere/at-all", "runs/a--b", "/no/such/folder"])

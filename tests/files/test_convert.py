@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from chai_jax.errors import InputError
-from chai_jax.files.convert import table, to_hf
+from chai_jax.files.convert import tensor_table, to_hf
 from chai_jax.files.store import load
 from chai_jax.plans.architecture import Architecture
 
@@ -30,11 +30,11 @@ CHANGES: dict[str, tuple[Callable[[Arrays], Any], str]] = {
     "missing": (lambda x: x.pop(NAME), rf"the weights lack {NAME} \[12, 12\], which config\.json demands"),
     "unknown": (
         lambda x: x.update(extra=x[NAME]),
-        r"model\.safetensors holds 'extra', which an OPT .* has no place for",
+        r"model\.safetensors holds 'extra', which a model .* has no place for",
     ),
     "another layer": (
         lambda x: x.update({NAME.replace(".1.", ".2."): x[NAME]}),
-        r"holds 'model\.decoder\.layers\.2\.self_attn\.v_proj\.weight', which an OPT",
+        r"holds 'model\.decoder\.layers\.2\.self_attn\.v_proj\.weight', which a model",
     ),
     "twice": (
         lambda x: x.update({NAME.removeprefix("model."): x[NAME]}),
@@ -183,7 +183,7 @@ def test_table_is_that_of_torch(torch: Any, variant: str) -> None:
     from transformers import OPTConfig as HFConfig
     from transformers import OPTForCausalLM
 
-    from chai_jax.files.families.opt import config_fields
+    from chai_jax.files.families.opt import FAMILY, config_fields
 
     config = dataclasses.replace(SMALL, **VARIANTS[variant])
     with torch.device("meta"):
@@ -191,7 +191,7 @@ def test_table_is_that_of_torch(torch: Any, variant: str) -> None:
     wanted = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if config.tied:
         del wanted[HEAD]
-    assert {row.full_name: row.theirs for row in table(config)} == wanted
+    assert {FAMILY.full_name(row.name): row.theirs for row in tensor_table(config)} == wanted
 
 
 def test_there_and_back(fields: dict[str, Any], arrays: Arrays, write: Callable[..., Path]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from chai_jax.files.unpickle import MOST_BYTES, MOST_OPCODES
+from chai_jax.files.unpickle import MOST_OPCODES, MOST_PICKLE_BYTES
 from tests.files.pickles import archive, entries, name, number, row, tensor, text
 
 MEGABYTES = 256
@@ -274,4 +274,4 @@ def test_little_is_read(answers: dict[str, str], case: str) -> None:
 def test_bounds_are_far_from_what_models_need() -> None:
     """OPT-175B in one file: 96 layers of 16 tensors, some 50 opcodes and 300 bytes each."""
     assert MOST_OPCODES > 96 * 16 * 50 * 8
-    assert MOST_BYTES > 96 * 16 * 300 * 8
+    assert MOST_PICKLE_BYTES > 96 * 16 * 300 * 8

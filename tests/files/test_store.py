@@ -189,7 +189,7 @@ def test_other_folders(tmp_path: Path, random_model: Any) -> None:
         load(tmp_path)
     save(random_model(PRE), tmp_path / "out")
     edit(tmp_path / "out/config.json", model_type="llama")
-    with pytest.raises(InputError, match="holds a model of type 'llama'; expected an OPT: opt or chai_opt"):
+    with pytest.raises(InputError, match="holds a model of type 'llama'; expected one of opt, chai_opt"):
         load(tmp_path / "out")
     edit(tmp_path / "out/config.json", model_type="opt", quantization_config={"quant_method": "gptq"})
     with pytest.raises(InputError, match="holds quantized weights; expected float ones"):

@@ -7,7 +7,7 @@ from typing import Annotated
 import pytest
 
 from chai_jax.errors import InputError
-from chai_jax.inputs.fields import Count, Number, parse
+from chai_jax.inputs.fields import Count, Number, parse_as
 from chai_jax.inputs.reading import parse_json
 
 HUGE = 10**400
@@ -47,7 +47,7 @@ class Whole:
 def test_what_a_field_cannot_be(name: str) -> None:
     for value in WRONG[name]:
         with pytest.raises(InputError, match=rf"it\.{name}\b.*; expected") as caught:
-            parse(Whole, {name: value}, "it")
+            parse_as(Whole, {name: value}, "it")
         assert len(str(caught.value)) < 200
         assert str(caught.value).isprintable()
 
@@ -58,32 +58,32 @@ def test_every_kind_of_field_was_tried() -> None:
 
 def test_json_there_and_back() -> None:
     text = '{"count": 2147483647, "cost": 3, "several": [], "sizes": {"12": 1e-3, "4": -1}, "part": {"size": 2}}'
-    found = parse(Whole, json.loads(text), "it")
+    found = parse_as(Whole, json.loads(text), "it")
     assert found == Whole(2**31 - 1, cost=3.0, several=(), sizes={12: 1e-3, 4: -1.0}, part=Part(2))
     assert type(found.cost) is float
-    assert parse(Whole, found, "it") == found
+    assert parse_as(Whole, found, "it") == found
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e400", "-1e400", str(HUGE)])
 def test_numbers_that_json_can_write_and_nobody_can_use(number: str) -> None:
     for name, expected in (("count", "a whole number from 1 to 2147483647"), ("cost", "a finite number")):
         with pytest.raises(InputError, match=rf"it\.{name} is .*; expected {expected}"):
-            parse(Whole, parse_json(f'{{"{name}": {number}}}'), "it")
+            parse_as(Whole, parse_json(f'{{"{name}": {number}}}'), "it")
 
 
 def test_missing_and_unknown_fields() -> None:
     with pytest.raises(InputError, match="it has an unknown field 'counts'; expected some of count, number"):
-        parse(Whole, {"counts": 1}, "it")
+        parse_as(Whole, {"counts": 1}, "it")
     with pytest.raises(InputError, match="it has an unknown field 4"):
-        parse(Whole, {4: 1}, "it")
+        parse_as(Whole, {4: 1}, "it")
     with pytest.raises(InputError, match="it has no size"):
-        parse(Part, {}, "it")
-    assert parse(Whole, {}, "it") == Whole()
+        parse_as(Part, {}, "it")
+    assert parse_as(Whole, {}, "it") == Whole()
     with pytest.raises(InputError, match="it has no count"):
-        parse(Whole, {}, "it", whole=True)
+        parse_as(Whole, {}, "it", whole=True)
 
 
 def test_values_that_were_made_are_checked_the_same() -> None:
-    assert parse(Part, Part(3), "it") == Part(3)
+    assert parse_as(Part, Part(3), "it") == Part(3)
     with pytest.raises(InputError, match=r"it\.size is 0; expected a whole number from 1 to 2147483647"):
-        parse(Part, Part(0), "it")
+        parse_as(Part, Part(0), "it")

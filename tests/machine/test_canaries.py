@@ -37,7 +37,7 @@ def test_a_canary_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     canary = tmp_path / "canary.py"
     canary.write_text("import time; time.sleep(60)", encoding="utf-8")
     monkeypatch.setattr(canaries, "__file__", str(canary))
-    monkeypatch.setattr(canaries, "SECONDS", 1)
+    monkeypatch.setattr(canaries, "CANARY_SECONDS", 1)
     assert set(canaries.outcomes().values()) == {"hangs: no result within 1 s"}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from chai_jax.adapt.finetune import completion_loss
 from chai_jax.adapt.step import everything, gradients, split
 from chai_jax.adapt.target import layer_mask
-from chai_jax.adapt.updates import pack
+from chai_jax.adapt.updates import pack_update
 from chai_jax.data.batches import Encoded
 from chai_jax.model.flops import Cost, cost
 from chai_jax.model.model import Model
@@ -57,7 +57,7 @@ def test_xla_counts_the_same_products(tiny: Build) -> None:
         num_layers=2, hidden_size=64, embed_dim=32, ffn_dim=256, pre_norm=False, vocab_size=512, max_positions=64
     )
     examples = [Encoded((5,) * 33, 1)] * 8
-    batch = jax.tree.map(jnp.asarray, pack(examples, (1, 8), 32, 32))
+    batch = jax.tree.map(jnp.asarray, pack_update(examples, (1, 8), 32, 32))
     for chosen in (everything(model.params), layer_mask(model.params, {1})):
         masters, frozen = split(model.params, chosen)
         loss = partial(completion_loss, model.config, model.spec, jnp.float32)

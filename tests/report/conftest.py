@@ -18,7 +18,8 @@ from chai_jax.config import RunConfig
 from chai_jax.files.families.opt import config_fields
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
-from chai_jax.run.pipeline import resolved
+from chai_jax.run.pipeline import recorded_settings
+from chai_jax.sources import source_of
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 PATIENCE = 60  # seconds for any one answer
@@ -175,9 +176,9 @@ def write_run(path: Path, config: RunConfig, task: str) -> Path:
         for at, stage in enumerate(("dense", "cluster", "distil", "quantize"))
     ]
     updates = [{"run_stage": "distil", "step": step, "loss": 2.0 / step} for step in range(1, 31)]
-    shape = config_fields(Architecture(64, 32, 2, 4, 64, 24, 32))
-    config = dataclasses.replace(config, planning=config.planning.filled(config.model == "toy"))
-    files = {"config.json": resolved(config), "plan.json": plan.to_json(), "results.json": records}
+    shape = {"model_type": "opt", **config_fields(Architecture(64, 32, 2, 4, 64, 24, 32))}
+    config = dataclasses.replace(config, planning=config.planning.filled(source_of(config.model).planning))
+    files = {"config.json": recorded_settings(config), "plan.json": plan.to_json(), "results.json": records}
     for name, value in {**files, "model/config.json": shape}.items():
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text(json.dumps(value))

@@ -15,7 +15,8 @@ from chai_jax.cli import Command
 from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
 from chai_jax.errors import InputError
 from chai_jax.report.saved import SavedRun
-from chai_jax.run.pipeline import resolved
+from chai_jax.run.pipeline import recorded_settings
+from chai_jax.sources import source_of
 
 CONFIGS = (
     RunConfig(),
@@ -31,18 +32,18 @@ CONFIGS = (
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.model)
 def test_the_command_gives_the_run_again(labelled_run: Path, config: RunConfig) -> None:
     """The program makes of it the configuration that the run recorded, as it does before it starts."""
-    filled = dataclasses.replace(config, planning=config.planning.filled(config.model == "toy"))
-    run = dataclasses.replace(SavedRun.read(labelled_run), config=json.loads(json.dumps(resolved(filled))))
+    filled = dataclasses.replace(config, planning=config.planning.filled(source_of(config.model).planning))
+    run = dataclasses.replace(SavedRun.read(labelled_run), config=json.loads(json.dumps(recorded_settings(filled))))
     program, *argv = shlex.split(run.command)
     parsed = tyro.cli(OmitArgPrefixes[Command], args=argv)  # type: ignore[misc]
-    again = dataclasses.replace(parsed, planning=parsed.planning.filled(parsed.model == "toy"))
+    again = dataclasses.replace(parsed, planning=parsed.planning.filled(source_of(parsed.model).planning))
     assert program == "chai-jax"
-    assert resolved(again) == resolved(filled)
+    assert recorded_settings(again) == recorded_settings(filled)
 
 
 def test_only_what_was_asked_for_is_in_the_command(labelled_run: Path) -> None:
-    filled = RunConfig("m", task="sst2", planning=PlanConfig().filled(toy=False))
-    run = dataclasses.replace(SavedRun.read(labelled_run), config=resolved(filled))
+    filled = RunConfig("m", task="sst2", planning=PlanConfig().filled(source_of("m").planning))
+    run = dataclasses.replace(SavedRun.read(labelled_run), config=recorded_settings(filled))
     assert run.command == "chai-jax run m --task sst2"
 
 

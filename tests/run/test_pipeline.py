@@ -198,7 +198,7 @@ def test_a_given_plan_is_the_one_the_run_began_with(
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     wanted = job(small_model, data, tmp_path / "out", plan=tmp_path / "plan.json", order="")
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.Job, "report", lambda self: {})
+        patch.setattr(pipeline.Pipeline, "report", lambda self: {})
         pipeline.run(wanted)
     if not edited:
         assert [stage["stage"] for stage in pipeline.run(wanted)["stages"]] == ["dense", "cluster"]
@@ -330,7 +330,7 @@ def finished(request: pytest.FixtureRequest) -> Path:
 
 def scored_apart(model: Model, task: Task, rows: list[dict[str, Any]]) -> np.ndarray:
     """Log-likelihoods [row, answer], by one uncached forward pass and in float64 from its logits on."""
-    requests = [task.request(row) for row in rows]
+    requests = [task.question(row) for row in rows]
     encoded = [encode(model.tokenizer, each.context, choice) for each in requests for choice in each.choices]
     longest = max(len(one.tokens) for one in encoded)
     tokens = np.array([[*one.tokens, *[1] * (longest - len(one.tokens))] for one in encoded], np.int32)

@@ -1,4 +1,4 @@
-"""Log-likelihoods and KL against one-by-one numpy arithmetic, and what batching must not change."""
+"""Log-likelihoods against one-by-one numpy arithmetic, and what batching must not change."""
 
 import dataclasses
 from functools import partial
@@ -15,7 +15,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
-from chai_jax.score.loglikelihood import loglikelihood as score
+from chai_jax.score import loglikelihood as score
 from chai_jax.score.questions import Questions, padded_length
 
 CONFIG = Architecture(
@@ -132,9 +132,6 @@ def test_answers_of_one_context_share_it(batches: list[Questions], storage: str)
     rows = sum(int((np.asarray(batch.length) > 0).sum()) for batch in batches)
     # Apart: of each context the three answers of one token have one input.
     assert rows == (3 * 3 + 1 if storage == "int4" else 3)
-    twin = dataclasses.replace(model, params=jax.tree.map(lambda leaf: leaf * 1.1, model.params))
-    expected = [score.answer_kl(model, twin, [question])[0] for question in questions]
-    np.testing.assert_allclose(score.answer_kl(model, twin, questions), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_batches_are_spread_over_all_devices(model: Model, examples: list[Encoded], batches: list[Questions]) -> None:
@@ -187,34 +184,9 @@ def test_scoring_reads_what_the_cache_stores(model: Model, examples: list[Encode
     np.testing.assert_allclose(damaged[:1], reference(random_model(0, "int8"), examples[:1])[:, 0], atol=1e-3)
 
 
-def test_answer_kl_is_the_mean_divergence_over_the_answer(model: Model, examples: list[Encoded]) -> None:
-    student = random_model(1)
-    expected = []
-    for example in examples:
-        teacher_logprobs, student_logprobs = answer_logprobs(model, example), answer_logprobs(student, example)
-        expected.append((np.exp(teacher_logprobs) * (teacher_logprobs - student_logprobs)).sum(-1).mean())
-    np.testing.assert_allclose(score.answer_kl(model, student, examples), expected, rtol=1e-4)
-    np.testing.assert_allclose(score.answer_kl(model, model, examples), 0, atol=1e-6)
-
-
-def test_mean_loss_counts_every_target_once(model: Model, examples: list[Encoded]) -> None:
-    targets = sum(len(example.tokens) - example.start for example in examples)
-    expected = -reference(model, examples)[:, 0].sum() / targets
-    assert score.mean_loss(model, examples) == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.parametrize(
     "example", [Encoded((5, 6), 0), Encoded((5, 6), 2), Encoded(tuple([5] * 50), 3)], ids=["context", "answer", "long"]
 )
 def test_refuses_what_it_cannot_score(model: Model, example: Encoded) -> None:
     with pytest.raises(InputError, match="example 1 has"):
         score.loglikelihoods(model, [Encoded((2, 5, 6), 1), example])
-
-
-def test_refuses_no_examples_and_two_vocabularies(model: Model) -> None:
-    with pytest.raises(InputError, match="no examples"):
-        score.mean_loss(model, [])
-    config = Architecture(98, 16, 2, 2, 32, 48, 16)
-    other = Model(config, model.spec, init(config, model.spec, jax.random.key(0)))
-    with pytest.raises(InputError, match="vocabularies of 97 and 98"):
-        score.answer_kl(model, other, [Encoded((2, 5, 6), 1)])

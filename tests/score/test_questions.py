@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chai_jax.data.batches import Encoded
-from chai_jax.score.questions import MEMBERS, NONE, Tree, batches, most_rows, pack, trees
+from chai_jax.score.questions import MEMBERS, NONE, Tree, batches, most_rows, pack_questions, trees
 
 CONTEXT = (2, 5, 6, 7, 8, 9)
 
@@ -34,7 +34,7 @@ def test_every_example_is_a_path_of_its_tree() -> None:
 def test_one_row_holds_what_is_common_once() -> None:
     (tree,) = trees(of((10, 11, 12), (10, 13), (10, 11, 14), (10, 13)), 64, 768)
     assert (tree.shared, tree.branches) == ((*CONTEXT, 10), ((11,), ()))
-    (questions,) = [pack([tree], 2, 16, 4)]
+    (questions,) = [pack_questions([tree], 2, 16, 4)]
     assert questions.tokens[0].tolist() == [*CONTEXT, 10, 11, *[0] * 8]
     assert questions.length.tolist() == [8, 0]
     assert questions.first.tolist() == [5, 0]
@@ -69,7 +69,7 @@ def test_no_row_holds_more_than_some_examples() -> None:
 
 def test_inputs_that_are_equal_need_no_branches() -> None:
     (tree,) = trees(of((10,), (11,), (12,)), 64, None)
-    questions = pack([tree], 1, 16, 3)
+    questions = pack_questions([tree], 1, 16, 3)
     assert questions.branch is None
     assert questions.targets.tolist() == [[[10, 11, 12]]]
 
