@@ -21,7 +21,7 @@ from chai_jax.console import console
 from chai_jax.errors import InputError
 from chai_jax.files.published import architecture_of
 from chai_jax.model.cache import bytes_per_token
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.planned import uniform_plan
 from chai_jax.plans.spec import Spec
@@ -139,10 +139,11 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
         InputError: see `race`.
     """
     timed: list[dict[str, Record]] = []
+    dtype = entrants[0].model.how.dtype
     probes: list[Rates] = []
 
     def look(seconds: float) -> None:
-        probes.append(probe_rates(compute_dtype(), seconds=seconds))
+        probes.append(probe_rates(dtype, seconds=seconds))
 
     shared = jax.default_backend() == "cpu"
     beside = partial(look, LOOK) if shared else None
@@ -150,7 +151,7 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
         look(1.0)
     for number, shape in enumerate(over):
         console.print(f"shape {number + 1} of {len(over)}: {shape}", highlight=False)
-        timed.append(race({one.name: one.build for one in entrants}, shape, trials, seed, tokens, beside))
+        timed.append(race({one.name: one.build for one in entrants}, shape, dtype.name, trials, seed, tokens, beside))
     memory = jax.devices()[0].memory_stats() or {}
     if not shared:
         look(1.0)
@@ -171,7 +172,7 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
 def _row(entrant: Entrant, shape: Shape, timed: Record, rates: Rates) -> Record:
     """What was timed, with `tokens_per_second` while decoding and `inferences_per_second` (scored examples); for each
     of `MEASURES` the `floor` and `floor_fraction`, the part of the median that the floor is."""
-    floors = {name: work.floor(rates) for name, work in works(entrant.model, shape, compute_dtype()).items()}
+    floors = {name: work.floor(rates) for name, work in works(entrant.model, shape).items()}
     return {
         **entrant.facts(),
         **timed,

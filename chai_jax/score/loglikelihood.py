@@ -1,8 +1,9 @@
 """Log-likelihoods and divergences of given answers: every accuracy, loss and sensitivity is computed here.
 
 What examples have in common goes through the model once, rows are sorted by length and padded to a few static shapes
-(`chai_jax.score.questions`), and spread over the current layout's mesh. The last layer, and behind it the vocabulary
-head, sees only the positions that predict a target; the head sees some at a time: logits [B, T, V] never exist.
+(`chai_jax.score.questions`), and split over the devices of the model's layout. The last layer, and behind it the
+vocabulary head, sees only the positions that predict a target; the head sees some at a time: logits [B, T, V] never
+exist.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +18,15 @@ from jaxtyping import Array, Bool, Float, Int32
 from chai_jax.console import track
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
-from chai_jax.model.decoder import forward, unembed
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.decoder import HEAD_ROWS, forward, unembed
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.sharding import Layout, current_layout, whole
+from chai_jax.model.sharding import Layout, whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.score.questions import NONE, Questions, Tree, batches, pack, trees
 
-HEAD_ROWS = 256  # hidden states that meet the vocabulary head at once: 51 MB of float32 logits at V = 50,272
 Total = Any
 
 
@@ -55,36 +56,35 @@ def fold_targets(
 
 
 def logits_at(
-    config: Architecture, params: Params, hidden: Float[Array, "B T D"], positions: Int32[Array, "B N"]
+    config: Architecture, params: Params, hidden: Float[Array, "B T D"], positions: Int32[Array, "B N"], how: Execution
 ) -> Float[Array, "B N V"]:
     """float32 logits of the hidden states at `positions`."""
-    return unembed(config, params, jnp.take_along_axis(hidden, positions[..., None], axis=1))
+    return unembed(config, params, jnp.take_along_axis(hidden, positions[..., None], axis=1), how)
 
 
 def states_of(
-    config: Architecture, spec: Spec, dtype: Any, params: Params, questions: Questions
+    config: Architecture, spec: Spec, how: Execution, params: Params, questions: Questions
 ) -> Float[Array, "B P D"]:
     """Hidden states of the positions that something is expected behind."""
     return forward(
-        config, spec, params, questions.tokens, questions.mask,
-        dtype=dtype, branch=questions.branch, wanted=questions.columns,
-    ).hidden  # fmt: skip
+        config, spec, params, questions.tokens, questions.mask, how, branch=questions.branch, wanted=questions.columns
+    ).hidden
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def target_logprobs(
-    config: Architecture, spec: Spec, dtype: Any, params: Params, questions: Questions
+    config: Architecture, spec: Spec, how: Execution, params: Params, questions: Questions
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
     """Summed log-probability (nats, float32) of each alternative's targets, and whether greedy decoding gives them."""
 
     def step(total: Total, hidden: list[Array], targets: Array) -> Total:
-        logits, counts = unembed(config, params, hidden[0]), targets != NONE
+        logits, counts = unembed(config, params, hidden[0], how), targets != NONE
         chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0), axis=-1)
         chosen -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         hit = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32) == targets
         return total[0] + jnp.where(counts, chosen, 0.0).sum(1), total[1] & (hit | ~counts).all(1)
 
-    hidden = [states_of(config, spec, dtype, params, questions)]
+    hidden = [states_of(config, spec, how, params, questions)]
     rows, _, alternatives = questions.targets.shape
     return fold_targets(
         questions, hidden, step, (jnp.zeros((rows, alternatives)), jnp.ones((rows, alternatives), bool))
@@ -95,7 +95,7 @@ def target_logprobs(
 def target_kl(
     configs: tuple[Architecture, Architecture],
     specs: tuple[Spec, Spec],
-    dtype: Any,
+    how: Execution,
     params: tuple[Params, Params],
     questions: Questions,
 ) -> Float[Array, "B A"]:
@@ -103,15 +103,14 @@ def target_kl(
 
     def step(total: Array, hidden: list[Array], targets: Array) -> Array:
         teacher, student = (
-            jax.nn.log_softmax(unembed(config, tree, x))
+            jax.nn.log_softmax(unembed(config, tree, x, how))
             for config, tree, x in zip(configs, params, hidden, strict=True)
         )
         divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1, keepdims=True)
         return total + jnp.where(targets != NONE, divergence, 0.0).sum(1)
 
     hidden = [
-        states_of(config, spec, dtype, tree, questions)
-        for config, spec, tree in zip(configs, specs, params, strict=True)
+        states_of(config, spec, how, tree, questions) for config, spec, tree in zip(configs, specs, params, strict=True)
     ]
     counts = (questions.targets != NONE).sum(axis=1, dtype=jnp.float32)
     return fold_targets(questions, hidden, step, jnp.zeros(counts.shape)) / jnp.maximum(counts, 1.0)
@@ -128,11 +127,11 @@ def loglikelihoods(
     Raises:
         InputError: an example without context, without target, or longer than the model's positions + 1.
     """
-    out, layout = np.zeros((len(encoded), 2)), current_layout()
-    params = layout.params(model.config, model.spec, model.params)
-    compute = partial(target_logprobs, model.config, model.spec, compute_dtype(), params)
+    out, how = np.zeros((len(encoded), 2)), model.how
+    params = how.layout.params(model.config, model.spec, model.params)
+    compute = partial(target_logprobs, model.config, model.spec, how, params)
     rows = trees(encoded, model.config.max_positions, model.config.hidden_size if model.spec.stored_by_token else None)
-    for members, (sums, greedy) in _run(compute, layout, rows, model.config.max_positions, batch_size, description):
+    for members, (sums, greedy) in _run(compute, how.layout, rows, model.config.max_positions, batch_size, description):
         out[members, 0] = sums[: len(members)]
         out[members, 1] = greedy[: len(members)]
     return out
@@ -153,12 +152,12 @@ def answer_kl(
         )
     configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
     longest = min(teacher.config.max_positions, student.config.max_positions)
-    out, layout = np.zeros(len(encoded)), current_layout()
-    params = tuple(layout.params(model.config, model.spec, model.params) for model in (teacher, student))
-    compute = partial(target_kl, configs, specs, compute_dtype(), params)
+    out, how = np.zeros(len(encoded)), student.how
+    params = tuple(how.layout.params(model.config, model.spec, model.params) for model in (teacher, student))
+    compute = partial(target_kl, configs, specs, how, params)
     branching = all(spec.stored_by_token for spec in specs)
     rows = trees(encoded, longest, student.config.hidden_size if branching else None)
-    for members, divergence in _run(compute, layout, rows, longest, batch_size, description):
+    for members, divergence in _run(compute, how.layout, rows, longest, batch_size, description):
         out[members] = divergence[: len(members)]
     return out
 
