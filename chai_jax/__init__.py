@@ -12,7 +12,10 @@ HOMES = {
     "Example": "data.batches",
     "TASKS": "data.tasks",
     "load_rows": "data.tasks",
+    "Execution": "model.execution",
     "Model": "model.model",
+    "to_flax": "model.flax_module",
+    "from_flax": "model.flax_module",
     "load": "files.store",
     "save": "files.store",
     "export": "files.export",
@@ -58,6 +61,9 @@ if TYPE_CHECKING:
     from chai_jax.files.export import export as export
     from chai_jax.files.store import load as load
     from chai_jax.files.store import save as save
+    from chai_jax.model.execution import Execution as Execution
+    from chai_jax.model.flax_module import from_flax as from_flax
+    from chai_jax.model.flax_module import to_flax as to_flax
     from chai_jax.model.model import Model as Model
     from chai_jax.plans.plan import Plan as Plan
     from chai_jax.plans.spec import Spec as Spec

@@ -33,10 +33,13 @@ from chai_jax.stopping import listening
 
 def run_job(config: RunConfig) -> Any:
     """The main job, which SIGTERM stops at its next safe point: while it trains, with the state saved."""
+    from chai_jax.run.devices import start
+
+    execution = start(config.devices)
     with listening():
         from chai_jax.run.pipeline import run
 
-        return run(config)
+        return run(config, execution)
 
 
 Command = (
@@ -101,10 +104,6 @@ def parse(argv: Sequence[str]) -> Any:
 
 def perform(command: Any) -> None:
     """Run a parsed command and print its result, the last line of stdout."""
-    if hasattr(command, "devices"):
-        from chai_jax.run.devices import start
-
-        start(command.devices)
     result = run_job(command) if isinstance(command, RunConfig) else command.run()
     print(json.dumps(finite(result)), flush=True)
 

@@ -8,6 +8,7 @@ from chai_jax.config import PlanConfig, TrainOverrides
 from chai_jax.errors import InputError
 from chai_jax.files.published import random_model
 from chai_jax.files.store import load
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 
 
@@ -16,13 +17,13 @@ class Source:
     """A kind of MODEL.
 
     Attributes:
-        open: (MODEL, revision, seed) -> the model.
+        open: (MODEL, revision, seed, how it is computed) -> the model.
         planning: what a plan does where nothing is asked for.
         train: training settings that replace the paper's.
         task: what a run works on where nothing is asked for; None: it must be said.
     """
 
-    open: Callable[[str, str | None, int], Model]
+    open: Callable[[str, str | None, int, Execution | None], Model]
     planning: PlanConfig
     train: TrainOverrides
     task: str | None = None
@@ -30,12 +31,12 @@ class Source:
 
 # A folder, or an id on the Hugging Face hub.
 PRETRAINED = Source(
-    open=lambda model, revision, seed: load(model, revision=revision),
+    open=lambda model, revision, seed, how: load(model, revision=revision, execution=how),
     planning=PlanConfig(layers=0.5, clusters="elbow"),
     train=TrainOverrides(),
 )
 TOY = Source(
-    open=lambda model, revision, seed: toy_model(seed),
+    open=lambda model, revision, seed, how: toy_model(seed, execution=how),
     # Its heads are few and cheap, so more of them are merged.
     planning=PlanConfig(layers=1.0, clusters="2"),
     # It learns from scratch what a pretrained model knows: the paper's learning rate would not move it.
@@ -44,7 +45,7 @@ TOY = Source(
 )
 # random:SHAPE, a published shape or a folder with a config.json.
 RANDOM = Source(
-    open=lambda model, revision, seed: random_model(model.partition(":")[2], seed),
+    open=lambda model, revision, seed, how: random_model(model.partition(":")[2], seed).replace(execution=how),
     planning=PRETRAINED.planning,
     train=PRETRAINED.train,
 )
@@ -57,12 +58,13 @@ def source_of(model: str) -> Source:
     return NAMED.get(kind + colon, PRETRAINED)
 
 
-def open_model(model: str, revision: str | None = None, seed: int = 0) -> Model:
+def open_model(model: str, revision: str | None = None, seed: int = 0, execution: Execution | None = None) -> Model:
     """The model that a person calls MODEL.
 
     Args:
         revision: of a hub id.
         seed: of the weights of `toy` and random:SHAPE.
+        execution: how the model is computed; None: as suits the devices here.
 
     Raises:
         InputError: there is none, or one that has no revisions.
@@ -70,4 +72,4 @@ def open_model(model: str, revision: str | None = None, seed: int = 0) -> Model:
     source = source_of(model)
     if revision is not None and source is not PRETRAINED:
         raise InputError(f"{model} has no revision {revision!r}; expected one of a hub id only: leave it out")
-    return source.open(model, revision, seed)
+    return source.open(model, revision, seed, execution)

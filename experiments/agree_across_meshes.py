@@ -39,8 +39,12 @@ Record = dict[str, Any]
 Arrays = dict[str, np.ndarray]
 
 
-def models() -> tuple[Any, Any]:
-    """A dense model of one layer and four heads, and one of three clusters: an odd number, that no axis divides."""
+def models(how: Any) -> tuple[Any, Any]:
+    """A dense model of one layer and four heads, and one of three clusters: an odd number, that no axis divides.
+
+    Args:
+        how: the `Execution` that they are run by.
+    """
     import jax
 
     from chai_jax.compress.cluster import cluster
@@ -54,7 +58,7 @@ def models() -> tuple[Any, Any]:
     tokenizer = toy_tokenizer()
     config = Architecture(-(-len(tokenizer) // 8) * 8, 32, 1, 4, 64, POSITIONS, 32)
     spec = Spec.dense(1, 4, 8)
-    dense = Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "random")
+    dense = Model(config, spec, init(config, spec, jax.random.key(0), std=0.1), tokenizer, "random", execution=how)
     clusters = tuple(ClusterPlan(heads, heads[0], storage="float32") for heads in ((0,), (1, 3), (2,)))
     return dense, cluster(dense, Plan((LayerPlan(clusters),)))
 
@@ -99,9 +103,9 @@ class Job:
     def gradient(self) -> Arrays:
         """Of the first twelve examples."""
         import jax
-        import jax.numpy as jnp
 
         from chai_jax.adapt.distil import distillation_loss
+        from chai_jax.adapt.finetune import training_execution
         from chai_jax.adapt.step import gradients
         from chai_jax.adapt.updates import microbatches, pack_update
         from chai_jax.config import TrainConfig
@@ -113,7 +117,7 @@ class Job:
         pair = (self.dense, self.student)
         teacher, masters = (self.layout.params(model.config, model.spec, model.params) for model in pair)
         configs, specs = tuple(model.config for model in pair), tuple(model.spec for model in pair)
-        loss = partial(distillation_loss, configs, specs, jnp.float32, 2.0, 0.5)
+        loss = partial(distillation_loss, configs, specs, training_execution(self.student, TrainConfig()), 2.0, 0.5)
         nothing, batch = jax.tree.map(lambda _: None, masters), self.layout.join(packed, shape[1])
         return {"gradient": flat(jax.jit(partial(gradients, loss))(masters, nothing, teacher, batch)[0])}
 
@@ -150,7 +154,8 @@ def work(folder: Path, process: int | None, port: str, measures: list[str]) -> N
     import jax
 
     from chai_jax.data.batches import Encoded
-    from chai_jax.model.sharding import Layout, make_mesh, use
+    from chai_jax.model.execution import Execution
+    from chai_jax.model.sharding import Layout, make_mesh
 
     if process is None:
         layouts = {name: Layout(make_mesh(data, model), fsdp) for name, (data, model, fsdp) in LAYOUTS.items()}
@@ -161,9 +166,8 @@ def work(folder: Path, process: int | None, port: str, measures: list[str]) -> N
     lengths = zip(random.integers(4, 17, 100).tolist(), random.integers(1, 4, 100).tolist(), strict=True)
     examples = [Encoded(tuple(random.integers(4, 40, size).tolist()), size - answer) for size, answer in lengths]
     for name, layout in layouts.items():
-        with use(layout):
-            job = Job(layout, *models(), examples)
-            found = [MEASURES[measure](job) for measure in measures]
+        job = Job(layout, *models(Execution.choose(layout=layout)), examples)
+        found = [MEASURES[measure](job) for measure in measures]
         label = name if process is None else f"{name}, seen by process {process}"
         np.savez(folder / f"{label}.npz", **{key: value for each in found for key, value in each.items()})
 

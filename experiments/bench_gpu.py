@@ -42,9 +42,10 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.console import console
 from chai_jax.errors import InputError
 from chai_jax.files.published import architecture_of, random_model
-from chai_jax.model import kernels
-from chai_jax.model.model import Model, compute_dtype
-from chai_jax.model.sharding import Layout, make_mesh
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import resolved
+from chai_jax.model.model import Model
+from chai_jax.model.sharding import one_device
 from chai_jax.run.devices import require_backend
 from chai_jax.run.options import parse_list
 from chai_jax.serve.decode import cast, serving_params
@@ -129,7 +130,8 @@ class GpuOptions:
 def model_of(shape: str, cache: str, options: GpuOptions) -> Model:
     """Random weights in the dtype they are multiplied in; dense with a bfloat16 cache, or compressed."""
     dense = with_storage(random_model(shape, options.seed), "bfloat16")
-    dense = dense.replace(params=cast(dense.params, compute_dtype()))
+    how = Execution.choose(layout=one_device(), kernels=resolved("auto", jax.devices()[:1]))
+    dense = dense.replace(params=cast(dense.params, how), execution=how)
     if cache == DENSE:
         return dense
     return variants(shape, dense, [options.clusters], options.share, options.storage)[0].model
@@ -141,7 +143,7 @@ def decode_rows(options: GpuOptions) -> list[Record]:
     models = {cache: model_of(options.model, cache, options) for cache in (DENSE, SMALL)}
     about = {"part": "decode", "model": options.model}
     peer, why = built_peer(models[DENSE], shape, options)
-    first = probe_rates(compute_dtype())
+    first = probe_rates(models[DENSE].how.dtype)
     try:
         rows = raced(models, peer, shape, options, first)
     except RuntimeError as error:
@@ -173,11 +175,11 @@ def raced(
 ) -> list[Record]:
     """A row each, of laps in turn."""
     held = {cache: Held.of(model, shape, options.seed) for cache, model in models.items()}
-    ready, computes = built(models, lambda cache: Ours(models[cache], shape, options.seed, held[cache]))
+    ready, computes = built(models, lambda cache, model: Ours(model, shape, options.seed, held[cache]))
     if peer is not None:
         ready[PEER] = peer
     rounds = in_turn(ready, options.rounds)
-    rates = before.best(probe_rates(compute_dtype()))
+    rates = before.best(probe_rates(models[DENSE].how.dtype))
     return [
         {
             **row_of(name, one, computes[name], rounds, "decode_ms_per_token", rates, shape.batch),
@@ -189,7 +191,7 @@ def raced(
     ]
 
 
-def built(models: dict[str, Model], build: Callable[[str], Any]) -> tuple[dict[str, Any], dict[str, Model]]:
+def built(models: dict[str, Model], build: Callable[[str, Model], Any]) -> tuple[dict[str, Any], dict[str, Model]]:
     """What `build` makes of either cache, with XLA's attention and on a GPU with kernels; and the model of each."""
     ready: dict[str, Any] = {}
     computes = {PEER: models[DENSE]}
@@ -198,8 +200,8 @@ def built(models: dict[str, Model], build: Callable[[str], Any]) -> tuple[dict[s
             if attention == "pallas" and jax.default_backend() != "gpu":
                 continue
             computes[name] = model
-            with console.status(f"compiling {name}"), kernels.using(attention):
-                ready[name] = build(cache)
+            with console.status(f"compiling {name}"):
+                ready[name] = build(cache, model.replace(execution=model.how.replace(kernels=attention)))
     return ready, computes
 
 
@@ -207,15 +209,15 @@ def prompt_rows(options: GpuOptions) -> list[Record]:
     """Prompts of `start` tokens, read by both models and by transformers where it can be had."""
     shape = Shape(options.prompt_batch, options.start)
     models = {cache: model_of(options.model, cache, options) for cache in (DENSE, SMALL)}
-    params = {cache: serving_params(model, Layout(make_mesh(1))) for cache, model in models.items()}
+    params = {cache: serving_params(model, model.how) for cache, model in models.items()}
     about = {"part": "prompt", "model": options.model}
-    first = probe_rates(compute_dtype())
-    ready, computes = built(models, lambda cache: Read(models[cache], params[cache], shape, options.seed))
+    first = probe_rates(models[DENSE].how.dtype)
+    ready, computes = built(models, lambda cache, model: Read(model, params[cache], shape, options.seed))
     why = torch_absent() if options.peer else "--no-peer"
     if why is None:
         ready[PEER] = TransformersReads(models[DENSE], shape, options.seed)
     rounds = in_turn(ready, options.rounds)
-    rates = first.best(probe_rates(compute_dtype()))
+    rates = first.best(probe_rates(models[DENSE].how.dtype))
     rows = [
         row_of(name, one, computes[name], rounds, "prefill_ms", rates, shape.batch * shape.prompt)
         for name, one in ready.items()
@@ -227,15 +229,15 @@ def prompt_rows(options: GpuOptions) -> list[Record]:
 def score_rows(options: GpuOptions) -> list[Record]:
     """Questions a second, dense and compressed, at every batch."""
     models = {cache: model_of(options.score_model, cache, options) for cache in (DENSE, SMALL)}
-    params = {cache: serving_params(model, Layout(make_mesh(1))) for cache, model in models.items()}
+    params = {cache: serving_params(model, model.how) for cache, model in models.items()}
     timed = []
-    first = probe_rates(compute_dtype())
+    first = probe_rates(models[DENSE].how.dtype)
     for batch in numbers("score-batches", options.score_batches, int):
         shape = Shape(batch, question=options.question)
         with console.status(f"compiling {batch} questions"):
             ready = {cache: Scored(model, params[cache], shape, options.seed) for cache, model in models.items()}
         timed.append((shape, ready, in_turn(ready, options.rounds)))
-    rates = first.best(probe_rates(compute_dtype()))
+    rates = first.best(probe_rates(models[DENSE].how.dtype))
     return [
         {
             "part": "score",

@@ -44,10 +44,9 @@ from chai_jax.evaluation.tasks import evaluate_rows, evaluate_windows
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.model.cache import bytes_per_sequence, empty
-from chai_jax.model.decoder import Seen, forward
+from chai_jax.model.layerwise import embed_text, how_in_float32, seen_through
 from chai_jax.model.membership import cluster_heads, farthest_points, features
 from chai_jax.model.model import Model
-from chai_jax.model.params import Params
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.report.tables import as_csv
 from chai_jax.run.environment import versions, where_computed
@@ -113,14 +112,14 @@ def clusterings(dense: Model, tokens: np.ndarray) -> list[np.ndarray]:
     Of a dense model: a warm-up's rows read all heads, and nothing later, in every layer.
     """
 
-    def observe(index: int, seen: Seen, params: Params) -> jax.Array:
-        return features(seen.probabilities)
-
-    def look(params: Params, tokens: jax.Array) -> list[jax.Array]:
-        mask = jnp.ones(tokens.shape, bool)
-        return forward(dense.config, dense.spec, params, tokens, mask, observe=observe).observed
-
-    return jax.device_get(jax.jit(look)(dense.params, tokens))
+    mask = jnp.ones(tokens.shape, bool)
+    x, found = embed_text(dense, tokens, mask), []
+    look = jax.jit(seen_through, static_argnums=(0, 1, 2))
+    for index, layer in enumerate(dense.spec.layers):
+        own = dense.params["layers"][str(index)]
+        x, seen = look(dense.config, layer, how_in_float32(dense), own, x, mask)
+        found.append(jax.device_get(features(seen.probabilities)))
+    return found
 
 
 @partial(jax.jit, static_argnums=1)

@@ -27,7 +27,7 @@ from chai_jax.console import console
 from chai_jax.data.batches import Encoded
 from chai_jax.files.published import architecture_of
 from chai_jax.machine.peaks import CHIPS
-from chai_jax.model.flops import cost
+from chai_jax.model.flops import count_flops
 from chai_jax.model.params import Declared, declare
 from chai_jax.model.sharding import Layout
 from chai_jax.plans.architecture import Architecture
@@ -85,7 +85,7 @@ def counted(config: Architecture, spec: Spec, batch: int) -> Record:
     peak = CHIPS[CHIP]
     assert peak.hbm is not None
     question = Encoded((0,) * (TOKENS + 1), TOKENS)
-    flops = cost(config, spec).of([question] * batch)
+    flops = count_flops(config, spec).of([question] * batch)
     weights = 2 * parameters(config, spec)
     times = {"compute": flops / (peak.flops * CHIPS_OF_SLICE), "memory": weights / peak.hbm}
     bound = max(times, key=lambda name: times[name])

@@ -28,8 +28,10 @@ from chai_jax.cli import Command
 from chai_jax.config import DistilConfig, RunConfig, TargetConfig
 from chai_jax.files.published import architecture_of
 from chai_jax.model.cache import cache_bytes
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
+from chai_jax.model.sharding import one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
@@ -291,7 +293,8 @@ def test_transformers_reads_what_we_read(bench_gpu: Any, torch: ModuleType) -> N
 
     config = Architecture(64, 32, 2, 4, 64, 48, embed_dim=32)
     spec = Spec.dense(2, 4, 8)
-    model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
+    how = Execution.choose(layout=one_device())
+    model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3), execution=how)
     shape = bench_gpu.Shape(24, 20)
     ours, theirs = Read(model, model.params, shape, 0), TransformersReads(model, shape, 0, "cpu", "float32")
     for _ in range(2):

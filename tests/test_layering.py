@@ -41,7 +41,7 @@ LEVELS = {part: level for level, parts in enumerate(ORDER.split("\n")) for part 
 
 # A library -> the only file or folder that may import it.
 DOORS = {
-    "flax": "model/",
+    "flax": "model/flax_module.py",
     "matplotlib": "report/figures/",
     "lm_eval": "evaluation/lm_eval.py",
     "torch": "bench/peers.py",

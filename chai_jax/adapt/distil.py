@@ -9,10 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from chai_jax.adapt.finetune import cross_entropy, sum_over_targets
+from chai_jax.adapt.finetune import cross_entropy, sum_over_targets, training_execution
 from chai_jax.adapt.step import Sums
 from chai_jax.adapt.teacher import cache_teacher
 from chai_jax.adapt.train import Log, train
@@ -21,10 +20,10 @@ from chai_jax.config import Checkpoints, DistilConfig
 from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.model.decoder import forward
-from chai_jax.model.flops import cost
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.execution import Execution
+from chai_jax.model.flops import count_flops
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.sharding import Layout, current_layout
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.score.divergence import kl_divergence
@@ -38,7 +37,6 @@ def distil(
     config: DistilConfig | None = None,
     log: Log | None = None,
     *,
-    layout: Layout | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise a T^2 KL(teacher || student) + (1 - a) CE over the completions' tokens; every leaf trains.
@@ -54,13 +52,12 @@ def distil(
     """
     config = config or DistilConfig()
     check_vocabulary(model, teacher)
-    layout = layout or current_layout()
-    dtype = compute_dtype(config.train.compute)
+    how = training_execution(model, config.train)
     loss = partial(
         distillation_loss,
         (teacher.config, model.config),
         (teacher.spec, model.spec),
-        dtype,
+        how,
         config.temperature,
         config.alpha,
         remat=config.train.remat,
@@ -68,12 +65,12 @@ def distil(
     with ExitStack() as stack:
         extra, answers, beside = None, None, None
         if config.cache_teacher is None:
-            extra = layout.params(teacher.config, teacher.spec, teacher.params)
-            beside = cost(teacher.config, teacher.spec)
+            extra = how.layout.params(teacher.config, teacher.spec, teacher.params)
+            beside = count_flops(teacher.config, teacher.spec)
         else:
             given = checkpoints or stack.enter_context(TemporaryDirectory())
             folder = Path(given.path if isinstance(given, Checkpoints) else given)
-            answers = partial(cache_teacher, teacher, folder, config.cache_teacher, dtype, layout)
+            answers = partial(cache_teacher, teacher, folder, config.cache_teacher, how)
         return train(
             model,
             examples,
@@ -84,7 +81,6 @@ def distil(
             answers=answers,
             beside=beside,
             longest=min(teacher.config.max_positions, model.config.max_positions),
-            layout=layout,
             log=log,
             checkpoints=checkpoints,
         )
@@ -105,7 +101,7 @@ def check_vocabulary(one: Model, other: Model, names: tuple[str, str] = ("studen
 def distillation_loss(
     configs: tuple[Architecture, Architecture],
     specs: tuple[Spec, Spec],
-    dtype: DTypeLike,
+    how: Execution,
     temperature: float,
     alpha: float,
     params: Params,
@@ -121,15 +117,15 @@ def distillation_loss(
         params: the student's.
         teacher_params: a tree as `params`, or None where the batch has the teacher's log-probabilities.
     """
-    hidden = forward(configs[1], specs[1], params, batch.tokens, batch.mask, dtype=dtype, remat=remat).hidden
+    hidden = forward(configs[1], specs[1], params, batch.tokens, batch.mask, how, remat=remat).hidden
     if batch.teacher is None:
         teacher_params = jax.lax.stop_gradient(teacher_params)
-        taught = forward(configs[0], specs[0], teacher_params, batch.tokens, batch.mask, dtype=dtype).hidden
+        taught = forward(configs[0], specs[0], teacher_params, batch.tokens, batch.mask, how).hidden
 
     def step(positions: Array, targets: Array, weights: Array, cached: Array | None) -> Sums:
-        student = logits_at(configs[1], params, hidden, positions)
+        student = logits_at(configs[1], params, hidden, positions, how)
         if cached is None:
-            teacher = logits_at(configs[0], teacher_params, taught, positions)
+            teacher = logits_at(configs[0], teacher_params, taught, positions, how)
         else:
             teacher = cached.astype(jnp.float32)
         softened = (jax.nn.log_softmax(logits / temperature) for logits in (teacher, student))

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.adapt.step import Loss, Sums
@@ -15,15 +14,13 @@ from chai_jax.adapt.train import Log, train
 from chai_jax.adapt.updates import Batch
 from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded, Example
-from chai_jax.model.decoder import forward
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.decoder import HEAD_ROWS_TRAINED, forward
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.score.loglikelihood import logits_at
-
-HEAD_ROWS = 1024  # hidden states that meet the vocabulary head at once: 206 MB of float32 logits at V = 50,272
 
 
 def finetune(
@@ -32,7 +29,6 @@ def finetune(
     config: FinetuneConfig | None = None,
     log: Log | None = None,
     *,
-    layout: Layout | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the examples' completions; every leaf trains. Returns a new model.
@@ -42,18 +38,24 @@ def finetune(
     """
     config = config or FinetuneConfig()
     loss = loss_of(model, config.train)
-    return train(model, examples, loss, config, stage="finetune", layout=layout, log=log, checkpoints=checkpoints)
+    return train(model, examples, loss, config, stage="finetune", log=log, checkpoints=checkpoints)
 
 
 def loss_of(model: Model, train: TrainConfig) -> Loss:
     """`completion_loss` of a model of this shape."""
-    return partial(completion_loss, model.config, model.spec, compute_dtype(train.compute), remat=train.remat)
+    return partial(completion_loss, model.config, model.spec, training_execution(model, train), remat=train.remat)
+
+
+def training_execution(model: Model, train: TrainConfig) -> Execution:
+    """How a model is trained: as its programs run, but in the dtype that training asks for, and without kernels, since
+    XLA's gradients are those that the tests hold against others."""
+    return model.how.replace(dtype=jnp.dtype(train.compute or model.how.dtype), kernels="xla")
 
 
 def completion_loss(
     config: Architecture,
     spec: Spec,
-    dtype: DTypeLike,
+    how: Execution,
     params: Params,
     batch: Batch,
     extra: Any = None,
@@ -61,10 +63,10 @@ def completion_loss(
     remat: bool = False,
 ) -> Sums:
     """Cross-entropy in nats, summed over the targets of a batch."""
-    hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype, remat=remat).hidden
+    hidden = forward(config, spec, params, batch.tokens, batch.mask, how, remat=remat).hidden
 
     def step(positions: Array, targets: Array, weights: Array, teacher: Array | None) -> Sums:
-        return {"loss": (weights * cross_entropy(logits_at(config, params, hidden, positions), targets)).sum()}
+        return {"loss": (weights * cross_entropy(logits_at(config, params, hidden, positions, how), targets)).sum()}
 
     return sum_over_targets(step, batch)
 
@@ -84,7 +86,7 @@ def sum_over_targets(
     The backward pass computes each step's logits again, so that [B, P, V] is never in memory at once.
     """
     rows, longest = batch.positions.shape
-    width = min(longest, 1 << (max(1, HEAD_ROWS // rows).bit_length() - 1))  # a power of two, as `longest` is
+    width = min(longest, 1 << (max(1, HEAD_ROWS_TRAINED // rows).bit_length() - 1))  # a power of two, as `longest` is
 
     def columns(x: Array) -> Array:
         return x.reshape(rows, longest // width, width, *x.shape[2:]).swapaxes(0, 1)

@@ -14,7 +14,6 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import is_leaf
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.plan import Plan, round_up
 
 
@@ -25,7 +24,6 @@ def target(
     config: TargetConfig | None = None,
     log: Log | None = None,
     *,
-    layout: Layout | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
     """Minimise the cross-entropy of the completions by the plan's chosen layers alone.
@@ -40,8 +38,8 @@ def target(
     plan.check_model(model.config.num_layers, model.config.num_heads, model.config.hidden_size)
     trainable = layer_mask(model.params, select_layers(plan, config))
     loss = loss_of(model, config.train)
-    chosen = {"trainable": trainable, "layout": layout, "log": log, "checkpoints": checkpoints}
-    return train(model, examples, loss, config, stage="target", **chosen)
+    kept = {"log": log, "checkpoints": checkpoints}
+    return train(model, examples, loss, config, stage="target", trainable=trainable, **kept)
 
 
 def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from chai_jax.adapt.fingerprint import checksums, hash_arrays
@@ -25,8 +24,8 @@ from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file, write_json
 from chai_jax.inputs.reading import Record
-from chai_jax.model import kernels
-from chai_jax.model.decoder import forward
+from chai_jax.model.decoder import HEAD_ROWS_TRAINED, forward
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import Layout
@@ -34,7 +33,6 @@ from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.score.loglikelihood import logits_at
 
-ROWS = 1024  # positions that meet the vocabulary head at once
 FULLEST = 0.9  # of the free disk space that may be filled
 
 
@@ -63,26 +61,26 @@ class CachedTeacher:
 
 
 def cache_teacher(
-    teacher: Model, folder: Path, stored: str, dtype: DTypeLike, layout: Layout, encoded: Sequence[Encoded]
+    teacher: Model, folder: Path, stored: str, how: Execution, encoded: Sequence[Encoded]
 ) -> CachedTeacher:
     """Run the teacher over the examples, or take what an earlier call left in `folder` for the same ones.
 
     Args:
         stored: `float32` or `float16`.
-        dtype: of the teacher's activations.
+        how: what the updates run by.
 
     Raises:
         InputError: the disk is too small for it, or there is more than one process.
     """
     if jax.process_count() > 1:
         raise InputError("a teacher's answers are cached by one process only: leave out --cache-teacher")
-    params = layout.params(teacher.config, teacher.spec, teacher.params)
+    params = how.layout.params(teacher.config, teacher.spec, teacher.params)
     targets = [len(one.tokens) - one.start for one in encoded]
     begins = np.concatenate([[0], np.cumsum(targets)])
     shape = (int(begins[-1]), teacher.config.vocab_size)
     about: Record = {
         "stored": stored,
-        "compute": np.dtype(dtype).name,
+        "compute": how.dtype.name,
         "spec": teacher.spec.to_json(),
         "weights": checksums(params),
         "examples": hash_arrays(part for one in encoded for part in (one.tokens, (one.start,))),
@@ -97,8 +95,8 @@ def cache_teacher(
             values = np.lib.format.open_memmap(temporary, "w+", np.dtype(stored), shape)
             with temporary.open("r+b") as file:  # on a full disk an error here, the end later
                 os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-            compute = partial(logprobs, teacher.config, teacher.spec, dtype, params)
-            fill(values, begins, compute, layout, encoded, teacher.config.max_positions)
+            compute = partial(logprobs, teacher.config, teacher.spec, how, params)
+            fill(values, begins, compute, how.layout, encoded, teacher.config.max_positions)
             values.flush()
         write_json(note, about)
     return CachedTeacher(np.load(path, mmap_mode="r"), begins, about)
@@ -119,7 +117,7 @@ def check_room(folder: Path, shape: tuple[int, int], stored: str) -> None:
 def fill(values: Any, begins: Any, compute: Any, layout: Layout, encoded: Sequence[Encoded], longest: int) -> None:
     """Write every example's log-probabilities; examples of like length share a batch."""
     widest = max(len(one.tokens) - one.start for one in encoded)
-    rows = layout.ways * max(1, min(64, ROWS // widest) // layout.ways)
+    rows = layout.ways * max(1, min(64, HEAD_ROWS_TRAINED // widest) // layout.ways)
     order = sorted(range(len(encoded)), key=lambda at: len(encoded[at].tokens))
     batches = [order[at : at + rows] for at in range(0, len(order), rows)]
     for members in track(batches, "Teacher"):
@@ -131,8 +129,7 @@ def fill(values: Any, begins: Any, compute: Any, layout: Layout, encoded: Sequen
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def logprobs(config: Architecture, spec: Spec, dtype: DTypeLike, params: Params, batch: Batch) -> Float[Array, "B P V"]:
+def logprobs(config: Architecture, spec: Spec, how: Execution, params: Params, batch: Batch) -> Float[Array, "B P V"]:
     """float32 log-probabilities of the next token at the positions of a batch."""
-    with kernels.using("xla"):  # as in an update: chai_jax.adapt.step
-        hidden = forward(config, spec, params, batch.tokens, batch.mask, dtype=dtype).hidden
-    return jax.nn.log_softmax(logits_at(config, params, hidden, batch.positions))
+    hidden = forward(config, spec, params, batch.tokens, batch.mask, how).hidden
+    return jax.nn.log_softmax(logits_at(config, params, hidden, batch.positions, how))

@@ -14,6 +14,7 @@ from chai_jax.data.toy import POSITIONS, toy_tokenizer
 from chai_jax.files.lock import LOCK, locked
 from chai_jax.files.store import load, save
 from chai_jax.inputs.reading import reason, shown
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
@@ -32,7 +33,7 @@ def toy_folder(seed: int) -> Path:
     return cache / "chai_jax" / f"toy-{VERSION}-{seed}"
 
 
-def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
+def toy_model(seed: int = 0, *, keep: bool = True, execution: Execution | None = None) -> Model:
     """The toy, trained now or by an earlier call; where another process is training it, this one waits.
 
     Args:
@@ -49,20 +50,22 @@ def toy_model(seed: int = 0, *, keep: bool = True) -> Model:
                 console.print(f"the built-in toy cannot be kept in {shown(folder.parent)} ({reason(error)})")
                 keep = False
         if keep and (folder / "config.json").is_file():
-            return load(folder)
+            return load(folder, execution=execution)
         console.print("training the built-in toy" + " (kept for the next run)" * keep)
-        model = _trained(seed)
+        model = _trained(seed, execution)
         if keep:
             save(model, folder)
         return model
 
 
-def _trained(seed: int) -> Model:
+def _trained(seed: int, execution: Execution | None) -> Model:
     tokenizer = toy_tokenizer()
     vocabulary = -(-len(tokenizer) // 8) * 8
     config = Architecture(vocabulary, WIDTH, LAYERS, HEADS, 4 * WIDTH, POSITIONS, WIDTH)
     spec = Spec.dense(LAYERS, HEADS, config.head_dim)
-    untrained = Model(config, spec, init(config, spec, jax.random.key(seed), std=STD), tokenizer, "toy")
+    untrained = Model(
+        config, spec, init(config, spec, jax.random.key(seed), std=STD), tokenizer, "toy", execution=execution
+    )
     task = TASKS["toy"]
     examples = [task.question(row).example for row in load_rows(task, "train")]
     settings = FinetuneConfig(TrainConfig(**{**vars(TRAIN), "seed": seed}))

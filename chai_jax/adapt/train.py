@@ -33,11 +33,11 @@ from chai_jax.data.batches import Encoded, Example
 from chai_jax.errors import InputError
 from chai_jax.inputs.reading import Record
 from chai_jax.machine.peaks import peak
-from chai_jax.model.flops import Cost, cost
+from chai_jax.model.flops import Flops, count_flops
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, is_leaf
-from chai_jax.model.sharding import Layout, current_layout, put
+from chai_jax.model.sharding import Layout, put
 from chai_jax.stopping import safe_point
 
 Log = Callable[[Record], None]
@@ -63,9 +63,8 @@ def train(
     trainable: Any = None,
     extra: Any = None,
     answers: Callable[[Sequence[Encoded]], CachedTeacher] | None = None,
-    beside: Cost | None = None,
+    beside: Flops | None = None,
     longest: int | None = None,
-    layout: Layout | None = None,
     log: Log | None = None,
     checkpoints: Checkpoints | Path | str | None = None,
 ) -> Model:
@@ -80,7 +79,6 @@ def train(
         answers: makes a teacher's answers to the examples, which come to `loss` with the batch.
         beside: FLOPs that `loss` takes besides forward and backward of the model (a teacher's).
         longest: the most tokens of an input; the model's positions, if not given.
-        layout: devices to spread over, and how; the current one (`chai_jax.model.sharding.use`), if not given.
         log: called after every update with stage, step (from 1), steps, lr, grad_norm before clipping, the loss's means
             per target, step_s (seconds; an update of a new shape includes its compilation), tokens_per_s (real tokens
             through the model) and, where the devices' peak is known, mfu (model FLOPs utilisation, of the bfloat16
@@ -92,7 +90,7 @@ def train(
             new ones; nothing is returned then.
         Stopped: SIGTERM arrived or the time is up, and the state is saved (only with `checkpoints`).
     """
-    settings, layout = config.train, layout or current_layout()
+    settings, layout = config.train, model.how.layout
     trainable = everything(model.params) if trainable is None else trainable
     longest = longest or model.config.max_positions
     encoded = encode_examples(model.tokenizer, examples, settings, longest)
@@ -101,7 +99,7 @@ def train(
     shape, widest = microbatches(settings, layout.ways), max(len(one.tokens) - one.start for one in encoded)
     make = partial(prepare, model, loss, settings, len(order), trainable, layout)
     step, state, frozen = make()
-    flops = cost(model.config, model.spec, trainable) + (beside or Cost())
+    flops = count_flops(model.config, model.spec, trainable) + (beside or Flops())
     schedule, share = learning_rate(settings, len(order)), layout.share(shape[1])
 
     with ExitStack() as stack:

@@ -9,14 +9,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.compress.quantize import with_storage
-from chai_jax.model.decoder import OPT, unembed
-from chai_jax.model.layerwise import embed, rest_of, through, through_layer
+from chai_jax.model.decoder import HEAD_ROWS, final_norm, unembed
+from chai_jax.model.execution import Execution
+from chai_jax.model.layerwise import embed_text, how_in_float32, rest_of, through, through_layer
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.spec import LayerSpec, Spec
+from chai_jax.plans.spec import LayerSpec
 from chai_jax.score.divergence import kl_divergence
-from chai_jax.score.loglikelihood import HEAD_ROWS
 
 
 class Damage:
@@ -28,7 +28,7 @@ class Damage:
 
     def __init__(self, model: Model, tokens: Int32[np.ndarray, "N W"], mask: Any):
         self.model, self.mask = with_storage(model, "float32"), jnp.asarray(mask)
-        self.entering = [embed(self.model, jnp.asarray(tokens), self.mask)]
+        self.entering = [embed_text(self.model, jnp.asarray(tokens), self.mask)]
         for index in range(model.config.num_layers):
             self.entering.append(through(self.model, index, self.entering[index], self.mask))
         # Padding stands on the right: a position predicts the next token where there is one.
@@ -37,7 +37,7 @@ class Damage:
 
     def of(self, index: int, layer: LayerSpec, params: Params) -> tuple[float, float]:
         """(mean KL(dense || changed), mean rise of the loss), nats per token, with this in place of layer `index`."""
-        x = through_layer(self.model.config, layer, params, self.entering[index], self.mask)
+        x = through_layer(self.model, layer, params, self.entering[index], self.mask)
         for later in range(index + 1, self.model.config.num_layers):
             x = through(self.model, later, x, self.mask)
         return self.between(x)
@@ -45,7 +45,7 @@ class Damage:
     def of_output(self, index: int, layer: LayerSpec, params: Params) -> float:
         """Mean squared error of what layer `index` adds to its input, over real tokens, relative to what it adds."""
         before, after = self.entering[index : index + 2]
-        x = through_layer(self.model.config, layer, params, before, self.mask)
+        x = through_layer(self.model, layer, params, before, self.mask)
         wrong, right = jax.device_get(_energies(before, after, x, self.mask))
         return float(wrong / right)
 
@@ -59,7 +59,8 @@ class Damage:
     def between(self, x: Float[Array, "N W D"]) -> tuple[float, float]:
         """KL and rise of the loss when this, not the dense model's states, leaves the last layer."""
         rest, truth = rest_of(self.model.params), self.entering[-1]
-        found = _compare(self.model.config, rest, self.targets, truth[self.predicts], x[self.predicts])
+        how = how_in_float32(self.model)
+        found = _compare(self.model.config, how, rest, self.targets, truth[self.predicts], x[self.predicts])
         divergence, rise = jax.device_get(found)
         return float(divergence), float(rise)
 
@@ -71,22 +72,21 @@ def _energies(before: Array, after: Array, x: Array, mask: Array) -> tuple[Float
     return jnp.sum(jnp.where(real, (x - after) ** 2, 0)), jnp.sum(jnp.where(real, (after - before) ** 2, 0))
 
 
-@partial(jax.jit, static_argnums=0)
+@partial(jax.jit, static_argnums=(0, 1))
 def _compare(
     config: Architecture,
+    how: Execution,
     params: Params,
     targets: Int32[Array, " M"],
     truth: Float[Array, "M D"],
     x: Float[Array, "M D"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean KL(truth || x) and mean rise of the loss over predictions, from hidden states after the last layer."""
-    norm = OPT(config, Spec(()), params).final_norm
-    if norm is not None:
-        truth, x = norm(truth[None])[0], norm(x[None])[0]
+    truth, x = (final_norm(config, params, states[None])[0] for states in (truth, x))
 
     def prediction(entry: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         target, *hidden = entry
-        right, wrong = (jax.nn.log_softmax(unembed(config, params, row)) for row in hidden)
+        right, wrong = (jax.nn.log_softmax(unembed(config, params, row, how)) for row in hidden)
         return kl_divergence(right, wrong), right[target] - wrong[target]
 
     # Some rows at a time: the logits [M, V] of both models would be the largest arrays by far.

@@ -28,11 +28,12 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
 from chai_jax.inputs.reading import open_regular, reason, shown
 from chai_jax.model.decoder import Seen
-from chai_jax.model.layerwise import anonymous, embed, seen_through
+from chai_jax.model.execution import Execution
+from chai_jax.model.layerwise import anonymous, embed_text, how_in_float32, seen_through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
-from chai_jax.model.sharding import Layout, current_layout, whole
+from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec
 
@@ -122,7 +123,7 @@ def probe(
     Args:
         texts: strings, each cut into windows that start with `</s>`; or windows of token ids, taken as they are.
         window: tokens of a window at most; never more than the model has positions.
-        batch_size: windows of one forward pass; rounded up to what the current layout splits a batch into.
+        batch_size: windows of one forward pass; rounded up to what the model's layout splits a batch into.
 
     Raises:
         InputError: a model that is clustered, a window of ids that is too long, or too little text.
@@ -132,9 +133,8 @@ def probe(
     window = min(window, model.config.max_positions)
     text = Windows.stack(_windows(model, texts, window), model.config.pad_token_id)
     tokens, mask = text.tokens, text.mask
-    layout = current_layout()
-    size = -(-batch_size // layout.ways) * layout.ways
-    sums = _accumulate(model, _batches(tokens, mask, size), layout)
+    ways = model.how.layout.ways
+    sums = _accumulate(model, _batches(tokens, mask, -(-batch_size // ways) * ways))
     pairs = sum(count * (count + 1) // 2 for count in mask.sum(axis=1).tolist())
     return Probe(
         attention=_in_head_order(model.spec, sums["attention"]),
@@ -182,8 +182,8 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
-def head_sums(layer: int, seen: Seen, params: Params) -> HeadSums:
-    """One layer's sums over a batch, as an `observe` function of the forward pass; padding may stand on either side."""
+def head_sums(seen: Seen, params: Params) -> HeadSums:
+    """One layer's sums over a batch, of which padding may stand on either side."""
     # A token may read itself unless it is padding, so the diagonal is the mask.
     real = jnp.diagonal(seen.allowed, axis1=1, axis2=2)
     first = real & (jnp.cumsum(real, axis=1, dtype=jnp.int32) == 1)
@@ -205,30 +205,36 @@ def head_sums(layer: int, seen: Seen, params: Params) -> HeadSums:
     }
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _layer_sums(
-    config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "B T D"], mask: Bool[Array, "B T"]
+    config: Architecture,
+    layer: LayerSpec,
+    how: Execution,
+    params: Params,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T D"], HeadSums]:
     """What leaves a layer that `x` enters, and the layer's sums."""
-    after, seen = seen_through(config, layer, params, x, mask)
-    return after, head_sums(0, seen, params)
+    after, seen = seen_through(config, layer, how, params, x, mask)
+    return after, head_sums(seen, params)
 
 
-def _accumulate(
-    model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]], layout: Layout
-) -> dict[str, np.ndarray]:
+def _accumulate(model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """Sum over batches in float64; each statistic is stacked over layers.
 
     Layer after layer, in float32 whatever the device computes in otherwise: the same model gets the same plan
     everywhere, and of weights in half precision no more than one layer's are ever there in float32.
     """
     totals: dict[str, np.ndarray] = {}
+    how = how_in_float32(model)
+    layout = how.layout
     placed = model.replace(params=layout.params(model.config, model.spec, model.params))
     for batch in track(batches, "Probing the heads"):
         tokens, mask = layout.rows(batch)
-        x, found = embed(placed, tokens, mask), []
+        x, found = embed_text(placed, tokens, mask), []
         for index, layer in enumerate(model.spec.layers):
-            x, sums = _layer_sums(model.config, anonymous(layer), placed.params["layers"][str(index)], x, mask)
+            own = placed.params["layers"][str(index)]
+            x, sums = _layer_sums(model.config, anonymous(layer), how, own, x, mask)
             found.append(sums)
         layers = whole(found)
         for name in layers[0]:

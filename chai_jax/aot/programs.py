@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from chai_jax.adapt.distil import distillation_loss
@@ -17,10 +18,10 @@ from chai_jax.adapt.updates import SHORT_ANSWER, SHORTEST_EXAMPLE, Batch, microb
 from chai_jax.compress.quantize import store_weights
 from chai_jax.config import DistilConfig, TargetConfig, TrainConfig
 from chai_jax.errors import InputError
-from chai_jax.model import kernels
+from chai_jax.model.execution import Execution
 from chai_jax.model.params import Params, init
 from chai_jax.model.quantized import is_leaf
-from chai_jax.model.sharding import Layout, partition_spec, spread
+from chai_jax.model.sharding import Layout, leaf_sharding, partition_spec
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import Plan, round_up
 from chai_jax.plans.planned import planned_spec, uniform_plan
@@ -32,7 +33,7 @@ from chai_jax.serve.sample import Sampling
 
 JOBS = ("distil", "finetune", "target", "prefill", "decode", "score")
 TRAINING = ("distil", "finetune", "target")
-COMPUTE = jnp.bfloat16  # as `compute_dtype` says on a TPU
+COMPUTE = np.dtype(jnp.bfloat16)  # as `Execution.choose` says on a TPU
 STEPS = 1000  # of the learning rate's decay: a constant in the program
 
 
@@ -137,7 +138,7 @@ class Shapes:
         """A tree shaped as the parameters, where some leaves may be None, on the devices."""
 
         def leaf(value: Any, target: NamedSharding) -> Any:
-            return None if value is None else jax.tree.map(on, value, spread(value, target))
+            return None if value is None else jax.tree.map(on, value, leaf_sharding(value, target))
 
         targets = self.layout.shardings(self.config, self.spec)
         return jax.tree.map(leaf, tree, targets, is_leaf=lambda x: x is None or is_leaf(x))
@@ -163,22 +164,21 @@ def lower(job: Job, shapes: Shapes, plan: Plan | None = None) -> Any:
         )
     if job.kind in TRAINING:
         return _lower_update(job, shapes, plan)
-    kernels.check(job.attention, shapes.layout.mesh.devices.flatten())
-    with kernels.using(job.attention):
-        return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, shapes)
+    how = Execution.choose(COMPUTE, shapes.layout, job.attention)
+    return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, shapes, how)
 
 
 def _lower_update(job: Job, shapes: Shapes, plan: Plan | None) -> Any:
-    config, spec = shapes.config, shapes.spec
+    config, spec, how = shapes.config, shapes.spec, Execution.choose(COMPUTE, shapes.layout, "xla")
     params, extra = shapes.params(job.weights), None
     trainable = everything(params)
-    loss: Any = partial(completion_loss, config, spec, COMPUTE, remat=job.remat)
+    loss: Any = partial(completion_loss, config, spec, how, remat=job.remat)
     train = TrainConfig(batch=job.batch, accumulation=job.accumulation, moments=job.moments, remat=job.remat)
     if job.kind == "distil":
         teacher, settings = replace(shapes, spec=dense_spec(config)), DistilConfig()
         extra = None if job.cached else teacher.params(job.weights)
         pairs = (config, config), (teacher.spec, spec)
-        loss = partial(distillation_loss, *pairs, COMPUTE, settings.temperature, settings.alpha, remat=job.remat)
+        loss = partial(distillation_loss, *pairs, how, settings.temperature, settings.alpha, remat=job.remat)
     elif job.kind == "target":
         trainable = layer_mask(params, _tuned(config, plan))
     masters, frozen = map(shapes.place, jax.eval_shape(partial(split, trainable=trainable), params))
@@ -235,9 +235,9 @@ def dense_spec(config: Architecture, storage: str = "bfloat16") -> Spec:
     return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
 
 
-def _serving(job: Job, shapes: Shapes) -> tuple[Params, dict[str, Any]]:
+def _serving(job: Job, shapes: Shapes, how: Execution) -> tuple[Params, dict[str, Any]]:
     """The parameters in the dtype they are multiplied in, and the other arguments of prefill."""
-    params = jax.eval_shape(partial(cast, dtype=COMPUTE, expand=False), shapes.params(job.weights))
+    params = jax.eval_shape(partial(cast, how=how), shapes.params(job.weights))
 
     def rows(dtype: Any, *columns: int) -> Any:
         return shapes.rows((job.batch, *columns), dtype)
@@ -248,23 +248,23 @@ def _serving(job: Job, shapes: Shapes) -> tuple[Params, dict[str, Any]]:
     return shapes.place(params), prompts | rule
 
 
-def _lower_prefill(job: Job, shapes: Shapes) -> Any:
-    params, inputs = _serving(replace(job, seq=bucket(job.seq)), shapes)
-    static = {"capacity": bucket(job.seq + 1), "dtype": COMPUTE, "layout": shapes.layout}
+def _lower_prefill(job: Job, shapes: Shapes, how: Execution) -> Any:
+    params, inputs = _serving(replace(job, seq=bucket(job.seq)), shapes, how)
+    static = {"capacity": bucket(job.seq + 1), "how": how}
     return prefill.lower(shapes.config, shapes.spec, params, **inputs, **static)
 
 
-def _lower_decode(job: Job, shapes: Shapes) -> Any:
+def _lower_decode(job: Job, shapes: Shapes, how: Execution) -> Any:
     config, spec = shapes.config, shapes.spec
-    params, inputs = _serving(replace(job, seq=1), shapes)
-    begin = partial(prefill, config, spec, capacity=bucket(job.seq), dtype=COMPUTE)
+    params, inputs = _serving(replace(job, seq=1), shapes, how)
+    begin = partial(prefill, config, spec, capacity=bucket(job.seq), how=how)
     state = shapes.state(jax.eval_shape(lambda params, inputs: begin(params, **inputs), params, inputs))
     until, eos = inputs["eos"], inputs["eos"]
-    return decode.lower(config, spec, params, state, until, inputs["sampling"], eos, dtype=COMPUTE)
+    return decode.lower(config, spec, params, state, until, inputs["sampling"], eos, how=how)
 
 
-def _lower_score(job: Job, shapes: Shapes) -> Any:
+def _lower_score(job: Job, shapes: Shapes, how: Execution) -> Any:
     length = padded_length(job.seq, shapes.config.max_positions)
     sizes: list[tuple[int, ...]] = [(job.batch, length), (job.batch,), (job.batch,), (job.batch, 1, 2)]
     asked = Questions(*(shapes.rows(size, jnp.int32) for size in sizes))
-    return target_logprobs.lower(shapes.config, shapes.spec, COMPUTE, shapes.params(job.weights), asked)
+    return target_logprobs.lower(shapes.config, shapes.spec, how, shapes.params(job.weights), asked)

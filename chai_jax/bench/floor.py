@@ -28,9 +28,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from chai_jax.bench.race import Shape
-from chai_jax.model import kernels
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
-from chai_jax.model.flops import cost, spared
+from chai_jax.model.flops import count_flops, spared
 from chai_jax.model.model import Model
 from chai_jax.model.products import product
 from chai_jax.serve.decode import cast
@@ -78,9 +77,8 @@ def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float
     vector = jnp.ones((large,), dtype)
     times = partial(jax.lax.dot, preferred_element_type=jnp.float32)
     reading = min(_best(times, seconds, wide, vector), _best(jnp.sum, seconds, wide))
-    with kernels.using("auto"):
-        ways = times, partial(product, "mk,kn->mn", row="m")
-        multiplying = min(_best(way, seconds, square, square) for way in ways)
+    ways = times, partial(product, "mk,kn->mn", row="m")
+    multiplying = min(_best(way, seconds, square, square) for way in ways)
     return Rates(wide.nbytes / reading, 2 * small**3 / multiplying, np.dtype(dtype).name)
 
 
@@ -110,19 +108,16 @@ class Work:
         return {"ms": 1e3 * max(moving, computing), "bound": bound, "bytes": self.bytes, "flops": self.flops}
 
 
-def works(model: Model, shape: Shape, dtype: Any) -> dict[str, Work]:
-    """Of each of `MEASURES` the work that is timed: a question, a prefill of the batch, a step of the batch.
-
-    Args:
-        dtype: that the weights are multiplied in (see the module's text for the formulas).
-    """
+def works(model: Model, shape: Shape) -> dict[str, Work]:
+    """Of each of `MEASURES` the work that is timed: a question, a prefill of the batch, a step of the batch (see the
+    module's text for the formulas)."""
     batch, prompt, question = shape.batch, shape.prompt, shape.question
     filled = prompt + (shape.new_tokens + 1) / 2
     row, fixed = bytes_per_token(model.spec), bytes_per_sequence(model.spec)
-    flops, less = (count(model.config, model.spec) for count in (cost, spared))
+    flops, less = (count(model.config, model.spec) for count in (count_flops, spared))
 
     def weights(tokens: int) -> int:
-        return weights_read(model, batch * tokens, dtype)
+        return weights_read(model, batch * tokens)
 
     def forward(tokens: int) -> int | float:
         all_pairs = tokens * (tokens + 1) / 2
@@ -139,13 +134,13 @@ def works(model: Model, shape: Shape, dtype: Any) -> dict[str, Work]:
     }
 
 
-def weights_read(model: Model, rows: int, dtype: Any) -> int:
+def weights_read(model: Model, rows: int) -> int:
     """Bytes of the weights that a pass over `rows` tokens reads, as they are in memory when they are multiplied.
 
     Whole matrices and vectors; of the positions, and of token embeddings that no head is tied to, one row a token (of
     few tokens: the whole table at most).
     """
-    resident = jax.eval_shape(partial(cast, dtype=dtype), model.params)
+    resident = jax.eval_shape(partial(cast, how=model.how), model.params)
 
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -22,7 +22,7 @@ from chai_jax.compress.expand import expand
 from chai_jax.errors import InputError
 from chai_jax.files.convert import to_hf
 from chai_jax.files.families.opt import config_fields
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 
 # GNU's OpenMP lets threads sleep at once where there are more of them than CPUs, as CTranslate2's always are. After so
 # many turns of waiting, less than a millisecond, they sleep all the same, out of our way.
@@ -87,7 +87,7 @@ class HuggingFace:
         import torch
 
         torch.set_num_threads(threads)
-        self.model = torch_model(model).to(getattr(torch, np.dtype(compute_dtype()).name))
+        self.model = torch_model(model).to(getattr(torch, model.how.dtype.name))
 
     def __call__(self, shape: Shape, seed: int) -> Contender:
         return TorchTimed(self.model, shape, seed)
@@ -156,7 +156,7 @@ class CTranslate2:
                 f"the vocabulary has {model.config.vocab_size} tokens, of which CTranslate2's converter expects a "
                 "multiple of 8: leave --peer ctranslate2 out"
             )
-        dtype = np.dtype(compute_dtype()).name
+        dtype = model.how.dtype.name
         if dtype not in ctranslate2.get_supported_compute_types("cpu"):
             raise InputError(f"CTranslate2 does not compute in {dtype} on this CPU: leave --peer ctranslate2 out")
         twin = torch_model(model)

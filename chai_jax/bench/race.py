@@ -17,8 +17,9 @@ from chai_jax.errors import InputError
 from chai_jax.inputs.reading import Record
 from chai_jax.machine.memory import program_bytes
 from chai_jax.model.cache import cache_bytes
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.model.params import fold_projections
+from chai_jax.model.sharding import one_device
 from chai_jax.score.loglikelihood import target_logprobs
 from chai_jax.score.questions import Questions, most_rows
 from chai_jax.serve.decode import NEVER, bucket, cast, decode, prefill
@@ -88,7 +89,10 @@ def latency(
     """
     check_comparable(models.values())
     shape = (shape or Shape()).fit(min(model.config.max_positions for model in models.values()))
-    return race({name: partial(Timed, model) for name, model in models.items()}, shape, trials, seed)
+    dtype, *others = {model.how.dtype.name for model in models.values()}
+    if others:
+        raise InputError("the models compute in float32 and in bfloat16; expected one dtype to time them side by side")
+    return race({name: partial(Timed, model) for name, model in models.items()}, shape, dtype, trials, seed)
 
 
 def check_comparable(models: Iterable[Model]) -> None:
@@ -100,6 +104,7 @@ def check_comparable(models: Iterable[Model]) -> None:
 def race(
     entrants: Mapping[str, Build],
     shape: Shape,
+    dtype: str,
     trials: int = 9,
     seed: int = 0,
     tokens: int = 0,
@@ -111,6 +116,7 @@ def race(
     random tokens, no sequence stops early, and decoding is greedy.
 
     Args:
+        dtype: that all of them compute in.
         tokens: decode at least that many tokens more with every entrant, for their mean.
         beside: called once a round, before the first entrant.
 
@@ -131,7 +137,7 @@ def race(
     means = long_run(ready, shape, tokens) if tokens else {}
     first = next(iter(rounds.values()))
     common = {"n": trials, **asdict(shape), "seed": seed}
-    common |= {"device": jax.devices()[0].device_kind, "dtype": np.dtype(compute_dtype()).name}
+    common |= {"device": jax.devices()[0].device_kind, "dtype": dtype}
     return {
         name: {
             **_spread(rounds[name]),
@@ -216,9 +222,9 @@ class Timed:
 
     def __init__(self, model: Model, shape: Shape, seed: int) -> None:
         self.shape, self.compile_seconds = shape, 0.0
-        dtype, what = compute_dtype(), (model.config, model.spec)
+        how, what = model.how.replace(layout=one_device()), (model.config, model.spec)
         # As `serving_params` on one device.
-        self.params = jax.block_until_ready(fold_projections(cast(model.params, dtype)))
+        self.params = jax.block_until_ready(fold_projections(cast(model.params, how)))
         tokens, questions = shape.inputs(model.config.vocab_size, seed)
         prompts = jnp.asarray(tokens)
         self.questions = split_questions(questions)
@@ -227,11 +233,11 @@ class Timed:
         self.until = jnp.int32(shape.prompt + shape.new_tokens)
         capacity = bucket(shape.prompt + shape.new_tokens + 1)
 
-        self._score = self._compiled(target_logprobs, *what, dtype, self.params, self.questions[0])
+        self._score = self._compiled(target_logprobs, *what, how, self.params, self.questions[0])
         start = partial(self._compiled, prefill, *what, self.params, *self.prompts, *self.rule)
-        self._prefill = start(capacity=capacity, dtype=dtype)
+        self._prefill = start(capacity=capacity, how=how)
         state = self._prefill(self.params, *self.prompts, *self.rule)
-        self._decode = self._compiled(decode, *what, self.params, state, self.until, *self.rule, dtype=dtype)
+        self._decode = self._compiled(decode, *what, self.params, state, self.until, *self.rule, how=how)
 
         self.bytes = {
             "weights": model.nbytes,

@@ -19,7 +19,7 @@ from chai_jax.console import console
 from chai_jax.errors import InputError
 from chai_jax.inputs.reading import Record
 from chai_jax.model.cache import bytes_per_token
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.plans.planned import uniform_plan
 
 OURS = "chai_jax"
@@ -116,10 +116,11 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
         InputError: see `race`.
     """
     timed: list[dict[str, Record]] = []
+    dtype = entrants[0].model.how.dtype
     probes: list[Rates] = []
 
     def look(seconds: float) -> None:
-        probes.append(probe_rates(compute_dtype(), seconds=seconds))
+        probes.append(probe_rates(dtype, seconds=seconds))
 
     shared = jax.default_backend() == "cpu"
     beside = partial(look, LOOK) if shared else None
@@ -127,7 +128,7 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
         look(1.0)
     for number, shape in enumerate(over):
         console.print(f"shape {number + 1} of {len(over)}: {shape}", highlight=False)
-        timed.append(race({one.name: one.build for one in entrants}, shape, trials, seed, tokens, beside))
+        timed.append(race({one.name: one.build for one in entrants}, shape, dtype.name, trials, seed, tokens, beside))
     memory = jax.devices()[0].memory_stats() or {}
     if not shared:
         look(1.0)
@@ -148,7 +149,7 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
 def _row(entrant: Entrant, shape: Shape, timed: Record, rates: Rates) -> Record:
     """What was timed, with `tokens_per_second` while decoding and `inferences_per_second` (scored examples); for each
     of `MEASURES` the `floor` and `floor_fraction`, the part of the median that the floor is."""
-    floors = {name: work.floor(rates) for name, work in works(entrant.model, shape, compute_dtype()).items()}
+    floors = {name: work.floor(rates) for name, work in works(entrant.model, shape).items()}
     return {
         **entrant.facts(),
         **timed,

@@ -75,13 +75,16 @@ class BenchCommand:
         from chai_jax.bench.peers import AWAKE, PEERS, check_peer
         from chai_jax.bench.sweep import sweep
         from chai_jax.files.atomic import claim_folder
-        from chai_jax.model import kernels
+        from chai_jax.model.execution import Execution
+        from chai_jax.model.kernels import resolved
+        from chai_jax.model.sharding import one_device
         from chai_jax.report.bench import COLUMNS, note, write
         from chai_jax.report.tables import terminal
+        from chai_jax.run.devices import start
         from chai_jax.run.environment import versions, where_computed
 
-        options = self._checked()
-        attention = kernels.resolved(self.attention, jax.devices()[:1])
+        asked, options = start(self.devices), self._checked()
+        execution = Execution(asked.dtype, one_device(), resolved(self.attention, jax.devices()[:1]))
         if self.peer:
             check_peer(self.peer)
         libraries = PEERS[self.peer].libraries if self.peer else ()
@@ -92,14 +95,13 @@ class BenchCommand:
             console.print(
                 f"XLA computes on {threads['xla']} CPUs, the peers on {threads['peers']}: use taskset for equals"
             )
-        entrants, over = self._entrants(options, threads["peers"])
-        with kernels.using(attention):
-            found, where = sweep(entrants, over, self.trials, self.seed, self.tokens), where_computed()
+        entrants, over = self._entrants(options, threads["peers"], execution)
+        found = sweep(entrants, over, self.trials, self.seed, self.tokens)
         record = {
             "options": options,
-            **where,
+            **where_computed(asked),
             "devices_used": 1,
-            "attention": attention,
+            "attention": execution.kernels,
             "threads": threads | ({name: os.environ.get(name) for name in AWAKE} if self.peer else {}),
             "versions": versions() | {name: metadata.version(name) for name in libraries},
             **found,
@@ -133,13 +135,13 @@ class BenchCommand:
             raise InputError("--batch is empty; expected numbers with commas, such as 1,8")
         return given | lists
 
-    def _entrants(self, options: Options, threads: int) -> tuple[list[Any], list[Any]]:
+    def _entrants(self, options: Options, threads: int, execution: Any) -> tuple[list[Any], list[Any]]:
         """Who is timed, the first MODEL first, and at which shapes."""
         from chai_jax.bench.race import Shape
         from chai_jax.bench.sweep import ours, peer, shapes, variants
         from chai_jax.sources import open_model
 
-        models = {source: open_model(source, seed=self.seed) for source in dict.fromkeys(self.models)}
+        models = {source: open_model(source, None, self.seed, execution) for source in dict.fromkeys(self.models)}
         rest = Shape(new_tokens=self.new_tokens, question=self.question)
         over = shapes(list(models.values()), options["batch"], options["prompt"], rest)
         entrants = []

@@ -41,8 +41,10 @@ class EvaluateCommand:
         from chai_jax.evaluation.tasks import evaluate, perplexity
         from chai_jax.files.atomic import check_writable
         from chai_jax.machine.processes import once
+        from chai_jax.run.devices import start
         from chai_jax.sources import open_model
 
+        execution = start(self.devices)
         if (self.task is None) == (self.text is None):
             raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
         tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
@@ -50,10 +52,10 @@ class EvaluateCommand:
             raise InputError(f"--task is {self.task!r}; expected sst2, rte, piqa or toy; several with commas")
         if self.out is not None:
             check_writable(self.out)
-        model = open_model(self.model, self.revision)
+        model = open_model(self.model, self.revision, execution=execution)
         if self.text is not None:
             return {str(self.text): perplexity(model, self.text)}
-        baseline = None if self.baseline is None else open_model(self.baseline)
+        baseline = None if self.baseline is None else open_model(self.baseline, execution=execution)
         found = {}
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
@@ -90,23 +92,26 @@ class GenerateCommand:
 
     def run(self) -> Any:
         from chai_jax.data.tokens import check_characters
+        from chai_jax.run.devices import start
         from chai_jax.serve.generate import stream
         from chai_jax.serve.request import check_numbers
         from chai_jax.serve.sample import Sampling
         from chai_jax.serve.speculate import stream_with_draft
         from chai_jax.sources import open_model
 
+        execution = start(self.devices)
         check_characters(self.prompt, "--prompt")
         check_numbers(self.max_new_tokens, self.seed)
         if self.temperature is not None:
             Sampling.checked(self.temperature, self.top_k, self.top_p)
-        model = open_model(self.model)
+        model = open_model(self.model, execution=execution)
         asked = (self.prompt, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.seed)
         told: dict[str, Any] = {}
         pieces: list[str] = []
 
         def drafted(draft: str) -> Iterator[str]:
-            for piece, made in stream_with_draft(model, open_model(draft), *asked, self.draft_tokens):
+            smaller = open_model(draft, execution=execution)
+            for piece, made in stream_with_draft(model, smaller, *asked, self.draft_tokens):
                 told.update(rounds=made.rounds, proposed=made.proposed, acceptance=made.acceptance)
                 yield piece
 

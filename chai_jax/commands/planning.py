@@ -34,10 +34,12 @@ class PlanCommand:
         from chai_jax.analyse.explain import explain, explain_table
         from chai_jax.files.atomic import claim_file, write_json
         from chai_jax.machine.processes import once
+        from chai_jax.run.devices import start
         from chai_jax.run.options import plan_for
         from chai_jax.run.work import open_work
         from chai_jax.sources import open_model, source_of
 
+        execution = start(self.devices)
         check_seed(self.seed, "--seed")
         self.planning.check()
         out = claim_file(self.out)
@@ -45,7 +47,7 @@ class PlanCommand:
         config = RunConfig(
             self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
         )
-        model = open_model(self.model, seed=self.seed)
+        model = open_model(self.model, seed=self.seed, execution=execution)
         costs = self.out.with_suffix(".costs.json")
         plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
         once(lambda: write_json(out, plan.to_json()))

@@ -21,7 +21,7 @@ from chai_jax.compress.moments import input_moments, output_moments
 from chai_jax.compress.slice import every_value, reorder, representative_scores, representative_values
 from chai_jax.console import track
 from chai_jax.errors import InputError
-from chai_jax.model.layerwise import Text, embed, through
+from chai_jax.model.layerwise import Text, embed_text, how_in_float32, through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Quantized
@@ -95,7 +95,7 @@ class Stream:
         if not model.config.bias:
             raise InputError("the model has no biases; low-rank merges need them: merge by representatives")
         self.model, self.mask, self.index = model, jnp.asarray(text.mask), 0
-        self.x = embed(model, jnp.asarray(text.tokens), self.mask)
+        self.x = embed_text(model, jnp.asarray(text.tokens), self.mask)
 
     def advance(self) -> None:
         self.x = through(self.model, self.index, self.x, self.mask)
@@ -106,7 +106,7 @@ class Stream:
     def input_moments(self) -> InputMoments:
         """Of this layer, for every merge that is tried on it."""
         layer, params = self.model.spec.layers[self.index], self.model.params["layers"][str(self.index)]
-        return input_moments(self.model.config, layer, params, self.x, self.mask)
+        return input_moments(self.model.config, layer, how_in_float32(self.model), params, self.x, self.mask)
 
 
 class LayerMerge:
@@ -188,4 +188,5 @@ class LayerMerge:
         merged = {**self.old, **scores, **representative_values(self.old, self.kept, self.members)}
         spec = dataclasses.replace(self.spec, value_rank=self.config.head_dim)
         layers, params = (self.dense, spec), (self.old, merged)
-        return output_moments(self.config, layers, params, clusters, self.stream.x, self.stream.mask)
+        how = how_in_float32(self.stream.model)
+        return output_moments(self.config, layers, how, params, clusters, self.stream.x, self.stream.mask)

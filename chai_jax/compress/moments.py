@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.compress.merge import InputMoments, OutputMoments
+from chai_jax.model.execution import Execution
 from chai_jax.model.layerwise import anonymous, seen_through
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
@@ -20,16 +21,17 @@ BATCH = 8  # windows of one pass
 
 
 def input_moments(
-    config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Any
+    config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Float[Array, "N W D"], mask: Any
 ) -> InputMoments:
     """Of the normed input of a layer that `x` enters; only real tokens count."""
-    total = _sum(partial(_input_moments, config, anonymous(layer)), params, x, mask)
+    total = _sum(partial(_input_moments, config, anonymous(layer), how), params, x, mask)
     return InputMoments(total / total[-1, -1])
 
 
 def output_moments(
     config: Architecture,
     layers: tuple[LayerSpec, LayerSpec],
+    how: Execution,
     params: tuple[Params, Params],
     clusters: Sequence[int],
     x: Any,
@@ -51,7 +53,7 @@ def output_moments(
     for row, cluster in zip(members, clusters, strict=True):
         row[[place[head] for head in layers[1].clusters[cluster]]] = 1
     chosen = jnp.asarray(members), jnp.asarray(clusters, jnp.int32)
-    sums = partial(_output_moments, config, tuple(map(anonymous, layers)), *chosen)
+    sums = partial(_output_moments, config, tuple(map(anonymous, layers)), how, *chosen)
     total, width = _sum(sums, params, x, mask), config.hidden_size
     for summed in total["pairs"]:
         pairs = summed / total["count"]
@@ -77,19 +79,20 @@ def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
     return total
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _input_moments(
-    config: Architecture, layer: LayerSpec, params: Params, x: Array, mask: Array
+    config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array
 ) -> Float[Array, "D1 D1"]:
-    _, seen = seen_through(config, layer, params, x, mask)
+    _, seen = seen_through(config, layer, how, params, x, mask)
     rows = jnp.where(mask[..., None], jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), 0.0)
     return jnp.einsum("nwx,nwy->xy", rows, rows, precision="highest")
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _output_moments(
     config: Architecture,
     layers: tuple[LayerSpec, LayerSpec],
+    how: Execution,
     members: Float[Array, "M H"],
     clusters: Int32[Array, " M"],
     params: tuple[Params, Params],
@@ -97,7 +100,8 @@ def _output_moments(
     mask: Array,
 ) -> dict[str, Array]:
     """Second moments of [1, Z_c] with [1, Z_c, Y_c] for these clusters c."""
-    dense, merged = (seen_through(config, layer, tree, x, mask)[1] for layer, tree in zip(layers, params, strict=True))
+    both = zip(layers, params, strict=True)
+    dense, merged = (seen_through(config, layer, how, tree, x, mask)[1] for layer, tree in both)
     kernel, real = dequantize(params[0]["output"]["kernel"]), mask[..., None]
 
     def moment(cluster: tuple[Array, Array]) -> Array:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from chai_jax.evaluation.harness_tasks import SOURCES, local_rows, write_tasks
 from chai_jax.files.atomic import check_writable
 from chai_jax.inputs.reading import Record
 from chai_jax.machine.processes import first_process
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.score.loglikelihood import loglikelihoods
 from chai_jax.serve.generate import encode_prompt, generate_tokens
@@ -65,6 +67,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         max_batch_size: int | None = None,
         device: str | None = None,
         revision: str | None = None,
+        execution: Execution | None = None,
         **unknown: Any,
     ):
         """
@@ -74,6 +77,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
             max_batch_size: upper bound of `batch_size`.
             device: not used; JAX decides (see JAX_PLATFORMS).
             revision: of a hub model.
+            execution: how a model that is loaded is run; as suits the devices here, if not given.
 
         Raises:
             InputError: another argument, a batch size that is no number, a model that cannot be loaded or has no
@@ -82,7 +86,9 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         super().__init__()
         if unknown:
             raise InputError(f"model_args has {', '.join(unknown)}; expected nothing but pretrained and revision")
-        self.model = pretrained if isinstance(pretrained, Model) else open_model(pretrained, revision)
+        self.model = (
+            pretrained if isinstance(pretrained, Model) else open_model(pretrained, revision, execution=execution)
+        )
         size = sequences(batch_size)
         self.batch_size = min(size, max_batch_size or size)
         self.tokenizer = require_tokenizer(self.model.tokenizer, self.model.source)
@@ -193,7 +199,13 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         return texts
 
 
-def run(model: str, arguments: Sequence[str], data_dir: Path | None = None, revision: str | None = None) -> Record:
+def run(
+    model: str,
+    arguments: Sequence[str],
+    data_dir: Path | None = None,
+    revision: str | None = None,
+    execution: Execution | None = None,
+) -> Record:
     """`lm-eval run` on one of our models; the harness prints its tables and writes its results files.
 
     Args:
@@ -201,6 +213,7 @@ def run(model: str, arguments: Sequence[str], data_dir: Path | None = None, revi
         arguments: the harness's own (`--tasks`, `--include_path`, `--output_path`, ...).
         data_dir: read those of `SOURCES` that are among the tasks from this folder, not from the hub.
         revision: of a hub model.
+        execution: how the model is run; as suits the devices here, if not given.
 
     Returns:
         The harness's "results" and "n-samples" by task, its "versions" of the tasks, its seeds ("config"), and the
@@ -222,7 +235,9 @@ def run(model: str, arguments: Sequence[str], data_dir: Path | None = None, revi
     with tempfile.TemporaryDirectory(prefix="chai_jax_") as folder:
         if data_dir is not None:
             _use_local_rows(namespace, data_dir, Path(folder))
-        return _execute(harness, namespace)
+        # Nor for an object beside the arguments of a model.
+        with _replaced(LanguageModel, "__init__", partialmethod(LanguageModel.__init__, execution=execution)):
+            return _execute(harness, namespace)
 
 
 def _use_local_rows(namespace: argparse.Namespace, data_dir: Path, folder: Path) -> None:

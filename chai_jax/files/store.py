@@ -19,6 +19,7 @@ from chai_jax.files.stored import FLOATS
 from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.files.weights import open_weights
 from chai_jax.inputs.reading import Record, read_json
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans.architecture import Architecture
@@ -33,6 +34,7 @@ def load(
     dtype: Any = None,
     storage: str | None = None,
     tokenizer: bool = True,
+    execution: Execution | None = None,
 ) -> Model:
     """Load a model from a folder (a Hugging Face one, or one that `save` wrote) or from the Hugging Face hub.
 
@@ -46,6 +48,7 @@ def load(
         dtype: float32, bfloat16 or float16, to cast the weights of an ordinary model to.
         storage: cache format of an ordinary model: float32 (if not said otherwise), bfloat16, int8 or int4.
         tokenizer: whether to load the tokenizer too; a folder without one gives None.
+        execution: how the model is run: dtype, devices and kernels; as suits the devices here, if not given.
 
     Raises:
         InputError: no such model; one of an unknown family; files that are missing, cut, tampered with, or at odds with
@@ -72,7 +75,7 @@ def load(
     params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, how)
     compressed.check_formats(spec, params)
     generation, words = read_generation(folder, fields), load_tokenizer(folder, config) if tokenizer else None
-    return Model(config, spec, params, words, str(source), plan, generation)
+    return Model(config, spec, params, words, str(source), plan, generation, execution)
 
 
 def _read_kind(folder: Path) -> tuple[Record, Family, bool]:

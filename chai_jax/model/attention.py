@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from chai_jax.model import kernels
 from chai_jax.model.int4_store import Windowed
-from chai_jax.model.kernels import decode_gpu, prompt_gpu, prompt_tpu
+from chai_jax.model.kernels import decode_gpu, prefill_gpu, prefill_tpu
 from chai_jax.model.kernels.decode import decode_attention
-from chai_jax.model.products import apart, product, side_by_side
+from chai_jax.model.products import product
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
+from chai_jax.model.wide_heads import apart, side_by_side
 
-ROWS = 512  # of a prompt whose attention is computed at once
+ROWS = 512  # of a long sequence whose attention is computed at once
 
 
 def scores_of(
@@ -48,9 +48,8 @@ def mix_values(
 ) -> Float[Array, "B heads T R"]:
     """Weighted sums of the values [B, C * v, S, R] under each cluster's attention: C * q * v heads (q or v is 1).
 
-    With one query row (decoding) the probabilities are spread over the cluster's value heads and an int8 value's scale
-    multiplies them; with many rows they never are: the values are read back instead, and a cluster's value heads are
-    one wide value.
+    With one query row (decoding) every value head gets a copy of its cluster's probabilities, which an int8 value's
+    scale multiplies. With many rows the values are read back instead, and a cluster's value heads are one wide value.
     """
     if isinstance(values, Windowed):
         recent = jnp.where(values.fresh, probabilities, 0.0)
@@ -62,8 +61,8 @@ def mix_values(
         read = side_by_side(dequantize(values, dtype), value_heads)
         mixed = apart(product("bcms,bcsn->bcmn", probabilities.astype(dtype), read, row="m"), value_heads)
     else:
-        spread = jnp.broadcast_to(probabilities[:, :, None], (batch, clusters, value_heads, queries, columns))
-        probabilities = spread.reshape(batch, clusters * value_heads, queries, columns)
+        copies = jnp.broadcast_to(probabilities[:, :, None], (batch, clusters, value_heads, queries, columns))
+        probabilities = copies.reshape(batch, clusters * value_heads, queries, columns)
         if isinstance(values, QuantizedArray):
             probabilities = probabilities * values.scale.astype(jnp.float32)[:, :, None]
         read = _multiplied(values, dtype)
@@ -134,22 +133,26 @@ def attend_one(
     allowed: Bool[Array, "B 1 S"],
     scale: float,
     value_heads: int,
+    kernels: str,
 ) -> Float[Array, "B heads 1 Rv"]:
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
-    Keys and values are plain or int8 arrays. Where there is no kernel (on GPUs for what `decode_gpu.takes` refuses, on
-    CPUs unless `kernels.on_cpu()`) it is `attend`. The kernel is for programs of one device, and for TPUs from v4 on:
-    `chai_jax.model.kernels.check`, since neither can be seen from here.
+    Keys and values are plain or int8 arrays. It is `attend` where there is no kernel: on GPUs for what
+    `decode_gpu.takes` refuses, and on devices that the `kernels` are not for.
+
+    Args:
+        kernels: "native" or "pallas". The caller has seen that the devices can have them, one and not too old
+            (`chai_jax.model.kernels.check`), which cannot be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
     accelerators = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
-    platforms = ["cpu"] if kernels.on_cpu() else accelerators
+    platforms = ["cpu"] if kernels == "native" else accelerators
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)
 
 
-def attend_prompt(
+def attend_prefill(
     query: Float[Array, "B C q T R"],
     keys: Array,
     values: Array,
@@ -157,17 +160,17 @@ def attend_prompt(
     scale: float,
     value_heads: int,
 ) -> Float[Array, "B heads T Rv"]:
-    """What `attend_in_order` returns first, by the kernel of the device that the program is compiled for (see
-    `attend_one`), or where it has none for such a prompt (`prompt_tpu.takes`, `prompt_gpu.takes`) as XLA does.
+    """What `attend_in_order` returns first, by the Pallas kernel of the device that the program is compiled for.
 
-    Rows of a kernel may read every real column up to their own: `allowed` has no branches.
+    It is `attend_in_order` where there is no kernel for so many tokens, or for such heads (`prefill_tpu.takes`,
+    `prefill_gpu.takes`). Rows of a kernel may read every real column up to their own: `allowed` has no branches.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
     lowered = {}
-    if prompt_tpu.takes(query):
-        lowered["tpu"] = partial(prompt_tpu.prompt_on_tpu, **rest)
-    if prompt_gpu.takes(query, keys, values):
-        lowered["cuda"] = partial(prompt_gpu.prompt_on_gpu, **rest)
+    if prefill_tpu.takes(query):
+        lowered["tpu"] = partial(prefill_tpu.prefill_on_tpu, **rest)
+    if prefill_gpu.takes(query, keys, values):
+        lowered["cuda"] = partial(prefill_gpu.prefill_on_gpu, **rest)
     default = partial(_heads, attend_in_order, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)
 

@@ -23,15 +23,15 @@ from chai_jax.plans.spec import Spec
 
 
 @dataclass(frozen=True)
-class Cost:
+class Flops:
     """FLOPs of one pass for each token, each pair of tokens of a sequence, and each target."""
 
     token: int = 0
     pair: int = 0
     target: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.token + other.token, self.pair + other.pair, self.target + other.target)
+    def __add__(self, other: "Flops") -> "Flops":
+        return Flops(self.token + other.token, self.pair + other.pair, self.target + other.target)
 
     def of(self, examples: Sequence[Encoded]) -> int:
         """FLOPs of an update with these examples."""
@@ -40,7 +40,7 @@ class Cost:
         return self.token * sum(inputs) + self.pair * pairs + self.target * targets
 
 
-def cost(config: Architecture, spec: Spec, trainable: Any = None) -> Cost:
+def count_flops(config: Architecture, spec: Spec, trainable: Any = None) -> Flops:
     """An update that trains the leaves marked in `trainable`, a tree like the parameters; None: a forward pass."""
     declared = declare(config, spec)
     marks = trainable or jax.tree.map(lambda _: False, declared, is_leaf=_is_declared)
@@ -61,10 +61,10 @@ def cost(config: Architecture, spec: Spec, trainable: Any = None) -> Cost:
         pair += (2 + 4 * flows) * (layer.query_heads * layer.key_rank + layer.output_heads * layer.value_rank)
     target = matrices("final_norm") + matrices("project_out")
     table = marks["embed"]["tokens"] if config.tied else marks["head"]["kernel"]
-    return Cost(token, pair, target + config.vocab_size * config.embed_dim * (2 + 2 * (flows or table) + 2 * table))
+    return Flops(token, pair, target + config.vocab_size * config.embed_dim * (2 + 2 * (flows or table) + 2 * table))
 
 
-def spared(config: Architecture, spec: Spec) -> Cost:
+def spared(config: Architecture, spec: Spec) -> Flops:
     """What a forward pass need not do in the last layer for a token whose hidden state is not wanted: all but its key
     and value, and its pairs with the tokens before it. (Ours makes its query all the same.)"""
     index, layer = len(spec.layers) - 1, spec.layers[-1]
@@ -72,7 +72,7 @@ def spared(config: Architecture, spec: Spec) -> Cost:
     rest = [part for name, part in parts.items() if name not in ("key", "value")]
     kernels = (leaf for leaf in jax.tree.leaves(rest, is_leaf=_is_declared) if leaf.kind == "kernel")
     pair = 2 * (layer.query_heads * layer.key_rank + layer.output_heads * layer.value_rank)
-    return Cost(2 * sum(math.prod(kernel.shape) for kernel in kernels), pair)
+    return Flops(2 * sum(math.prod(kernel.shape) for kernel in kernels), pair)
 
 
 def _is_declared(value: Any) -> bool:

@@ -1,13 +1,13 @@
 """int4 storage of keys or values: whole blocks of columns in int4, the block in progress in bfloat16.
 
-KIVI (Liu et al. 2024, arXiv 2402.02750): keys are quantized per channel over the columns of a block, since their
-outliers keep to channels; values per token over groups of channels. A scale over columns needs all of them at hand, so
-a block is quantized once, when its last column is written, and recent tokens stay in bfloat16 until then.
+As KIVI does (Liu et al. 2024, arXiv 2402.02750), keys are quantized per channel over the columns of a block, since
+their outliers keep to channels, and values per token over groups of channels. A scale over columns needs all of them at
+hand. So a block is quantized once, when its last column is written, and its tokens stay in bfloat16 until then.
 
-What a token reads is decided by columns alone: int4 in blocks before its own, bfloat16 in its own block. So a prompt
-shorter than a block is bfloat16, and prefill, training and decoding read the same numbers. Masked columns fill their
-place in a block but do not enter its scales: padding on the right changes nothing, padding on the left shifts the
-borders of the blocks along the text (and only that; a multiple of `BLOCK` changes nothing).
+What a token reads depends on columns alone: int4 in the blocks before its own, bfloat16 in its own block. So prefill,
+training and decoding read the same numbers, and of a text shorter than a block all is bfloat16. Masked columns take up
+their place in a block but do not enter its scales. Padding on the right changes nothing; padding on the left moves the
+borders of the blocks along the text, unless it is a multiple of `BLOCK`.
 """
 
 import dataclasses
@@ -41,20 +41,25 @@ class BlockStore:
 @partial(jax.tree_util.register_dataclass, data_fields=["old", "recent", "fresh"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Windowed:
-    """What T rows read of S columns: `recent` where the pair is `fresh` (of one block), else `old`."""
+    """What T rows read of S columns: `recent` where row and column are of one block (`fresh`), else `old`."""
 
     old: Any  # [B, heads, S, R], read back from int4
     recent: Any  # [B, heads, S, R], as `old` but for the rows' own blocks, read back from bfloat16
     fresh: Any  # bool [T, S]
 
     def upto(self, rows: slice) -> "Windowed":
-        """What these rows read, none of which reads a column behind their last."""
+        """The part that these rows read: no column behind the last of them."""
         old, recent = (part[:, :, : rows.stop] for part in (self.old, self.recent))
         return Windowed(old, recent, self.fresh[rows, : rows.stop])
 
 
 def of_rows(stored: Any, rows: Int32[Array, "B N"] | None) -> Any:
-    """What some rows, other ones of each sequence, read of keys or values: `Windowed` tells rows apart. None: all."""
+    """What some of the rows read of keys or values.
+
+    Args:
+        stored: for all rows; only a `Windowed` differs from row to row.
+        rows: of each sequence the rows that are wanted; all, if not given.
+    """
     if rows is None or not isinstance(stored, Windowed):
         return stored
     return dataclasses.replace(stored, fresh=stored.fresh[rows][:, None, None])
@@ -77,7 +82,7 @@ def extend_blocks(store: BlockStore, capacity: int) -> BlockStore:
 def append_blocks(
     store: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"]
 ) -> tuple[BlockStore, Windowed]:
-    """Write T tokens into columns `start`..., and what each of these T rows reads, in x's dtype.
+    """The store with T more tokens in columns `start`..., and what each of these T rows reads, in x's dtype.
 
     Args:
         real: which columns hold real tokens, the new ones included.

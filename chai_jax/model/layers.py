@@ -1,67 +1,38 @@
-"""The maps that a decoder is made of, as Flax NNX modules over plain trees: their leaves may be quantized."""
+"""The maps that a decoder is made of, as functions of their parameters, which may be quantized."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.model.params import Params
-from chai_jax.model.quantized import Leaf, dequantize, einsum
+from chai_jax.model.quantized import dequantize, einsum
 
 NORM_EPSILON = 1e-5
 
 
-def parameter(value: Leaf | None) -> Any:
-    """A leaf as a variable of a module; None stays None."""
-    return None if value is None else nnx.Param(value)
+def project(equation: str, params: Params, x: Array, kernels: str) -> Array:
+    """A linear map in x's dtype, its `kernel` contracted as the equation says; the `bias` is added if there is one."""
+    y = einsum(equation, x, params["kernel"], kernels)
+    return y + dequantize(params["bias"], x.dtype) if "bias" in params else y
 
 
-def value_of(param: Any) -> Any:
-    """The leaf of a variable."""
-    return param.get_value()
+def project_to_heads(params: Params, x: Float[Array, "B T D"], kernels: str) -> Float[Array, "B heads T R"]:
+    """A linear map from the width to heads."""
+    return jnp.swapaxes(project("btd,dhr->bthr", params, x, kernels), 1, 2)
 
 
-class Projection(nnx.Module):
-    """A linear map given by an einsum; its kernel may be quantized."""
-
-    def __init__(self, equation: str, params: Params):
-        self.equation = equation
-        self.kernel = parameter(params["kernel"])
-        self.bias = parameter(params.get("bias"))
-
-    def __call__(self, x: Array) -> Array:
-        y = einsum(self.equation, x, value_of(self.kernel))
-        return y if self.bias is None else y + dequantize(value_of(self.bias), x.dtype)
-
-
-class Heads(Projection):
-    """Project the width to heads: [B, T, D] -> [B, heads, T, R]."""
-
-    def __init__(self, params: Params):
-        super().__init__("btd,dhr->bthr", params)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B heads T R"]:
-        return jnp.swapaxes(super().__call__(x), 1, 2)
-
-
-class Norm(nnx.Module):
-    """Layer norm over the width, in float32."""
-
-    def __init__(self, params: Params):
-        self.scale = parameter(params.get("scale"))
-        self.bias = parameter(params.get("bias"))
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        y = x.astype(jnp.float32)
-        y = y - y.mean(-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + NORM_EPSILON)
-        if self.scale is not None:
-            y = y * dequantize(value_of(self.scale))
-        if self.bias is not None:
-            y = y + dequantize(value_of(self.bias))
-        return y.astype(x.dtype)
+def layer_norm(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """Layer norm over the width, computed in float32; without parameters it neither scales nor shifts."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + NORM_EPSILON)
+    if "scale" in params:
+        y = y * dequantize(params["scale"])
+    if "bias" in params:
+        y = y + dequantize(params["bias"])
+    return y.astype(x.dtype)
 
 
 def at_columns(x: Any, columns: Int32[Array, "B N"] | None, axis: int) -> Any:

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from chai_jax.model import kernels
-from chai_jax.model.decoder import OPT, Block, Seen, visible
+from chai_jax.model.decoder import Seen, block, embed, visible
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.spec import LayerSpec, Spec
+from chai_jax.plans.spec import LayerSpec
 
 
 @runtime_checkable
@@ -37,21 +37,26 @@ def rest_of(params: Params) -> Params:
     return {name: leaf for name, leaf in params.items() if name != "layers"}
 
 
-def embed(model: Model, tokens: Any, mask: Any) -> Float[Array, "N W D"]:
+def how_in_float32(model: Model) -> Execution:
+    """As the model's programs run, but in float32, whatever the device computes in otherwise."""
+    return model.how.replace(dtype=jnp.dtype(jnp.float32))
+
+
+def embed_text(model: Model, tokens: Any, mask: Any) -> Float[Array, "N W D"]:
     """What enters the first layer, in float32."""
-    return _embed(model.config, rest_of(model.params), tokens, mask)
+    return _embed(how_in_float32(model), rest_of(model.params), tokens, mask)
 
 
 def through(model: Model, index: int, x: Float[Array, "N W D"], mask: Any) -> Float[Array, "N W D"]:
     """What leaves layer `index` when `x` enters it, in float32."""
-    return through_layer(model.config, model.spec.layers[index], model.params["layers"][str(index)], x, mask)
+    return through_layer(model, model.spec.layers[index], model.params["layers"][str(index)], x, mask)
 
 
 def through_layer(
-    config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Any
+    model: Model, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Any
 ) -> Float[Array, "N W D"]:
-    """`through` for a layer that is no model's (yet)."""
-    return _through(config, anonymous(layer), params, x, mask)
+    """`through` for a layer that is not (yet) the model's."""
+    return _through(model.config, anonymous(layer), how_in_float32(model), params, x, mask)
 
 
 def anonymous(layer: LayerSpec) -> LayerSpec:
@@ -63,20 +68,21 @@ def anonymous(layer: LayerSpec) -> LayerSpec:
 
 
 def seen_through(
-    config: Architecture, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Array
+    config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Float[Array, "N W D"], mask: Array
 ) -> tuple[Float[Array, "N W D"], Seen]:
     """What leaves a layer when `x` enters it, and what its attention sees and does; to be called inside jit."""
     _, allowed, start, _ = visible(mask, None)
-    with kernels.plain_attention():
-        after, _, seen = Block(config, layer, params)(x, allowed, None, start)
+    after, _, seen = block(config, layer, params, x, allowed, None, start, how=how, plain=True)
     return after, seen
 
 
 @partial(jax.jit, static_argnums=0)
-def _embed(config: Architecture, params: Params, tokens: Array, mask: Array) -> Float[Array, "N W D"]:
-    return OPT(config, Spec(()), params).embed(tokens, visible(mask, None)[0], jnp.float32)
+def _embed(how: Execution, params: Params, tokens: Array, mask: Array) -> Float[Array, "N W D"]:
+    return embed(params, tokens, visible(mask, None)[0], how)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _through(config: Architecture, layer: LayerSpec, params: Params, x: Array, mask: Array) -> Float[Array, "N W D"]:
-    return seen_through(config, layer, params, x, mask)[0]
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _through(
+    config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array
+) -> Float[Array, "N W D"]:
+    return seen_through(config, layer, how, params, x, mask)[0]

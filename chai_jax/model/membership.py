@@ -51,9 +51,9 @@ def calibrated(clusters: Sequence[Sequence[int]], batch: int) -> Membership:
 def features(probabilities: Float[Array, "B H W W"]) -> Float[Array, "B H F"]:
     """What heads are compared by: their attention rows over a sequence's first W tokens, one after the other (F = W W).
 
-    As offline (`chai_jax.analyse.probe`), each row is centred over the keys it may read, without the first token, on
-    which heads rest when they have nothing to do. That leaves the first two rows nothing to say: of five tokens, rows
-    of two, three and four keys speak.
+    Each row is centred over the keys it may read, as in calibration (`chai_jax.analyse.probe`). The first token is left
+    out, since heads rest on it when they have nothing to do. Then the first two rows are zero: they read no other key,
+    or one, which centring makes zero. Of five tokens the rows of two, three and four keys remain.
     """
     width = probabilities.shape[-1]
     keys = np.tril(np.ones((width, width), bool))
@@ -70,10 +70,10 @@ def _distances(points: Float[Array, "N F"], centres: Float[Array, "M F"]) -> Flo
 
 
 def farthest_points(points: Float[Array, "H F"], count: int) -> Float[Array, "C F"]:
-    """Where K-Means starts: at the longest point, then ever at the point farthest from all centres so far.
+    """Where K-Means starts: at the longest point, then again and again at the point farthest from all centres so far.
 
-    The first of several. Katsavounidis, Kuo, Zhang, "A new initialization technique for generalized Lloyd iteration",
-    IEEE Signal Processing Letters 1(10), 1994.
+    Of equally far ones the first. Katsavounidis, Kuo, Zhang, "A new initialization technique for generalized Lloyd
+    iteration", IEEE Signal Processing Letters 1(10), 1994.
     """
 
     def add(number: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -87,10 +87,10 @@ def farthest_points(points: Float[Array, "H F"], count: int) -> Float[Array, "C 
 
 
 def assign(points: Float[Array, "H F"], centres: Float[Array, "C F"]) -> Int32[Array, " H"]:
-    """The nearest centre of each point (the first of several), but none without a point, as long as C <= H.
+    """The nearest centre of each point (the first of equally near ones), but no cluster is empty (if C <= H).
 
-    A centre that is nobody's nearest takes the point farthest from its own centre, of those that are not the last
-    (the nearest) of their cluster.
+    A centre that is nearest to no point takes a point of another cluster: the one farthest from its centre. The point
+    nearest to a centre stays, so that the other cluster does not become empty.
     """
     distances = _distances(points, centres)
     labels = jnp.argmin(distances, axis=1).astype(jnp.int32)

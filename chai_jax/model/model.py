@@ -6,37 +6,18 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from chai_jax.errors import InputError
 from chai_jax.model.cache import measured_bytes_per_token
 from chai_jax.model.decoder import forward, unembed
+from chai_jax.model.execution import Execution
 from chai_jax.model.generation import Generation
 from chai_jax.model.params import Params
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import Plan
 from chai_jax.plans.spec import Spec
-
-_compute: str | None = None
-
-
-def set_compute_dtype(dtype: str | None) -> None:
-    """Make `dtype` ("float32" or "bfloat16") the one that jobs compute in; None: the default again."""
-    global _compute
-    _compute = dtype
-
-
-def compute_dtype(wanted: str | None = None) -> Any:
-    """The one asked for here, or else by `set_compute_dtype`, or else float32 on a CPU, bfloat16 on TPUs and GPUs.
-
-    On CPUs bfloat16 pays where they have instructions for it, which not all have. Never decides what is stored.
-    """
-    chosen = wanted or _compute
-    if chosen is not None:
-        return jnp.dtype(chosen)
-    return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +30,7 @@ class Model:
         source: hub id or folder the weights came from.
         plan: the plan it was compressed by, if any.
         generation: how its texts are made, if its folder says so.
+        execution: what its programs compute in, where, and by whose kernels; None: as suits the devices here (`how`).
     """
 
     config: Architecture
@@ -58,6 +40,12 @@ class Model:
     source: str = ""
     plan: Plan | None = field(default=None, repr=False)
     generation: Generation | None = field(default=None, repr=False)
+    execution: Execution | None = field(default=None, repr=False)
+
+    @property
+    def how(self) -> Execution:
+        """What jobs with this model run by: its `execution`, or what suits the devices that are here."""
+        return self.execution or Execution.choose()
 
     def __call__(self, tokens: Any, mask: Any = None) -> Float[Array, "B T V"]:
         """float32 logits [B, T, V] of tokens int32 [B, T]; mask bool [B, T] is True at real tokens (all, if not given).
@@ -74,7 +62,7 @@ class Model:
             raise InputError(
                 f"token ids run from {tokens.min()} to {tokens.max()}; expected 0 to {self.config.vocab_size - 1}"
             )
-        return _logits(self.config, self.spec, compute_dtype(), self.params, tokens, mask)
+        return _logits(self.config, self.spec, self.how, self.params, tokens, mask)
 
     def check_length(self, length: int) -> None:
         """Raise InputError where `length` tokens do not fit the position table."""
@@ -105,6 +93,6 @@ class Model:
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _logits(config: Architecture, spec: Spec, dtype: Any, params: Params, tokens: Array, mask: Array) -> Array:
-    output = forward(config, spec, params, tokens, mask, dtype=dtype)
-    return unembed(config, params, output.hidden)
+def _logits(config: Architecture, spec: Spec, how: Execution, params: Params, tokens: Array, mask: Array) -> Array:
+    output = forward(config, spec, params, tokens, mask, how)
+    return unembed(config, params, output.hidden, how)

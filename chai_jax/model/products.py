@@ -1,4 +1,4 @@
-"""Matrix products accumulated in float32, and value heads laid out for them."""
+"""Matrix products accumulated in float32."""
 
 import math
 from collections.abc import Callable
@@ -7,32 +7,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from chai_jax.model import kernels
 from chai_jax.model.kernels import products_cpu
 
 
-def product(equation: str, one: Array, two: Array, row: str) -> Float[Array, "..."]:
+def product(equation: str, one: Array, two: Array, row: str, kernels: str = "xla") -> Float[Array, "..."]:
     """`jnp.einsum(equation, one, two)` of arrays of one dtype, float32. A weight may be int8.
 
     Args:
-        row: the letter of the rows, in the operand that is no weight and nothing stored.
+        row: the letter that counts rows. It is in the operand that is computed, not in the one that is stored (a
+            weight, or what a cache holds).
+        kernels: with "native", CPUs multiply a few rows by a matrix with a kernel (`chai_jax.model.execution`).
     """
 
     def plain(one: Array, two: Array) -> Array:
         one, two = (x if x.dtype != jnp.int8 else x.astype(y.dtype) for x, y in ((one, two), (two, one)))
         return jnp.einsum(equation, one, two, preferred_element_type=jnp.float32)
 
-    on_cpu = _on_cpu(equation, (one, two), row, plain)
+    on_cpu = _on_cpu(equation, (one, two), row, kernels, plain)
     return plain(one, two) if on_cpu is None else jax.lax.platform_dependent(one, two, cpu=on_cpu, default=plain)
 
 
 def _on_cpu(
-    equation: str, operands: tuple[Array, Array], row: str, plain: Callable[..., Array]
+    equation: str, operands: tuple[Array, Array], row: str, kernels: str, plain: Callable[..., Array]
 ) -> Callable[..., Array] | None:
-    """How CPUs multiply these, if not as all do: a few rows and a matrix by a kernel, where there are kernels.
+    """How CPUs compute a product for which `plain` is slow there; None where it is not.
 
-    Elsewhere XLA takes five to seven times as long for one row of bfloat16 as for two, which take the CPU's
-    instructions for bfloat16 where there are any: there a single row is multiplied twice.
+    A few rows and a matrix: by a kernel, if the program has kernels. One row of bfloat16: as two equal rows, of which
+    one is kept. XLA takes five to seven times as long for one row as for two, since only two take the instructions for
+    bfloat16 that some CPUs have.
     """
     terms, result = equation.split("->")
     names = terms.split(",")
@@ -45,7 +47,7 @@ def _on_cpu(
     rows, summed, columns = (math.prod(size[letter] for letter in letters) for letters in (free, shared, own))
     turned = other == own + shared
     matrix = not set(shared) & set(result) and (turned or other == shared + own)
-    if kernels.on_cpu() and matrix and products_cpu.takes(rows, summed, columns, dtype, turned):
+    if kernels == "native" and matrix and products_cpu.takes(rows, summed, columns, dtype, turned):
 
         def by_kernel(*operands: Array) -> Array:
             x = jnp.einsum(f"{mine}->{free}{shared}", operands[at]).reshape(rows, summed)
@@ -61,17 +63,3 @@ def _on_cpu(
         return jax.lax.slice_in_dim(plain(*pair), 0, 1, axis=result.index(row))
 
     return doubled if rows == 1 and operands[at].dtype == jnp.bfloat16 else None
-
-
-def side_by_side(values: Float[Array, "B values S R"], count: int) -> Float[Array, "B C S cR"]:
-    """Each `count` neighbouring heads as one wide head: attention that they share is one matmul."""
-    batch, heads, columns, rank = values.shape
-    grouped = jnp.swapaxes(values.reshape(batch, heads // count, count, columns, rank), 2, 3)
-    return grouped.reshape(batch, heads // count, columns, count * rank)
-
-
-def apart(mixed: Float[Array, "B C T cR"], count: int) -> Float[Array, "B heads T R"]:
-    """Each wide head as its `count` heads: what `side_by_side` joined."""
-    batch, clusters, rows, width = mixed.shape
-    grouped = jnp.swapaxes(mixed.reshape(batch, clusters, rows, count, width // count), 2, 3)
-    return grouped.reshape(batch, clusters * count, rows, width // count)

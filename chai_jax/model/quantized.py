@@ -166,16 +166,18 @@ def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     return (_dequantize_int4(x) if isinstance(x, Int4Array) else x).astype(dtype)
 
 
-def einsum(equation: str, x: Float[Array, "..."], kernel: Leaf) -> Float[Array, "..."]:
-    """`jnp.einsum(equation, x, kernel)` in x's dtype, accumulated in float32, for a plain or a quantized kernel.
+def einsum(equation: str, x: Float[Array, "..."], weights: Leaf, kernels: str) -> Float[Array, "..."]:
+    """`jnp.einsum(equation, x, weights)` in x's dtype, accumulated in float32, for plain or quantized weights.
 
-    x has its tokens along `t`.
+    The scales of int8 weights run over their output axes only (the last ones of the result), so they scale the result.
+    int4 weights have scales along the contracted axis and are read back first.
 
-    An int8 kernel's scale runs over its output axes only (the last ones of the result), so it scales the result; an
-    int4 kernel has scales along the contracted axis and is read back first.
+    Args:
+        equation: in it `t` is the axis of x that counts tokens.
+        kernels: see `chai_jax.model.products.product`.
     """
-    weights = kernel.values if isinstance(kernel, QuantizedArray) else dequantize(kernel, x.dtype)
-    y = product(equation, x, weights, row="t")
-    if isinstance(kernel, QuantizedArray):
-        y = y * kernel.scale.astype(jnp.float32)
+    stored = weights.values if isinstance(weights, QuantizedArray) else dequantize(weights, x.dtype)
+    y = product(equation, x, stored, row="t", kernels=kernels)
+    if isinstance(weights, QuantizedArray):
+        y = y * weights.scale.astype(jnp.float32)
     return y.astype(x.dtype)

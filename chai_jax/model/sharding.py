@@ -4,14 +4,13 @@
 a `model` axis above 1 also splits heads, feed-forward and vocabulary (Megatron's cut, Shoeybi et al. 2019, arXiv
 1909.08053). XLA inserts the communication.
 
-A `Layout` is a mesh with a table. Every job (training, scoring, probing, generating) takes the current one, which is
-all devices along `data` unless `use` set another. The mesh may span processes: each of them runs the same program and
-holds its own devices' parts of every array. Between jobs a model's parameters are whole on every host.
+A `Layout` is a mesh with a table. Every job (training, scoring, probing, generating) takes that of its model's
+`Execution`. The mesh may span processes: each of them runs the same program and holds its own devices' parts of every
+array. Between jobs a model's parameters are whole on every host.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -62,6 +61,12 @@ def make_mesh(data: int | None = None, model: int = 1) -> Mesh:
     return jax.make_mesh((data, model), names, (AxisType.Auto,) * 2, devices=devices[: data * model])
 
 
+def one_device() -> "Layout":
+    """This process's first device alone."""
+    devices = jax.local_devices()[:1]
+    return Layout(jax.make_mesh((1, 1), ("data", "model"), (AxisType.Auto,) * 2, devices=devices))
+
+
 def partition_spec(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Mesh, table: Table = TABLE) -> PartitionSpec:
     """How an array with these logical axes is split; an axis that its mesh axes do not divide stays whole.
 
@@ -100,7 +105,7 @@ def shardings(declared: Params, mesh: Mesh, table: Table = TABLE) -> Any:
     return jax.tree.map(leaf, declared, is_leaf=lambda value: isinstance(value, Declared))
 
 
-def spread(value: Any, target: NamedSharding) -> Any:
+def leaf_sharding(value: Any, target: NamedSharding) -> Any:
     """Where a leaf's arrays lie: a quantized array's scale is split along with its values.
 
     An int4 array is not split along the axis of its groups where a device would get part of a byte or of a group.
@@ -123,7 +128,7 @@ def spread(value: Any, target: NamedSharding) -> Any:
 def place(params: Any, targets: Any) -> Any:
     """Copy parameters to where `shardings` wants them."""
     return jax.tree.map(
-        lambda value, target: jax.tree.map(put, value, spread(value, target)), params, targets, is_leaf=is_leaf
+        lambda value, target: jax.tree.map(put, value, leaf_sharding(value, target)), params, targets, is_leaf=is_leaf
     )
 
 
@@ -158,6 +163,11 @@ class Layout:
     def ways(self) -> int:
         """How many parts a batch is split into."""
         return self.mesh.shape["data"]
+
+    @property
+    def platform(self) -> str:
+        """What its devices are, which need not be here: "cpu", "gpu" or "tpu"."""
+        return str(self.mesh.devices.flat[0].platform)
 
     def shardings(self, config: Architecture, spec: Spec) -> Any:
         """Where each of a model's parameters lies."""
@@ -195,28 +205,3 @@ class Layout:
             return jax.make_array_from_process_local_data(sharding, x, (x.shape[0], rows, *x.shape[2:]))
 
         return jax.tree.map(leaf, tree)
-
-
-_current: Layout | None = None
-
-
-def current_layout() -> Layout:
-    """The layout that jobs take: what `use` or `set_layout` said, else all devices along `data`."""
-    return Layout(make_mesh()) if _current is None else _current
-
-
-def set_layout(layout: Layout | None) -> None:
-    """Make `layout` the current one (None: the default again)."""
-    global _current
-    _current = layout
-
-
-@contextmanager
-def use(layout: Layout) -> Iterator[None]:
-    """Within the block, jobs take this layout."""
-    before = _current
-    set_layout(layout)
-    try:
-        yield
-    finally:
-        set_layout(before)

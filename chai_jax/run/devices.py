@@ -13,12 +13,12 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import check_writable
 from chai_jax.inputs.paths import user_path
 from chai_jax.machine.processes import first_process
-from chai_jax.model.model import set_compute_dtype
-from chai_jax.model.sharding import Layout, make_mesh, set_layout
+from chai_jax.model.execution import Execution
+from chai_jax.model.sharding import Layout, make_mesh
 
 
-def start(config: DeviceConfig) -> None:
-    """Join the other processes, check the backend, and make the mesh the one that all jobs take.
+def start(config: DeviceConfig) -> Execution:
+    """Join the other processes, check the backend; how models are to be run then.
 
     Of several processes only the first keeps talking. To be called once, before anything is computed.
 
@@ -34,11 +34,11 @@ def start(config: DeviceConfig) -> None:
         # By default programs that take less than a second are left out: most of a small model's.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     require_backend(config.require_backend)
-    set_layout(Layout(make_mesh(*parse_mesh(config.mesh)), config.fsdp))
-    set_compute_dtype(config.dtype)
+    how = Execution.choose(config.dtype, Layout(make_mesh(*parse_mesh(config.mesh)), config.fsdp))
     if not first_process():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         console.quiet = True
+    return how
 
 
 def parse_mesh(mesh: str | None) -> tuple[int | None, int]:

@@ -20,6 +20,7 @@ from chai_jax.files.atomic import finite, new_folder, write_json, write_text
 from chai_jax.files.store import load
 from chai_jax.inputs.reading import Record
 from chai_jax.machine.processes import agreed, anywhere, first_process, once
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.plans.plan import Plan
 from chai_jax.report.page import write_page
@@ -42,8 +43,11 @@ class Stage:
     apply: Callable[[Model], Model]
 
 
-def run(config: RunConfig) -> Record:
+def run(config: RunConfig, execution: Execution | None = None) -> Record:
     """The main job; writes the run folder and returns its summary.
+
+    Args:
+        execution: how its models are run; as suits the devices here, if not given.
 
     Raises:
         InputError: anything that cannot be used, found out before the work starts where that is possible.
@@ -57,12 +61,12 @@ def run(config: RunConfig) -> Record:
     data = "text" if config.text else config.task or usual.task
     out = config.out or Path("runs") / f"{Path(config.model).name}-{data}"
     folder = RunFolder(out, recorded_settings(config))
-    source = open_model(config.model, config.revision, config.seed)
+    source = open_model(config.model, config.revision, config.seed, execution)
     if not source.spec.is_dense:
         raise InputError(
             f"{config.model} is clustered already; expected a dense model: start from the one it was made from"
         )
-    teacher = None if config.teacher is None else load(config.teacher)
+    teacher = None if config.teacher is None else load(config.teacher, execution=execution)
     check_request(config, source, plan, teacher)
     work = open_work(config, source)
     if not work.training and {"distil", "target"} & set(order):
@@ -154,10 +158,14 @@ class Pipeline:
             self.folder.finish(index, stage.name, model, record, measured.samples())
         self.folder.clear_partial(index, stage.name)
         # What goes on is what was saved, so that a resumed run and an undisturbed one compute with the same model.
-        self.model = load(str(self.folder.stage_path(index, stage.name) / "model"))
+        self.model = self._load(index, stage.name)
         if index == 0:
             self.dense = self.model
         self.done.append(stage.name)
+
+    def _load(self, index: int, stage: str) -> Model:
+        """The model that a stage has saved, run as the source is."""
+        return load(str(self.folder.stage_path(index, stage) / "model"), execution=self.model.execution)
 
     def _stop_if_asked(self, what: str) -> None:
         late, signalled = anywhere([self.deadline is not None and time.monotonic() >= self.deadline, terminated()])
@@ -238,7 +246,7 @@ class Pipeline:
         results = path / "results.json"
         if not agreed(results.exists()):
             self._stop_if_asked("the report")
-            models = {name: load(str(self.folder.stage_path(at, name) / "model")) for at, name in enumerate(self.done)}
+            models = {name: self._load(at, name) for at, name in enumerate(self.done)}
             timed = latency(models)
             records = [{**self.folder.record(at, name), "latency": timed[name]} for at, name in enumerate(self.done)]
             chosen = choose(self.config.select, records, lambda stage: self._held_out_cost(models[stage]))

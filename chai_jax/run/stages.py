@@ -89,6 +89,6 @@ class Stages:
             "model_bytes": model.nbytes,
             "seconds": round(seconds, 2),
             "seed": self.config.seed,
-            **where_computed(),
+            **where_computed(model.how),
             "versions": versions(),
         }

@@ -1,7 +1,7 @@
 """Log-likelihoods of given answers: tasks, texts and the lm-evaluation-harness are scored by this one function.
 
 Answers to one context share a forward pass. Rows are sorted by length and padded to a few static shapes
-(`chai_jax.score.questions`), and each batch is split over the devices of the current layout. The last layer and the
+(`chai_jax.score.questions`), and each batch is split over the devices of the model's layout. The last layer and the
 vocabulary head see only the positions that predict a target, and the head sees only some of these at a time. So logits
 [B, T, V] never exist.
 """
@@ -17,15 +17,15 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.console import track
 from chai_jax.data.batches import Encoded
-from chai_jax.model.decoder import forward, unembed
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.decoder import HEAD_ROWS, forward, unembed
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.sharding import current_layout, whole
+from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.score.questions import NONE, Questions, batches, pack_questions, trees
 
-HEAD_ROWS = 256  # hidden states that meet the vocabulary head at once: 51 MB of float32 logits at V = 50,272
 Total = Any
 
 
@@ -54,24 +54,23 @@ def fold_targets(
 
 
 def logits_at(
-    config: Architecture, params: Params, hidden: Float[Array, "B T D"], positions: Int32[Array, "B N"]
+    config: Architecture, params: Params, hidden: Float[Array, "B T D"], positions: Int32[Array, "B N"], how: Execution
 ) -> Float[Array, "B N V"]:
     """float32 logits of the hidden states at `positions`."""
-    return unembed(config, params, jnp.take_along_axis(hidden, positions[..., None], axis=1))
+    return unembed(config, params, jnp.take_along_axis(hidden, positions[..., None], axis=1), how)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def target_logprobs(
-    config: Architecture, spec: Spec, dtype: Any, params: Params, questions: Questions
+    config: Architecture, spec: Spec, how: Execution, params: Params, questions: Questions
 ) -> tuple[Float[Array, "B A"], Bool[Array, "B A"]]:
     """Summed log-probability (nats, float32) of each alternative's targets, and whether greedy decoding gives them."""
     hidden = forward(
-        config, spec, params, questions.tokens, questions.mask,
-        dtype=dtype, branch=questions.branch, wanted=questions.columns,
-    ).hidden  # fmt: skip
+        config, spec, params, questions.tokens, questions.mask, how, branch=questions.branch, wanted=questions.columns
+    ).hidden
 
     def step(total: Total, states: Array, targets: Array) -> Total:
-        logits, counts = unembed(config, params, states), targets != NONE
+        logits, counts = unembed(config, params, states, how), targets != NONE
         chosen = jnp.take_along_axis(logits, jnp.maximum(targets, 0), axis=-1)
         chosen -= jax.nn.logsumexp(logits, axis=-1, keepdims=True)
         hit = jnp.argmax(logits, axis=-1, keepdims=True).astype(jnp.int32) == targets
@@ -93,13 +92,13 @@ def loglikelihoods(
     Raises:
         InputError: an example without context, without target, or longer than the model's positions + 1.
     """
-    out, layout, longest = np.zeros((len(encoded), 2)), current_layout(), model.config.max_positions
-    params = layout.params(model.config, model.spec, model.params)
-    compute = partial(target_logprobs, model.config, model.spec, compute_dtype(), params)
+    out, how, longest = np.zeros((len(encoded), 2)), model.how, model.config.max_positions
+    params = how.layout.params(model.config, model.spec, model.params)
+    compute = partial(target_logprobs, model.config, model.spec, how, params)
     rows = trees(encoded, longest, model.config.hidden_size if model.spec.stored_by_token else None)
     alternatives = max((len(tree.members) for tree in rows), default=1)
-    for batch, count, length in track(batches(rows, batch_size, longest, layout.ways), description):
-        sums, greedy = whole(compute(layout.rows(pack_questions(batch, count, length, alternatives))))
+    for batch, count, length in track(batches(rows, batch_size, longest, how.layout.ways), description):
+        sums, greedy = whole(compute(how.layout.rows(pack_questions(batch, count, length, alternatives))))
         for row, tree in enumerate(batch):
             members = list(tree.members)
             out[members, 0] = sums[row][: len(members)]

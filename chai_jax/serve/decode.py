@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
-from chai_jax.model import kernels
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.decoder import Output, forward, unembed
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params, fold_projections
 from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray, dequantize, is_leaf
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.score.questions import most_rows
@@ -33,8 +32,8 @@ NEVER = -1  # as a token to stop at
 
 @partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "done", "keys"], meta_fields=[])
 @dataclass(frozen=True)
-class State:
-    """Decoding between two steps.
+class Decoding:
+    """A batch between two steps of decoding.
 
     Attributes:
         cache: of all columns but the newest.
@@ -55,73 +54,77 @@ def bucket(count: int) -> int:
     return -(-count // step) * step
 
 
-def expands(weights: type[Quantized], dtype: Any) -> bool:
-    """Whether weights of this kind are expanded to `dtype` once, before the first token: on CPUs, where XLA's products
-    of int8 are slower than those of float32. With kernels int8 is read as it is, a quarter of float32's bytes; bfloat16
-    is as fast, and prompts are read faster. Accelerators read what is stored.
+def expands(weights: type[Quantized], how: Execution) -> bool:
+    """Whether weights of this kind are expanded to the activations' dtype once, before the first token.
+
+    They are on CPUs, where XLA's products of int8 are slower than those of float32, except where kernels read int8 as
+    it is, a quarter of float32's bytes. With bfloat16 they are expanded all the same: it is as fast, and prompts are
+    read faster. Accelerators read what is stored.
     """
-    read = weights is QuantizedArray and dtype == jnp.float32 and kernels.on_cpu()
-    return jax.default_backend() == "cpu" and not read
+    read = weights is QuantizedArray and how.dtype == jnp.float32 and how.kernels == "native"
+    return how.layout.platform == "cpu" and not read
 
 
-def cast(params: Params, dtype: Any, expand: bool | None = None) -> Params:
+def cast(params: Params, how: Execution) -> Params:
     """Matrices and embeddings in the dtype they are multiplied in, once instead of at every token.
 
-    Vectors (norms, biases) are cast where they are used. What is quantized is expanded where it is faster (`expands`),
-    if `expand` does not say otherwise.
+    Vectors (norms, biases) are cast where they are used. What is quantized is expanded where that is faster
+    (`expands`).
     """
 
     def leaf(x: Leaf) -> Leaf:
         if isinstance(x, Quantized):
-            return dequantize(x, dtype) if (expands(type(x), dtype) if expand is None else expand) else x
-        return x.astype(dtype) if x.ndim > 1 else x
+            return dequantize(x, how.dtype) if expands(type(x), how) else x
+        return x.astype(how.dtype) if x.ndim > 1 else x
 
     return jax.tree.map(leaf, params, is_leaf=is_leaf)
 
 
-_serving: WeakKeyDictionary[Model, tuple[tuple[Layout, Any], Params]] = WeakKeyDictionary()
+_serving: WeakKeyDictionary[Model, tuple[Execution, Params]] = WeakKeyDictionary()
 
 
-def serving_params(model: Model, layout: Layout) -> Params:
+def serving_params(model: Model, how: Execution) -> Params:
     """A model's parameters as the programs below multiply them: placed, `cast`, and folded on one device.
 
     They are kept for as long as the model is, beside it: a request must not pay for them again.
     """
-    kept, how = _serving.get(model), (layout, compute_dtype())
+    kept = _serving.get(model)
     if kept is None or kept[0] != how:
-        params = cast(layout.params(model.config, model.spec, model.params), compute_dtype())
-        kept = _serving[model] = how, fold_projections(params) if layout.mesh.size == 1 else params
+        params = cast(how.layout.params(model.config, model.spec, model.params), how)
+        kept = _serving[model] = how, fold_projections(params) if how.layout.mesh.size == 1 else params
     return kept[1]
 
 
 def _choose(
-    config: Architecture, params: Params, hidden: Float[Array, "B T D"], state: State, sampling: Sampling, eos: Array
-) -> State:
+    config: Architecture,
+    params: Params,
+    hidden: Float[Array, "B T D"],
+    state: Decoding,
+    sampling: Sampling,
+    eos: Array,
+    how: Execution,
+) -> Decoding:
     """Write the next token of every sequence behind the columns that the cache holds."""
     keys = jax.vmap(jax.random.split)(state.keys)
-    chosen = sample(unembed(config, params, hidden[:, -1]), keys[:, 1], sampling)
+    chosen = sample(unembed(config, params, hidden[:, -1], how), keys[:, 1], sampling)
     chosen = jnp.where(state.done, config.pad_token_id, chosen)
     tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.cache.length, axis=1)
-    return State(state.cache, tokens, state.done | jnp.isin(chosen, eos), keys[:, 0])
+    return Decoding(state.cache, tokens, state.done | jnp.isin(chosen, eos), keys[:, 0])
 
 
-def _read(
-    config: Architecture, spec: Spec, params: Params, tokens: Array, mask: Array, dtype: Any, layout: Layout | None
-) -> Output:
+def _read(config: Architecture, spec: Spec, params: Params, tokens: Array, mask: Array, how: Execution) -> Output:
     """`forward` over prompts: of their hidden states, the last ones.
 
     A CPU that has all of them reads as many at once as fit its caches; other devices, and many, read all.
     """
     batch, columns = tokens.shape
     rows = batch
-    # The platform of the devices compiled for, which need not be here.
-    devices = jax.devices() if layout is None else list(layout.mesh.devices.flat)
-    if devices[0].platform == "cpu" and (layout is None or len(devices) == 1):
+    if how.layout.platform == "cpu" and how.layout.mesh.size == 1:
         rows = next(rows for rows in range(min(batch, most_rows(columns)), 0, -1) if batch % rows == 0)
 
     def some(prompts: tuple[Array, Array]) -> Output:
         newest = jnp.full((rows, 1), columns - 1, jnp.int32)
-        return forward(config, spec, params, *prompts, dtype=dtype, wanted=newest)
+        return forward(config, spec, params, *prompts, how, wanted=newest)
 
     if rows == batch:
         return some((tokens, mask))
@@ -129,10 +132,10 @@ def _read(
     hidden, layers, seen = jax.tree.map(
         lambda x: x.reshape(batch, *x.shape[2:]), (parts.hidden, parts.cache.layers, parts.cache.mask)
     )
-    return Output(hidden, Cache(layers, seen, parts.cache.length[0]), [])
+    return Output(hidden, Cache(layers, seen, parts.cache.length[0]))
 
 
-@partial(jax.jit, static_argnames=("config", "spec", "dtype", "capacity", "layout"))
+@partial(jax.jit, static_argnames=("config", "spec", "capacity", "how"))
 def prefill(
     config: Architecture,
     spec: Spec,
@@ -144,48 +147,46 @@ def prefill(
     eos: Int32[Array, "*E"],
     *,
     capacity: int,
-    dtype: Any,
-    layout: Layout | None = None,
-) -> State:
+    how: Execution,
+) -> Decoding:
     """Read left-padded prompts and choose each sequence's first token; rows without any token are done at once.
 
     Args:
         capacity: columns to make room for, prompt and new tokens together.
         eos: token or tokens to stop at; `NEVER` is none.
-        layout: by which to split the cache, if any.
+        how: its layout splits the cache.
     """
-    output = _read(config, spec, params, tokens, mask, dtype, layout)
+    output = _read(config, spec, params, tokens, mask, how)
     room = capacity - tokens.shape[1]
     columns = jnp.pad(tokens, ((0, 0), (0, room)), constant_values=config.pad_token_id)
     cache = extend(output.cache, capacity)
-    if layout is not None:
-        cache = dataclasses.replace(cache, layers=layout.cache(cache.layers))
-    state = State(cache, columns, ~mask.any(axis=1), keys)
-    return _choose(config, params, output.hidden, state, sampling, eos)
+    cache = dataclasses.replace(cache, layers=how.layout.cache(cache.layers))
+    state = Decoding(cache, columns, ~mask.any(axis=1), keys)
+    return _choose(config, params, output.hidden, state, sampling, eos, how)
 
 
-@partial(jax.jit, static_argnames=("config", "spec", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("config", "spec", "how"), donate_argnames="state")
 def decode(
     config: Architecture,
     spec: Spec,
     params: Params,
-    state: State,
+    state: Decoding,
     until: Int32[Array, ""],
     sampling: Sampling,
     eos: Int32[Array, "*E"],
     *,
-    dtype: Any,
-) -> State:
+    how: Execution,
+) -> Decoding:
     """Token after token until the cache holds `until` columns or all sequences are done; `state` is used up.
 
     One program serves a whole completion and the small pieces of a stream.
     """
 
-    def step(state: State) -> State:
+    def step(state: Decoding) -> Decoding:
         newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.cache.length, 1, axis=1)
-        output = forward(config, spec, params, newest, ~state.done[:, None], cache=state.cache, dtype=dtype)
-        after = State(output.cache, state.tokens, state.done, state.keys)
-        return _choose(config, params, output.hidden, after, sampling, eos)
+        output = forward(config, spec, params, newest, ~state.done[:, None], how, cache=state.cache)
+        after = Decoding(output.cache, state.tokens, state.done, state.keys)
+        return _choose(config, params, output.hidden, after, sampling, eos, how)
 
     return jax.lax.while_loop(lambda state: (state.cache.length < until) & ~state.done.all(), step, state)
 

@@ -12,10 +12,11 @@ from jaxtyping import Array, Key, UInt32
 from chai_jax.console import track
 from chai_jax.data.tokens import prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.sharding import Layout, current_layout, whole
-from chai_jax.serve.decode import State, bucket, decode, pad_left, prefill, serving_params
+from chai_jax.model.sharding import whole
+from chai_jax.serve.decode import Decoding, bucket, decode, pad_left, prefill, serving_params
 from chai_jax.serve.request import Request, check_prompts
 
 STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
@@ -24,32 +25,32 @@ STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
 def _begin(
     model: Model,
     params: Params,
-    layout: Layout,
+    how: Execution,
     prompts: Sequence[Sequence[int]],
     numbers: Sequence[int],
     request: Request,
-) -> tuple[State, int]:
+) -> tuple[Decoding, int]:
     """One batch with its first new token, and how many columns its prompts take up.
 
     Args:
         params: the model's `serving_params`.
         numbers: of the prompts among all that were asked for; they and the seed decide what is drawn.
     """
-    tokens, mask = pad_left(prompts, model.config.pad_token_id, layout.ways)
+    tokens, mask = pad_left(prompts, model.config.pad_token_id, how.layout.ways)
     rows, start = tokens.shape
     filled = np.array([*numbers, *[0] * (rows - len(prompts))], np.uint32)
     capacity = bucket(start + request.max_new_tokens)
-    tokens, mask, filled = layout.rows((tokens, mask, filled))
+    tokens, mask, filled = how.layout.rows((tokens, mask, filled))
     return prefill(
         model.config, model.spec, params, tokens, mask, keys_of(jnp.uint32(request.seed), filled), request.sampling,
-        request.eos, capacity=capacity, dtype=compute_dtype(), layout=layout,
+        request.eos, capacity=capacity, how=how,
     ), start  # fmt: skip
 
 
 def _continue(
     model: Model,
     params: Params,
-    layout: Layout,
+    how: Execution,
     prompts: Sequence[Sequence[int]],
     numbers: Sequence[int],
     request: Request,
@@ -59,8 +60,7 @@ def _continue(
 
     Arguments as of `_begin`.
     """
-    dtype = compute_dtype()
-    state, start = _begin(model, params, layout, prompts, numbers, request)
+    state, start = _begin(model, params, how, prompts, numbers, request)
     made = 1
     while True:
         columns, done = whole((state.tokens, state.done))
@@ -69,7 +69,7 @@ def _continue(
             return
         made = min(made + piece, request.max_new_tokens)
         until = jnp.int32(start + made - 1)
-        state = decode(model.config, model.spec, params, state, until, request.sampling, request.eos, dtype=dtype)
+        state = decode(model.config, model.spec, params, state, until, request.sampling, request.eos, how=how)
 
 
 def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256, max_new_tokens: int = 64) -> int:
@@ -92,8 +92,8 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
     if not (batch_sizes and min(batch_sizes) >= 1 and longest >= 1):
         raise InputError("expected sizes of at least 1 to warm up for")
     check_prompts(model, [[model.config.pad_token_id] * longest], max_new_tokens)
-    layout = current_layout()
-    params = serving_params(model, layout)
+    how = model.how
+    params = serving_params(model, how)
     # Columns of the prompts and capacity, and how many new tokens ask for it; one, which needs no decoding, only if no
     # other number does.
     rooms: dict[tuple[int, int], int] = {}
@@ -103,14 +103,16 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
     sizes = sorted({1 << (size - 1).bit_length() for size in batch_sizes})
     shapes = [(rows, read, new) for rows in sizes for (read, _), new in rooms.items()]
     kinds = [partial(Request.checked, model, temperature=heat, top_k=None, top_p=None, seed=0) for heat in (0.0, 1.0)]
-    for (rows, read, new), how in track([*product(shapes, kinds)], f"Compiling {len(shapes)} shapes, greedy and drawn"):
+    for (rows, read, new), asked in track(
+        [*product(shapes, kinds)], f"Compiling {len(shapes)} shapes, greedy and drawn"
+    ):
         prompts = [[model.config.pad_token_id] * read] * rows
-        request = how(max_new_tokens=new, stop=False)
-        state, start = _begin(model, params, layout, prompts, range(rows), request)
+        request = asked(max_new_tokens=new, stop=False)
+        state, start = _begin(model, params, how, prompts, range(rows), request)
         for made in range(1, min(new, 3)):  # from what reading gives and, as streams do, from what decoding gives
             until = jnp.int32(start + made)
             rule = request.sampling, request.eos
-            state = decode(model.config, model.spec, params, state, until, *rule, dtype=compute_dtype())
+            state = decode(model.config, model.spec, params, state, until, *rule, how=how)
     return len(shapes)
 
 
@@ -146,14 +148,14 @@ def generate_tokens(
     """
     check_prompts(model, prompts, max_new_tokens)
     request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed, stop)
-    layout = current_layout()
-    params = serving_params(model, layout)
+    how = model.how
+    params = serving_params(model, how)
     order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
     batches = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
     completions: list[list[int]] = [[] for _ in prompts]
     for numbers in track(batches, "generating"):
         batch = [prompts[number] for number in numbers]
-        *_, made = _continue(model, params, layout, batch, numbers, request, piece=max_new_tokens)
+        *_, made = _continue(model, params, how, batch, numbers, request, piece=max_new_tokens)
         for number, tokens in zip(numbers, made, strict=True):
             completions[number] = tokens
     return completions
@@ -223,9 +225,9 @@ def stream(
     encoded = [encode_prompt(model, prompt)]
     check_prompts(model, encoded, max_new_tokens)
     request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed)
-    layout = current_layout()
-    params = serving_params(model, layout)
-    made = _continue(model, params, layout, encoded, [0], request, piece=STREAM_TOKENS)
+    how = model.how
+    params = serving_params(model, how)
+    made = _continue(model, params, how, encoded, [0], request, piece=STREAM_TOKENS)
     yield from as_text(model, (tokens for (tokens,) in made))
 
 

@@ -22,9 +22,10 @@ from chai_jax.adapt.distil import check_vocabulary
 from chai_jax.errors import InputError
 from chai_jax.model.cache import Cache
 from chai_jax.model.decoder import forward, unembed
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.sharding import current_layout, whole
+from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.serve.decode import bucket, pad_left, prefill, serving_params
@@ -36,8 +37,8 @@ PROPOSED = 4  # tokens a round, unless told
 
 
 @dataclass(frozen=True)
-class Shape:
-    """What of a model its programs are compiled for."""
+class Structure:
+    """What of a model is no array."""
 
     config: Architecture
     spec: Spec
@@ -46,8 +47,8 @@ class Shape:
 @partial(jax.tree_util.register_dataclass, data_fields=["model", "draft", "tokens", "done", "key", "rounds", "kept"],
          meta_fields=[])  # fmt: skip
 @dataclass(frozen=True)
-class State:
-    """Between two rounds.
+class Speculation:
+    """A text between two rounds.
 
     Attributes:
         model: its cache, of all columns but the newest.
@@ -69,15 +70,22 @@ class State:
 
 
 def propose(
-    shape: Shape, params: Params, cache: Cache, newest: Array, key: Array, sampling: Sampling, count: int, dtype: Any
+    what: Structure,
+    params: Params,
+    cache: Cache,
+    newest: Array,
+    key: Array,
+    sampling: Sampling,
+    count: int,
+    how: Execution,
 ) -> tuple[Cache, Int32[Array, "k"], Float[Array, "k V"]]:
     """`count` tokens from the draft and the log-probabilities they were drawn by; its cache holds all of them."""
 
     def step(carry: tuple[Cache, Array], key: Array) -> tuple[tuple[Cache, Array], tuple[Array, Array]]:
         cache, token = carry
         real = jnp.ones((1, 1), bool)
-        output = forward(shape.config, shape.spec, params, token[None, None], real, cache=cache, dtype=dtype)
-        logs = chances(unembed(shape.config, params, output.hidden[0, -1]), sampling)
+        output = forward(what.config, what.spec, params, token[None, None], real, how, cache=cache)
+        logs = chances(unembed(what.config, params, output.hidden[0, -1], how), sampling)
         drawn = jax.random.categorical(key, logs).astype(jnp.int32)
         return (output.cache, drawn), (drawn, logs)
 
@@ -110,40 +118,38 @@ def rewind(cache: Cache, length: Int32[Array, ""]) -> Cache:
     return dataclasses.replace(cache, mask=cache.mask & (jnp.arange(cache.capacity) < length), length=length)
 
 
-@partial(jax.jit, static_argnames=("model", "draft", "count", "dtype"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("model", "draft", "count", "how"), donate_argnames="state")
 def speculate_until(
-    model: Shape,
-    draft: Shape,
+    model: Structure,
+    draft: Structure,
     params: tuple[Params, Params],
-    state: State,
+    state: Speculation,
     until: Int32[Array, ""],
     sampling: Sampling,
     eos: Int32[Array, "*E"],
     *,
     count: int,
-    dtype: Any,
-) -> State:
+    how: Execution,
+) -> Speculation:
     """Round after round until the caches hold `until` columns or more, or the text has ended; `state` is used up."""
 
-    def go_on(state: State) -> Bool[Array, ""]:
+    def go_on(state: Speculation) -> Bool[Array, ""]:
         return (state.model.length < until) & ~state.done
 
-    def play(state: State) -> State:
+    def play(state: Speculation) -> Speculation:
         start = state.model.length
         key, drawing, judging = jax.random.split(state.key, 3)
         newest = jax.lax.dynamic_slice_in_dim(state.tokens, start, 1, axis=1)
-        drafted, proposed, q = propose(draft, params[1], state.draft, newest[0, 0], drawing, sampling, count, dtype)
+        drafted, proposed, q = propose(draft, params[1], state.draft, newest[0, 0], drawing, sampling, count, how)
         row = jnp.concatenate([newest, proposed[None]], axis=1)
-        output = forward(
-            model.config, model.spec, params[0], row, jnp.ones_like(row, bool), cache=state.model, dtype=dtype
-        )
-        p = chances(unembed(model.config, params[0], output.hidden[0]), sampling)
+        output = forward(model.config, model.spec, params[0], row, jnp.ones_like(row, bool), how, cache=state.model)
+        p = chances(unembed(model.config, params[0], output.hidden[0], how), sampling)
         kept, follows = judge(proposed, q, p, judging)
         made = jnp.pad(proposed, (0, 1)).at[kept].set(follows)
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, made[None], start + 1, axis=1)
         ended = (jnp.isin(made, eos) & (jnp.arange(count + 1) <= kept)).any()
         length = start + kept + 1
-        return State(
+        return Speculation(
             rewind(output.cache, length), rewind(drafted, length), tokens, ended, key, state.rounds + 1,
             state.kept + kept,
         )  # fmt: skip
@@ -209,20 +215,20 @@ def speculate(
             raise InputError("an int4 cache cannot take tokens back; expected a model and a draft without one")
     request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed, stop)
     sampling, eos = request.sampling, request.eos
-    layout, dtype = current_layout(), compute_dtype()
-    params = tuple(serving_params(each, layout) for each in (model, draft))
+    how = model.how
+    params = tuple(serving_params(each, how) for each in (model, draft))
     tokens, mask = pad_left([prompt], model.config.pad_token_id)
     start = tokens.shape[1]
     capacity = bucket(start + max_new_tokens + count)
     keys = keys_of(jnp.uint32(seed), jnp.zeros(1, jnp.uint32))
     read, drafted = (
         prefill(each.config, each.spec, weights, tokens, mask, keys, sampling, eos,
-                capacity=capacity, dtype=dtype)
+                capacity=capacity, how=how)
         for each, weights in zip((model, draft), params, strict=True)
     )  # fmt: skip
     counts = jnp.int32(0), jnp.int32(0)  # two arrays: both are donated
-    state = State(read.cache, drafted.cache, read.tokens, read.done[0], read.keys[0], *counts)
-    shapes = Shape(model.config, model.spec), Shape(draft.config, draft.spec)
+    state = Speculation(read.cache, drafted.cache, read.tokens, read.done[0], read.keys[0], *counts)
+    structures = Structure(model.config, model.spec), Structure(draft.config, draft.spec)
     made = 1
     while True:
         columns, done, rounds, kept, held = whole(
@@ -234,7 +240,7 @@ def speculate(
             return
         made = min(len(new) + (piece or max_new_tokens), max_new_tokens)
         until = jnp.int32(start + made - 1)
-        state = speculate_until(*shapes, params, state, until, sampling, eos, count=count, dtype=dtype)
+        state = speculate_until(*structures, params, state, until, sampling, eos, count=count, how=how)
 
 
 def stream_with_draft(

@@ -21,10 +21,10 @@ from chai_jax.bench.peers import torch_model
 from chai_jax.bench.race import Shape, clock
 from chai_jax.machine.memory import program_bytes
 from chai_jax.model.cache import Cache, cache_bytes, empty
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params, fold_projections
 from chai_jax.plans.spec import Spec
-from chai_jax.serve.decode import NEVER, State, cast, decode
+from chai_jax.serve.decode import NEVER, Decoding, cast, decode
 from chai_jax.serve.sample import Sampling
 
 FIRST = 4  # the token that every sequence goes on from
@@ -61,13 +61,13 @@ class Held:
 
     @classmethod
     def of(cls, model: Model, shape: Shape, seed: int) -> Self:
-        params = fold_projections(cast(model.params, compute_dtype()))
+        params = fold_projections(cast(model.params, model.how))
         layers = random_layers(model.spec, shape.batch, shape.prompt + shape.new_tokens, seed)
         return cls(*jax.block_until_ready((params, layers)))
 
 
 class Ours:
-    """This package's decoding program at one shape, as it attends where this is made (`chai_jax.model.kernels.using`).
+    """This package's decoding program at one shape, run as the model is (`Model.how`).
 
     Attributes:
         tokens: what the last lap decoded, int32 [B, new tokens].
@@ -81,7 +81,7 @@ class Ours:
         self.held = held or Held.of(model, shape, seed)
         self.rest = jnp.int32(self.until), Sampling.checked(), jnp.int32(NEVER)
         began, state = time.perf_counter(), self._state()
-        lowered = decode.lower(model.config, model.spec, self.held.params, state, *self.rest, dtype=compute_dtype())
+        lowered = decode.lower(model.config, model.spec, self.held.params, state, *self.rest, how=model.how)
         self.program = lowered.compile()
         self.compile_seconds = time.perf_counter() - began
         self.bytes = {
@@ -91,13 +91,13 @@ class Ours:
             "decode_peak": program_bytes(self.program),
         }
 
-    def _state(self) -> State:
+    def _state(self) -> Decoding:
         """As at the beginning of a lap, with whatever the cache holds."""
         batch, start = self.shape.batch, self.shape.prompt
         mask = jnp.tile(jnp.arange(self.until) < start, (batch, 1))
         tokens = jnp.full((batch, self.until + 1), FIRST, jnp.int32)
         keys = jax.random.split(jax.random.key(self.seed), batch)
-        return State(Cache(self.held.layers, mask, jnp.int32(start)), tokens, jnp.zeros(batch, bool), keys)
+        return Decoding(Cache(self.held.layers, mask, jnp.int32(start)), tokens, jnp.zeros(batch, bool), keys)
 
     def lap(self) -> list[float]:
         """Milliseconds of one step of the batch, the mean over the lap."""

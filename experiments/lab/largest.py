@@ -12,7 +12,7 @@ from chai_jax.bench.race import Shape
 from chai_jax.console import console
 from chai_jax.files.published import architecture_of
 from chai_jax.machine.memory import program_bytes
-from chai_jax.model import kernels
+from chai_jax.model.kernels import resolved
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
 from lab.decoding import Held, Ours, exhausted, random_layers
@@ -36,7 +36,7 @@ def searched(shape: str, choices: dict[str, Any], end: int, first: int, limit: i
     """
     config, on_gpu = architecture_of(shape), jax.default_backend() == "gpu"
     shapes = Shapes(config, spec_of(config, **choices), Layout(make_mesh(1)))
-    attention = kernels.resolved("auto", jax.devices()[:1])
+    attention = resolved("auto", jax.devices()[:1])
 
     def account(batch: int) -> Record:
         with console.status(f"compiling batch {batch}"):
@@ -53,12 +53,11 @@ def ran(model: Model, largest: int, end: int, seed: int) -> int:
     """The largest batch that really decoded the last two of `end` positions: from `largest` on, 5 % fewer each time."""
     batch, held = largest, Held.of(model, Shape(1, end - 2, 2), seed)
     model = model.replace(params={})  # what was folded is in memory once
-    attention = kernels.resolved("auto", jax.devices()[:1])
     while batch > largest // 2:
         try:
             # The program first: XLA, which tries kernels out, finds no room beside a cache that fills the memory.
             held.layers = jax.eval_shape(partial(random_layers, model.spec, batch, end, seed))
-            with kernels.using(attention), console.status(f"compiling batch {batch}"):
+            with console.status(f"compiling batch {batch}"):
                 ours = Ours(model, Shape(batch, end - 2, 2), seed, held)
             held.layers = random_layers(model.spec, batch, end, seed)
             ours.lap()

@@ -6,7 +6,7 @@ from typing import Any
 from chai_jax.bench.floor import Rates, works
 from chai_jax.bench.race import interleaved, spread
 from chai_jax.bench.sweep import throughput
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from lab.options import Record
 
 
@@ -18,7 +18,7 @@ def in_turn(ready: dict[str, Any], count: int) -> dict[str, Any]:
 
 def row_of(name: str, one: Any, model: Model, rounds: dict[str, Any], measure: str, rates: Rates, each: int) -> Record:
     """What was timed of one, beside its floor and the others; `each` of the unit were made in a lap's milliseconds."""
-    floor, ms = works(model, one.shape, compute_dtype())[measure].floor(rates), spread(rounds[name])
+    floor, ms = works(model, one.shape)[measure].floor(rates), spread(rounds[name])
     return {
         "cache": name,
         "framework": one.framework,

@@ -10,15 +10,14 @@ import numpy as np
 from chai_jax.bench.peers import torch_model
 from chai_jax.bench.race import Shape, clock
 from chai_jax.machine.memory import program_bytes
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.serve.decode import NEVER, prefill
 from chai_jax.serve.sample import Sampling
 
 
 class Read:
-    """This package's program that reads `shape.batch` prompts, as it attends where this is made
-    (`chai_jax.model.kernels.using`).
+    """This package's program that reads `shape.batch` prompts, run as the model is (`Model.how`).
 
     Args:
         params: the model's, as they are multiplied (`serving_params`).
@@ -35,7 +34,7 @@ class Read:
         tokens = jnp.asarray(shape.inputs(model.config.vocab_size, seed)[0])
         keys = jax.random.split(jax.random.key(seed), shape.batch)
         self.rest = tokens, jnp.ones(tokens.shape, bool), keys, Sampling.checked(), jnp.int32(NEVER)
-        began, sizes = time.perf_counter(), {"capacity": shape.prompt + 1, "dtype": compute_dtype()}
+        began, sizes = time.perf_counter(), {"capacity": shape.prompt + 1, "how": model.how}
         self.program = prefill.lower(model.config, model.spec, params, *self.rest, **sizes).compile()
         self.compile_seconds = time.perf_counter() - began
         self.bytes = {

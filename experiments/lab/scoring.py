@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from chai_jax.bench.race import Shape, clock, split_questions
-from chai_jax.model.model import Model, compute_dtype
+from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.score.loglikelihood import target_logprobs
 
@@ -23,9 +23,9 @@ class Scored:
     framework = "chai_jax"
 
     def __init__(self, model: Model, params: Params, shape: Shape, seed: int) -> None:
-        self.shape, self.params, dtype = shape, params, compute_dtype()
+        self.shape, self.params = shape, params
         self.questions = split_questions(shape.inputs(model.config.vocab_size, seed)[1])
-        what = model.config, model.spec, dtype, self.params, self.questions[0]
+        what = model.config, model.spec, model.how, self.params, self.questions[0]
         self.program: Any = target_logprobs.lower(*what).compile()
         self.bytes = {"weights_resident": sum(leaf.nbytes for leaf in jax.tree.leaves(self.params))}
 

@@ -11,6 +11,7 @@ import pytest
 
 from chai_jax.compress.quantize import store_weights
 from chai_jax.data.batches import Encoded
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, declare
 from chai_jax.model.sharding import Layout, make_mesh
@@ -23,8 +24,9 @@ CONFIG = Architecture(
 
 
 @pytest.fixture(scope="session")
-def tiny() -> Callable[..., Model]:
-    """`tiny(seed, dtype, int8=layers, int4=layers, storage, **config)`: a random model."""
+def tiny(one_device: Layout) -> Callable[..., Model]:
+    """`tiny(seed, dtype, int8=layers, int4=layers, storage, layout, **config)`: a random model, on one device if no
+    layout is given."""
 
     def build(
         seed: int = 0,
@@ -32,6 +34,7 @@ def tiny() -> Callable[..., Model]:
         int8: tuple[int, ...] = (),
         int4: tuple[int, ...] = (),
         storage: str = "float32",
+        layout: Layout | None = None,
         **changes: Any,
     ) -> Model:
         config = dataclasses.replace(CONFIG, **changes)
@@ -44,7 +47,8 @@ def tiny() -> Callable[..., Model]:
         params = jax.tree.map(leaf, declare(config, spec), is_leaf=lambda x: isinstance(x, Declared))
         for layer, weights in (*((at, "int8") for at in int8), *((at, "int4") for at in int4)):
             params["layers"][str(layer)] = store_weights(params["layers"][str(layer)], weights)
-        return Model(config, spec, params)
+        how = Execution.choose(layout=layout or one_device)
+        return Model(config, spec, params, execution=how)
 
     return build
 

@@ -77,9 +77,9 @@ def compile_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tiny: Build, examples: list[Encoded], one_device: Layout) -> tuple[Model, Log]:
+def undisturbed(tiny: Build, examples: list[Encoded]) -> tuple[Model, Log]:
     log: Log = []
-    return finetune(tiny(), examples, CONFIG, log.append, layout=one_device), log
+    return finetune(tiny(), examples, CONFIG, log.append), log
 
 
 @pytest.fixture
@@ -88,9 +88,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def interrupted(
-    tiny: Build, examples: list[Encoded], one_device: Layout, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def interrupted(tiny: Build, examples: list[Encoded], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints of updates 3 and 4 of a stage that was killed in its fifth; to be copied."""
     path = tmp_path_factory.mktemp("interrupted") / "checkpoints"
     with pytest.raises(Killed):
@@ -99,7 +97,6 @@ def interrupted(
             examples,
             CONFIG,
             stop_after(5, []),
-            layout=one_device,
             checkpoints=Checkpoints(path, every=1, keep=2),
         )
     return path
@@ -115,17 +112,15 @@ def test_keeps_the_newest(interrupted: Path) -> None:
 
 
 def test_goes_on_to_the_same_bits(
-    undisturbed: tuple[Model, Log], tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
+    undisturbed: tuple[Model, Log], tiny: Build, examples: list[Encoded], folder: Path
 ) -> None:
     """Killed in updates 3, 4 and 7, and once more after the last; the losses it logs are those of one run."""
     log: Log = []
     for step in (3, 4, 7):
         with pytest.raises(Killed):
-            finetune(
-                tiny(), examples, CONFIG, stop_after(step, log), layout=one_device, checkpoints=Checkpoints(folder, 1)
-            )
+            finetune(tiny(), examples, CONFIG, stop_after(step, log), checkpoints=Checkpoints(folder, 1))
     for _ in range(2):
-        after = finetune(tiny(), examples, CONFIG, log.append, layout=one_device, checkpoints=Checkpoints(folder, 1))
+        after = finetune(tiny(), examples, CONFIG, log.append, checkpoints=Checkpoints(folder, 1))
         assert_identical(after.params, undisturbed[0].params)
     assert [record["step"] for record in log] == [1, 2, 3, 3, 4, 4, 5, 6, 7, 7, 8]
     of = {record["step"]: record["loss"] for record in undisturbed[1]}
@@ -138,27 +133,22 @@ def test_restores_onto_other_devices(
 ) -> None:
     shutil.copytree(interrupted, folder)
     log: Log = []
-    finetune(tiny(), examples, CONFIG, log.append, layout=Layout(make_mesh(data=2, model=2)), checkpoints=folder)
+    other = tiny(layout=Layout(make_mesh(data=2, model=2)))
+    finetune(other, examples, CONFIG, log.append, checkpoints=folder)
     assert [record["step"] for record in log] == [5, 6, 7, 8]
     expected = [record["loss"] for record in undisturbed[1][4:]]
     np.testing.assert_allclose([record["loss"] for record in log], expected, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_bfloat16_moments_and_int8_weights_come_back(
-    tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
-) -> None:
+def test_bfloat16_moments_and_int8_weights_come_back(tiny: Build, examples: list[Encoded], folder: Path) -> None:
     model = tiny(dtype=jnp.bfloat16, int8=(0,), storage="int8")
     teacher = tiny(1)
     config = DistilConfig(TrainConfig(lr=1e-3, batch=8, accumulation=1, epochs=2, moments="bfloat16"))
-    plain = distil(model, teacher, examples, config, layout=one_device)
+    plain = distil(model, teacher, examples, config)
     with pytest.raises(Killed):
-        distil(
-            model, teacher, examples, config, stop_after(3, []), layout=one_device, checkpoints=Checkpoints(folder, 1)
-        )
-    assert_identical(
-        distil(model, teacher, examples, config, layout=one_device, checkpoints=folder).params, plain.params
-    )
+        distil(model, teacher, examples, config, stop_after(3, []), checkpoints=Checkpoints(folder, 1))
+    assert_identical(distil(model, teacher, examples, config, checkpoints=folder).params, plain.params)
 
 
 FILES = ("about/metadata", "state/manifest.ocdbt", "state/_METADATA", "state/d", "state", "about")
@@ -218,7 +208,6 @@ def test_if_all_are_damaged_the_stage_begins_again(
     undisturbed: tuple[Model, Log],
     tiny: Build,
     examples: list[Encoded],
-    one_device: Layout,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -226,7 +215,7 @@ def test_if_all_are_damaged_the_stage_begins_again(
     for step in (3, 4):
         (folder / str(step) / "about" / "metadata").write_text("{")
     log: Log = []
-    after = finetune(tiny(), examples, CONFIG, log.append, layout=one_device, checkpoints=Checkpoints(folder, keep=1))
+    after = finetune(tiny(), examples, CONFIG, log.append, checkpoints=Checkpoints(folder, keep=1))
     assert log[0]["step"] == 1
     assert_identical(after.params, undisturbed[0].params)
     assert capsys.readouterr().err.count("is damaged") == 2
@@ -267,37 +256,37 @@ DIFFERENCES = {
 
 @pytest.mark.parametrize("change", DIFFERENCES, ids=lambda change: change.__name__)
 def test_checkpoints_of_another_training_are_refused(
-    change: Any, interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Layout
+    change: Any, interrupted: Path, tiny: Build, examples: list[Encoded]
 ) -> None:
     config, model, rows = change(CONFIG.train, tiny(), [example for example in examples if len(example.tokens) < 9])
     before = sorted(interrupted.rglob("*"))
     if change is not other_shape:
         rows = change(CONFIG.train, tiny(), examples)[2]
     with pytest.raises(InputError, match=f"holds checkpoints of another training: {DIFFERENCES[change]}"):
-        finetune(model, rows, FinetuneConfig(config), layout=one_device, checkpoints=interrupted)
+        finetune(model, rows, FinetuneConfig(config), checkpoints=interrupted)
     assert sorted(interrupted.rglob("*")) == before
 
 
 @pytest.mark.slow
 def test_another_stage_and_teacher_are_refused(
-    interrupted: Path, tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path
+    interrupted: Path, tiny: Build, examples: list[Encoded], folder: Path
 ) -> None:
     with pytest.raises(InputError, match="stage is 'finetune' there and 'distil' here"):
-        distil(tiny(), tiny(), examples, layout=one_device, checkpoints=interrupted)
+        distil(tiny(), tiny(), examples, checkpoints=interrupted)
     config = DistilConfig(TrainConfig(batch=16, max_steps=1))
-    distil(tiny(), tiny(1), examples, config, layout=one_device, checkpoints=folder)
+    distil(tiny(), tiny(1), examples, config, checkpoints=folder)
     with pytest.raises(InputError, match=r"weights\.beside\.embed\.positions is \d+ there"):
-        distil(tiny(), tiny(2), examples, config, layout=one_device, checkpoints=folder)
+        distil(tiny(), tiny(2), examples, config, checkpoints=folder)
 
 
-def test_another_plan_is_refused(tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path) -> None:
+def test_another_plan_is_refused(tiny: Build, examples: list[Encoded], folder: Path) -> None:
     layer = LayerPlan(tuple(ClusterPlan((head,), head) for head in range(2)))
     config = FinetuneConfig(TrainConfig(batch=16, max_steps=1))
     planned = tiny().replace(plan=Plan((layer,)))
-    finetune(planned, examples, config, layout=one_device, checkpoints=folder)
+    finetune(planned, examples, config, checkpoints=folder)
     edited = planned.replace(plan=Plan((dataclasses.replace(layer, tier="low"),)))
     with pytest.raises(InputError, match=r"plan\.layers\.0\.tier is 'high' there and 'low' here"):
-        finetune(edited, examples, config, layout=one_device, checkpoints=folder)
+        finetune(edited, examples, config, checkpoints=folder)
 
 
 @pytest.mark.parametrize("where", ["in the call", "in the background"])
@@ -306,7 +295,6 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(
     undisturbed: tuple[Model, Log],
     tiny: Build,
     examples: list[Encoded],
-    one_device: Layout,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -322,13 +310,13 @@ def test_a_full_disk_is_one_line_and_the_last_checkpoint_survives(
 
     whole = "[23]"  # in the background, update 3 may have been written or not when the disk was full
     with pytest.raises(InputError, match=f"No space left on device.*; the checkpoint of update {whole} is whole: make"):
-        finetune(tiny(), examples, CONFIG, fill, layout=one_device, checkpoints=Checkpoints(folder, 1))
+        finetune(tiny(), examples, CONFIG, fill, checkpoints=Checkpoints(folder, 1))
     assert "Traceback" not in capsys.readouterr().err
     monkeypatch.undo()
     with warnings.catch_warnings():  # of writes that Orbax never began: found here, not in some later test
         warnings.simplefilter("ignore", RuntimeWarning)
         gc.collect()
-    after = finetune(tiny(), examples, CONFIG, layout=one_device, checkpoints=Checkpoints(folder, 1))
+    after = finetune(tiny(), examples, CONFIG, checkpoints=Checkpoints(folder, 1))
     assert_identical(after.params, undisturbed[0].params)
 
 
@@ -336,7 +324,6 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(
     undisturbed: tuple[Model, Log],
     tiny: Build,
     examples: list[Encoded],
-    one_device: Layout,
     folder: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -346,29 +333,29 @@ def test_sigterm_saves_and_exits_with_a_status_of_its_own(
 
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Stopped) as stopped:
-        finetune(tiny(), examples, CONFIG, terminate, layout=one_device, checkpoints=folder)
+        finetune(tiny(), examples, CONFIG, terminate, checkpoints=folder)
     assert stopped.value.code == EXIT_STOPPED == 75
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopped after update 5 of 8 (SIGTERM)" in " ".join(capsys.readouterr().err.split())
     assert steps(folder) == [5]
     log: Log = []
-    after = finetune(tiny(), examples, CONFIG, log.append, layout=one_device, checkpoints=folder)
+    after = finetune(tiny(), examples, CONFIG, log.append, checkpoints=folder)
     assert [record["step"] for record in log] == [6, 7, 8]
     assert_identical(after.params, undisturbed[0].params)
 
 
 def test_stops_when_the_time_is_up(
-    tiny: Build, examples: list[Encoded], one_device: Layout, folder: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Build, examples: list[Encoded], folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A deadline that has passed allows one update, so that any number of short turns gets to the end."""
     config = FinetuneConfig(TrainConfig(batch=8, accumulation=2, epochs=1))
     over = Checkpoints(folder, deadline=time.monotonic())
     for step in (1, 2):
         with pytest.raises(Stopped):
-            finetune(tiny(), examples, config, layout=one_device, checkpoints=over)
+            finetune(tiny(), examples, config, checkpoints=over)
         assert steps(folder)[-1] == step
     assert "stopped after update 2 of 2 (the time is up)" in " ".join(capsys.readouterr().err.split())
-    finetune(tiny(), examples, config, layout=one_device, checkpoints=over)
+    finetune(tiny(), examples, config, checkpoints=over)
 
 
 def test_trains_outside_the_main_thread(folder: Path) -> None:

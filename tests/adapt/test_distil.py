@@ -6,18 +6,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from chai_jax.adapt import step as steps
 from chai_jax.adapt.distil import distil, distillation_loss
+from chai_jax.adapt.finetune import training_execution
 from chai_jax.adapt.updates import pack_update
 from chai_jax.config import DistilConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from chai_jax.model.sharding import Layout
 
 Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=12)
@@ -27,7 +26,7 @@ def gradients(
     student: Model, teacher: Model, examples: list[Encoded], temperature: float, alpha: float
 ) -> tuple[Any, steps.Sums]:
     configs, specs = (teacher.config, student.config), (teacher.spec, student.spec)
-    loss = partial(distillation_loss, configs, specs, jnp.float32, temperature, alpha)
+    loss = partial(distillation_loss, configs, specs, training_execution(student, SHORT), temperature, alpha)
     masters, frozen = steps.split(student.params, steps.everything(student.params))
     batch = pack_update(examples, (2, 8), 32, 6)
     return jax.jit(partial(steps.gradients, loss))(masters, frozen, teacher.params, batch)
@@ -58,14 +57,12 @@ def test_loss_is_the_formula(tiny: Build, examples: list[Encoded]) -> None:
     np.testing.assert_allclose(means["loss"], alpha * 9 * np.mean(kl) + (1 - alpha) * np.mean(ce), rtol=1e-4)
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(
-    tiny: Build, examples: list[Encoded], one_device: Layout
-) -> None:
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(tiny: Build, examples: list[Encoded]) -> None:
     """And their arrays, which are the same, survive the stage."""
     model, log = tiny(), []
     before = jax.tree.map(np.array, model.params)
     config = DistilConfig(TrainConfig(batch=16, accumulation=2, max_steps=1), alpha=1.0)
-    distil(model, model, examples, config, log.append, layout=one_device)
+    distil(model, model, examples, config, log.append)
     (update,) = log
     assert update["kl"] == pytest.approx(0, abs=1e-6)
     assert update["grad_norm"] < 1e-5
@@ -73,11 +70,11 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(
     jax.tree.map(np.testing.assert_array_equal, model.params, before)
 
 
-def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
+def test_student_approaches_its_teacher(tiny: Build, examples: list[Encoded]) -> None:
     student, teacher = tiny(0), tiny(1, hidden_size=24, num_heads=3, ffn_dim=40, embed_dim=24)
     before = jax.tree.map(np.array, (student.params, teacher.params))
     log: list[dict[str, Any]] = []
-    after = distil(student, teacher, examples, DistilConfig(SHORT, alpha=1.0), log.append, layout=one_device)
+    after = distil(student, teacher, examples, DistilConfig(SHORT, alpha=1.0), log.append)
     assert log[-1]["kl"] < 0.5 * log[0]["kl"]
     assert {"stage": "distil"}.items() <= log[0].items()
     assert {"kl", "ce", "loss"} <= set(log[0])

@@ -13,13 +13,18 @@ import pytest
 
 from chai_jax.adapt import finetune as module
 from chai_jax.adapt import step as steps
-from chai_jax.adapt.finetune import completion_loss, cross_entropy, finetune, sum_over_targets
+from chai_jax.adapt.finetune import (
+    completion_loss,
+    cross_entropy,
+    finetune,
+    sum_over_targets,
+    training_execution,
+)
 from chai_jax.adapt.updates import pack_update
 from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.sharding import Layout
 
 SHAPES = {
     "pre-norm": {"word_embed_proj_dim": 16},
@@ -53,7 +58,7 @@ def test_gradient_is_torchs(torch: ModuleType, tmp_path: Path, examples: list[En
     network.save_pretrained(tmp_path / "weights")
     model = load(tmp_path / "weights")
     masters, frozen = steps.split(model.params, steps.everything(model.params))
-    loss = partial(completion_loss, model.config, model.spec, jnp.float32)
+    loss = partial(completion_loss, model.config, model.spec, training_execution(model, TrainConfig()))
     ours, means = jax.jit(partial(steps.gradients, loss))(masters, frozen, None, pack_update(examples, (2, 8), 32, 6))
 
     expected = torch_loss(torch, network, examples)
@@ -86,12 +91,12 @@ def test_steps_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch, examp
 
     expected = jax.jit(jax.value_and_grad(all_at_once))(hidden)
     for rows in (1024, 32):
-        monkeypatch.setattr(module, "HEAD_ROWS", rows)
+        monkeypatch.setattr(module, "HEAD_ROWS_TRAINED", rows)
         found = jax.jit(jax.value_and_grad(total))(hidden)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), found, expected)
 
 
-def test_learns_what_can_be_learned(tiny: Callable[..., Model], one_device: Layout) -> None:
+def test_learns_what_can_be_learned(tiny: Callable[..., Model]) -> None:
     """The answer repeats the last token; with an int8 cache."""
     random = np.random.default_rng(0)
     texts = random.integers(4, 53, (64, 3)).tolist()
@@ -99,7 +104,7 @@ def test_learns_what_can_be_learned(tiny: Callable[..., Model], one_device: Layo
     config = TrainConfig(lr=1e-2, batch=32, accumulation=2, epochs=30)
     log: list[dict[str, Any]] = []
     model = tiny(storage="int8")
-    tuned = finetune(model, examples, FinetuneConfig(config), log.append, layout=one_device)
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append)
     assert log[0]["loss"] > 4
     assert log[-1]["loss"] < 0.5
     assert (tuned(np.array([[2, *text] for text in texts]))[:, -1].argmax(-1) == np.array(texts)[:, -1]).mean() > 0.9

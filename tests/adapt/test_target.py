@@ -13,7 +13,6 @@ from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import QuantizedArray
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 Build = Callable[..., Model]
@@ -70,12 +69,12 @@ def test_mask_marks_whole_layers(tiny: Build) -> None:
 
 
 @pytest.fixture(scope="module")
-def tuned(tiny: Build, examples: list[Encoded], one_device: Layout) -> tuple[Model, Model, list[dict[str, Any]]]:
+def tuned(tiny: Build, examples: list[Encoded]) -> tuple[Model, Model, list[dict[str, Any]]]:
     """A bfloat16 model with int8 layers 0 and 1, whose layer 1 was tuned."""
     model = tiny(num_layers=2, dtype=jnp.bfloat16, int8=(0, 1), storage="int8")
     config = TargetConfig(TrainConfig(lr=1e-2, batch=16, accumulation=2, epochs=6))
     log: list[dict[str, Any]] = []
-    return model, target(model, plan_of((0.1, 0.9)), examples, config, log.append, layout=one_device), log
+    return model, target(model, plan_of((0.1, 0.9)), examples, config, log.append), log
 
 
 def test_all_else_is_the_very_same_arrays(tuned: tuple[Model, Model, Any]) -> None:

@@ -31,21 +31,19 @@ def teacher(tiny: Build) -> Model:
     return tiny(1, hidden_size=24, num_heads=3, ffn_dim=40, embed_dim=24)
 
 
-def means(
-    student: Model, teacher: Model, examples: list[Encoded], layout: Layout, cached: str | None, **rest: Any
-) -> np.ndarray:
+def means(student: Model, teacher: Model, examples: list[Encoded], cached: str | None, **rest: Any) -> np.ndarray:
     """Loss, kl, ce and gradient norm of every update."""
     log: list[dict[str, Any]] = []
-    distil(student, teacher, examples, DistilConfig(TRAIN, cache_teacher=cached), log.append, layout=layout, **rest)
+    distil(student, teacher, examples, DistilConfig(TRAIN, cache_teacher=cached), log.append, **rest)
     return np.array([[entry[name] for name in ("loss", "kl", "ce", "grad_norm")] for entry in log])
 
 
 def test_losses_and_gradients_are_those_of_a_teacher_that_is_there(
-    tiny: Build, teacher: Model, examples: list[Encoded], one_device: Layout
+    tiny: Build, teacher: Model, examples: list[Encoded]
 ) -> None:
-    present = means(tiny(), teacher, examples, one_device, None)
-    np.testing.assert_allclose(means(tiny(), teacher, examples, one_device, "float32"), present, atol=1e-5, rtol=1e-5)
-    half = means(tiny(), teacher, examples, Layout(make_mesh()), "float16")
+    present = means(tiny(), teacher, examples, None)
+    np.testing.assert_allclose(means(tiny(), teacher, examples, "float32"), present, atol=1e-5, rtol=1e-5)
+    half = means(tiny(layout=Layout(make_mesh())), teacher, examples, "float16")
     np.testing.assert_allclose(half, present, atol=5e-3)
     assert not np.array_equal(half, present)
 
@@ -54,13 +52,12 @@ def test_the_file_holds_every_target_once_and_is_used_again(
     tiny: Build,
     teacher: Model,
     examples: list[Encoded],
-    one_device: Layout,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def cache(of: Model) -> caching.CachedTeacher:
-        return cache_teacher(of, tmp_path, "float32", np.float32, one_device, examples)
+        return cache_teacher(of, tmp_path, "float32", of.how, examples)
 
     found = cache(teacher)
     targets = sum(len(one.tokens) - one.start for one in examples)
@@ -90,7 +87,6 @@ def test_a_disk_without_room_is_refused(
     tiny: Build,
     teacher: Model,
     examples: list[Encoded],
-    one_device: Layout,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
@@ -98,12 +94,12 @@ def test_a_disk_without_room_is_refused(
     with pytest.raises(
         InputError, match=r"answers take 0\.\d+ GB \(\d+ targets x 53 tokens in float32\), .* has 0\.000 GB"
     ):
-        means(tiny(), teacher, examples, one_device, "float32", checkpoints=tmp_path)
+        means(tiny(), teacher, examples, "float32", checkpoints=tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_disk_has_taken_the_whole_file_before_the_teacher_runs(
-    tiny: Build, examples: list[Encoded], one_device: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Build, examples: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that is full would end the program without a word when a page of the file is first written."""
     taken: list[float] = []
@@ -113,7 +109,8 @@ def test_the_disk_has_taken_the_whole_file_before_the_teacher_runs(
         taken.append(512 * found.st_blocks / found.st_size)
 
     monkeypatch.setattr(caching, "fill", look)
-    cache_teacher(tiny(vocab_size=1000), tmp_path, "float32", "float32", one_device, examples)
+    large = tiny(vocab_size=1000)
+    cache_teacher(large, tmp_path, "float32", large.how, examples)
     assert taken[0] >= 1
 
 
@@ -121,16 +118,15 @@ def test_it_lies_with_the_checkpoints_and_a_kill_does_not_lose_it(
     tiny: Build,
     teacher: Model,
     examples: list[Encoded],
-    one_device: Layout,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     where = Checkpoints(tmp_path / "state", every=1, deadline=0.0)
     with pytest.raises(SystemExit):
-        means(tiny(), teacher, examples, one_device, "float32", checkpoints=where)
+        means(tiny(), teacher, examples, "float32", checkpoints=where)
     monkeypatch.setattr(caching, "fill", None)
-    log = means(tiny(), teacher, examples, one_device, "float32", checkpoints=tmp_path / "state")
-    np.testing.assert_allclose(log, means(tiny(), teacher, examples, one_device, None)[1:], atol=1e-5)
+    log = means(tiny(), teacher, examples, "float32", checkpoints=tmp_path / "state")
+    np.testing.assert_allclose(log, means(tiny(), teacher, examples, None)[1:], atol=1e-5)
 
 
 def test_refuses_an_unknown_format() -> None:
@@ -139,8 +135,8 @@ def test_refuses_an_unknown_format() -> None:
 
 
 def test_many_processes_are_refused(
-    teacher: Model, examples: list[Encoded], one_device: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    teacher: Model, examples: list[Encoded], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(InputError, match="by one process only"):
-        cache_teacher(teacher, tmp_path, "float32", np.float32, one_device, examples)
+        cache_teacher(teacher, tmp_path, "float32", teacher.how, examples)

@@ -15,13 +15,13 @@ import pytest
 
 from chai_jax.adapt import step as steps
 from chai_jax.adapt import train as training
-from chai_jax.adapt.finetune import completion_loss, finetune
+from chai_jax.adapt.finetune import completion_loss, finetune, training_execution
 from chai_jax.adapt.target import layer_mask
 from chai_jax.adapt.updates import Batch, pack_update
 from chai_jax.config import FinetuneConfig, TrainConfig
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
-from chai_jax.model.flops import cost
+from chai_jax.model.flops import count_flops
 from chai_jax.model.model import Model
 from chai_jax.model.params import declare
 from chai_jax.model.quantized import dequantize, is_leaf
@@ -32,8 +32,8 @@ Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)
 
 
-def loss_of(model: Model, dtype: Any = jnp.float32) -> steps.Loss:
-    return partial(completion_loss, model.config, model.spec, dtype)
+def loss_of(model: Model, dtype: str = "float32") -> steps.Loss:
+    return partial(completion_loss, model.config, model.spec, training_execution(model, TrainConfig(compute=dtype)))
 
 
 def gradients(model: Model, batch: Batch, layout: Layout | None = None) -> tuple[Any, Any]:
@@ -84,11 +84,11 @@ def test_mean_is_over_targets(tiny: Build, examples: list[Encoded], whole: tuple
 
 
 @pytest.fixture(scope="module")
-def run(tiny: Build, examples: list[Encoded], one_device: Layout) -> tuple[Model, Model, Any, list[dict[str, Any]]]:
+def run(tiny: Build, examples: list[Encoded]) -> tuple[Model, Model, Any, list[dict[str, Any]]]:
     """A model, what six updates made of it, its parameters as they were before, and the log."""
     model, log = tiny(), []
     before = jax.tree.map(np.array, model.params)
-    return model, finetune(model, examples, FinetuneConfig(SHORT), log.append, layout=one_device), before, log
+    return model, finetune(model, examples, FinetuneConfig(SHORT), log.append), before, log
 
 
 def test_callers_model_stays_usable(run: Any) -> None:
@@ -125,13 +125,13 @@ def test_speed_is_in_the_log_and_on_the_progress_line(
     progress.__enter__.return_value = progress
     monkeypatch.setattr(training, "bar", lambda: progress)
     monkeypatch.setattr(training, "peak", lambda device: SimpleNamespace(flops=1e9))
-    model, log = tiny(), []
+    model, log = tiny(layout=Layout(make_mesh(2))), []
     config = FinetuneConfig(dataclasses.replace(SHORT, epochs=1))
-    finetune(model, examples, config, log.append, layout=Layout(make_mesh(2)))
+    finetune(model, examples, config, log.append)
     seconds = np.array([entry["step_s"] for entry in log])
     tokens = sum(len(example.tokens) - 1 for example in examples)
     np.testing.assert_allclose(seconds @ [entry["tokens_per_s"] for entry in log], tokens)
-    flops = cost(model.config, model.spec, steps.everything(model.params)).of(examples)
+    flops = count_flops(model.config, model.spec, steps.everything(model.params)).of(examples)
     np.testing.assert_allclose(seconds @ [entry["mfu"] for entry in log], flops / 2e9)
     assert [call.kwargs["note"] for call in progress.update.call_args_list] == [
         f"loss {entry['loss']:.4f}, {entry['tokens_per_s']:,.0f} tokens/s, {entry['step_s']:.2f} s, "
@@ -140,10 +140,10 @@ def test_speed_is_in_the_log_and_on_the_progress_line(
     ]
 
 
-def test_same_seed_same_bits(run: Any, tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
+def test_same_seed_same_bits(run: Any, tiny: Build, examples: list[Encoded]) -> None:
     *_, first = run
     log: list[dict[str, Any]] = []
-    again = finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, layout=one_device)
+    again = finetune(tiny(), examples, FinetuneConfig(SHORT), log.append)
     assert_identical(again.params, run[1].params)
     assert [entry["loss"] for entry in log] == [entry["loss"] for entry in first]
 
@@ -152,12 +152,12 @@ def test_devices_see_the_same_examples(run: Any, tiny: Build, examples: list[Enc
     """The losses of all updates agree; the parameters need not, since AdamW amplifies gradients near zero."""
     *_, first = run
     log: list[dict[str, Any]] = []
-    finetune(tiny(), examples, FinetuneConfig(SHORT), log.append, layout=Layout(make_mesh()))
+    finetune(tiny(layout=Layout(make_mesh())), examples, FinetuneConfig(SHORT), log.append)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([entry[name] for entry in log], [entry[name] for entry in first], rtol=1e-4)
 
 
-def test_few_programs(tiny: Build, one_device: Layout) -> None:
+def test_few_programs(tiny: Build) -> None:
     """One trace per shape of batch, however many updates."""
     model, traced = tiny(), []
     examples = [Encoded((5,) * length, length - 1) for length in (4, 9, 12, 20, 25, 30)]
@@ -167,7 +167,7 @@ def test_few_programs(tiny: Build, one_device: Layout) -> None:
         return loss_of(model)(params, batch, extra)
 
     config = TrainConfig(batch=3, accumulation=1, epochs=4)
-    training.train(model, examples, loss, FinetuneConfig(config), stage="test", layout=one_device)
+    training.train(model, examples, loss, FinetuneConfig(config), stage="test")
     assert sorted(traced) == [(3, 16), (3, 32)]
 
 
@@ -202,13 +202,11 @@ def test_loss_is_that_of_the_model_as_stored(
 
 
 @pytest.mark.slow
-def test_a_format_coarser_than_the_updates_still_learns(
-    tiny: Build, examples: list[Encoded], one_device: Layout
-) -> None:
+def test_a_format_coarser_than_the_updates_still_learns(tiny: Build, examples: list[Encoded]) -> None:
     """One update is far below a step of int8; the float32 masters add them up."""
     model, config = tiny(int8=(0,)), TrainConfig(lr=2e-4, batch=16, accumulation=1, epochs=30)
     log: list[dict[str, Any]] = []
-    tuned = finetune(model, examples, FinetuneConfig(config), log.append, layout=one_device)
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append)
     old, new = (each.params["layers"]["0"]["up"]["kernel"] for each in (model, tuned))
     assert new.values.dtype == jnp.int8
     assert new.axes == old.axes
@@ -218,10 +216,10 @@ def test_a_format_coarser_than_the_updates_still_learns(
 
 
 @pytest.mark.slow
-def test_int4_weights_train_and_stay_int4(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
+def test_int4_weights_train_and_stay_int4(tiny: Build, examples: list[Encoded]) -> None:
     model, config = tiny(num_layers=2, int4=(0, 1)), TrainConfig(lr=2e-3, batch=16, accumulation=1, epochs=20)
     log: list[dict[str, Any]] = []
-    tuned = finetune(model, examples, FinetuneConfig(config), log.append, layout=one_device)
+    tuned = finetune(model, examples, FinetuneConfig(config), log.append)
     assert jax.tree.structure(tuned.params) == jax.tree.structure(model.params)
     assert tuned.nbytes == model.nbytes
     old, new = (each.params["layers"]["0"]["up"]["kernel"].packed for each in (model, tuned))
@@ -287,20 +285,20 @@ def test_clip_is_of_the_trainable_leaves_norm() -> None:
         np.testing.assert_allclose(moments[0], expected, rtol=1e-6)
 
 
-def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded], one_device: Layout) -> None:
+def test_stops_where_the_loss_is_not_finite(tiny: Build, examples: list[Encoded]) -> None:
     model, log = tiny(), []
     model.params["final_norm"]["scale"] = model.params["final_norm"]["scale"].at[0].set(jnp.nan)
     with pytest.raises(
         InputError, match=r"finetune stopped at update 1 of 6: its \w+ is nan; .* lower the learning rate"
     ):
-        finetune(model, examples, FinetuneConfig(SHORT), log.append, layout=one_device)
+        finetune(model, examples, FinetuneConfig(SHORT), log.append)
     assert log == []
 
 
 def test_trains_in_bfloat16_compute(tiny: Build, examples: list[Encoded], whole: tuple[Any, Any]) -> None:
     model = tiny()
     masters, frozen = steps.split(model.params, steps.everything(model.params))
-    step = jax.jit(partial(steps.gradients, loss_of(model, jnp.bfloat16)))
+    step = jax.jit(partial(steps.gradients, loss_of(model, "bfloat16")))
     gradient, means = step(masters, frozen, None, pack_update(examples, (2, 8), 32, 6))
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype(jnp.float32)}
     np.testing.assert_allclose(means["loss"], whole[1]["loss"], rtol=0.05)
@@ -321,11 +319,11 @@ def test_bfloat16_moments(tiny: Build, one_device: Layout) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("setting", [{"moments": "bfloat16"}, {"compute": "bfloat16"}, {"remat": True}])
 def test_choices_of_memory_change_little(
-    setting: dict[str, Any], run: Any, tiny: Build, examples: list[Encoded], one_device: Layout
+    setting: dict[str, Any], run: Any, tiny: Build, examples: list[Encoded]
 ) -> None:
     """Rounding alone tells them apart."""
     log: list[dict[str, Any]] = []
-    finetune(tiny(), examples, FinetuneConfig(dataclasses.replace(SHORT, **setting)), log.append, layout=one_device)
+    finetune(tiny(), examples, FinetuneConfig(dataclasses.replace(SHORT, **setting)), log.append)
     found, expected = ([entry["loss"] for entry in each] for each in (log, run[3]))
     np.testing.assert_allclose(found, expected, rtol=1e-5 if "remat" in setting else 2e-2)
     assert (found == expected) <= ("remat" in setting)  # the others do round
@@ -339,7 +337,7 @@ def test_remat_keeps_little_for_the_backward_pass(tiny: Build, examples: list[En
 
     def kept(remat: bool) -> int:
         def loss(params: Any) -> jax.Array:
-            return completion_loss(model.config, model.spec, jnp.float32, params, batch, remat=remat)["loss"]
+            return completion_loss(model.config, model.spec, model.how, params, batch, remat=remat)["loss"]
 
         _, backward = jax.vjp(loss, model.params)
         return sum({id(leaf): leaf.nbytes for leaf in jax.tree.leaves(backward) if id(leaf) not in weights}.values())

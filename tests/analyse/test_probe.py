@@ -17,7 +17,6 @@ from chai_jax.analyse.probe import Probe, fingerprint, head_sums, probe
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize
 from chai_jax.errors import InputError
-from chai_jax.model.decoder import forward
 from chai_jax.model.model import Model
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
@@ -44,19 +43,18 @@ def by_loop(seen: Any, kernel: np.ndarray, mask: np.ndarray) -> dict[str, np.nda
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-def test_sums_are_those_of_a_loop(make: Make, config: Architecture, padding: str) -> None:
+def test_sums_are_those_of_a_loop(
+    make: Make, layers_seen: Callable[..., list[Any]], config: Architecture, padding: str
+) -> None:
     model = make(config)
     tokens = np.random.default_rng(1).integers(4, 64, (4, 9)).astype(np.int32)
     mask = np.ones((4, 9), bool)
     for row, pads in enumerate((0, 3, 6, 8) if padding != "none" else ()):
         mask[row, slice(0, pads) if padding == "left" else slice(9 - pads, 9)] = False
 
-    def observe(layer: int, seen: Any, params: Any) -> Any:
-        return seen, head_sums(layer, seen, params)
-
-    after = forward(config, model.spec, model.params, jnp.asarray(tokens), jnp.asarray(mask), observe=observe)
-    for layer, (seen, sums) in enumerate(after.observed):
-        kernel = np.asarray(model.params["layers"][str(layer)]["output"]["kernel"], np.float64)
+    for layer, seen in enumerate(layers_seen(config, model.spec, model.params, tokens, mask)):
+        params = model.params["layers"][str(layer)]
+        sums, kernel = head_sums(seen, params), np.asarray(params["output"]["kernel"], np.float64)
         for name, wanted in by_loop(seen, kernel, mask).items():
             np.testing.assert_allclose(sums[name], wanted, rtol=1e-4, atol=1e-4, err_msg=name)
 
@@ -255,9 +253,13 @@ def test_unusable_input_is_refused(make: Make, windows: list[list[int]]) -> None
         probe(cluster(model, plan), windows)
 
 
-def test_sums_are_float32_in_the_pass_and_float64_on_the_host(make: Make, windows: list[list[int]]) -> None:
+def test_sums_are_float32_in_the_pass_and_float64_on_the_host(
+    make: Make, layers_seen: Callable[..., list[Any]], windows: list[list[int]]
+) -> None:
     model = make()
     tokens, mask = jnp.asarray([windows[0]], jnp.int32), jnp.ones((1, 16), bool)
-    sums = forward(model.config, model.spec, model.params, tokens, mask, dtype=jnp.bfloat16, observe=head_sums).observed
+    how = model.how.replace(dtype=jnp.dtype("bfloat16"))
+    found = layers_seen(model.config, model.spec, model.params, tokens, mask, how)
+    sums = [head_sums(seen, model.params["layers"][str(index)]) for index, seen in enumerate(found)]
     assert {leaf.dtype for layer in sums for leaf in layer.values()} == {jnp.dtype(jnp.float32)}
     assert {probe(model, windows).attention.dtype, probe(model, windows).scores.dtype} == {np.dtype(np.float64)}

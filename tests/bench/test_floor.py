@@ -11,8 +11,10 @@ from chai_jax.bench import floor
 from chai_jax.bench.floor import Rates, Work, probe_rates, weights_read, works
 from chai_jax.bench.race import MEASURES, Shape
 from chai_jax.compress.quantize import store_weights, with_storage
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
+from chai_jax.model.sharding import Layout
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
@@ -29,12 +31,12 @@ WEIGHTS = 2 * (LAYER + VECTORS) + 2 * 16 + 64 * 16  # with the last norm and the
 @pytest.fixture(scope="module")
 def model() -> Model:
     spec = Spec.dense(2, 2, 8)
-    return Model(CONFIG, spec, init(CONFIG, spec, jax.random.key(0)))
+    return Model(CONFIG, spec, init(CONFIG, spec, jax.random.key(0)), execution=Execution.choose("float32"))
 
 
 def test_work_is_what_a_count_by_hand_gives(model: Model) -> None:
     """A step reads P + i columns at step i: 11 ... 15 here, 13 in the mean. Positions are looked up, row by row."""
-    found = works(model, SHAPE, jnp.float32)
+    found = works(model, SHAPE)
     token, column = 2 * 2 * LAYER, 2 * 2 * 16 * 4  # FLOPs; keys and values of two layers in float32
     pair, head = 2 * 2 * (16 + 16), 2 * 64 * 16
     row = 16 * 4  # of the position table
@@ -53,9 +55,9 @@ def test_work_is_what_a_count_by_hand_gives(model: Model) -> None:
 
 
 def test_int8_caches_and_half_precision_move_less(model: Model) -> None:
+    in_half = model.replace(execution=Execution.choose("bfloat16"))
     dense, half, small = (
-        works(one, SHAPE, dtype)["decode_ms_per_token"]
-        for one, dtype in ((model, jnp.float32), (model, jnp.bfloat16), (with_storage(model, "int8"), jnp.float32))
+        works(one, SHAPE)["decode_ms_per_token"] for one in (model, in_half, with_storage(model, "int8"))
     )
     vectors = 2 * (VECTORS - 3 * 16) + 2 * 16  # stay float32; biases [H, K] count as matrices
     assert dense.bytes - half.bytes == 2 * (WEIGHTS - vectors) + 3 * 16 * 2
@@ -68,18 +70,18 @@ def test_weights_are_counted_as_they_lie_in_memory(model: Model, monkeypatch: py
     """On a CPU int8 weights are multiplied as floats; where they stay int8, with a scale a column, they are fewer."""
     layers = {name: store_weights(layer, "int8") for name, layer in model.params["layers"].items()}
     small = model.replace(params={**model.params, "layers": layers})
-    assert weights_read(small, 1, jnp.float32) == weights_read(model, 1, jnp.float32) == 4 * WEIGHTS + 64
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert weights_read(small, 1) == weights_read(model, 1) == 4 * WEIGHTS + 64
+    monkeypatch.setattr(Layout, "platform", "tpu")
     scales = 3 * 16 + 16 + 32 + 16
-    assert weights_read(model, 1, jnp.float32) - weights_read(small, 1, jnp.float32) == 2 * (3 * LAYER - 4 * scales)
+    assert weights_read(model, 1) - weights_read(small, 1) == 2 * (3 * LAYER - 4 * scales)
 
 
 def test_an_untied_embedding_is_looked_up() -> None:
     config = Architecture(64, 16, 2, 2, 32, 48, 16, tied=False)
     spec = Spec.dense(2, 2, 8)
     model = Model(config, spec, init(config, spec, jax.random.key(0)))
-    assert weights_read(model, 5, jnp.float32) == 4 * WEIGHTS + 2 * 5 * 64
-    assert weights_read(model, 1000, jnp.float32) == model.nbytes  # no more than all of it
+    assert weights_read(model, 5) == 4 * WEIGHTS + 2 * 5 * 64
+    assert weights_read(model, 1000) == model.nbytes  # no more than all of it
 
 
 def test_the_floor_is_the_slower_of_two_and_says_which() -> None:

@@ -1,7 +1,6 @@
 """What is timed in other frameworks is the same computation: equal tokens, equal log-probabilities."""
 
 import importlib.util
-from collections.abc import Iterator
 from types import ModuleType
 
 import jax
@@ -15,7 +14,8 @@ from chai_jax.bench.sweep import peer
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
-from chai_jax.model.model import Model, set_compute_dtype
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.planned import uniform_plan
@@ -59,15 +59,8 @@ def test_bytes_are_those_of_the_peers_arrays(torch: ModuleType) -> None:
     assert peer.bytes == {"weights": model.nbytes, "kv": 3 * (9 + 6) * 2 * 2 * 32 * 4}
 
 
-@pytest.fixture
-def bfloat16() -> Iterator[None]:
-    set_compute_dtype("bfloat16")
-    yield
-    set_compute_dtype(None)
-
-
-def test_peers_compute_in_our_dtype(torch: ModuleType, bfloat16: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = random_model(PRE)
+def test_peers_compute_in_our_dtype(torch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = random_model(PRE).replace(execution=Execution.choose("bfloat16"))
     peer = PEERS["hf"](model, threads=1)(SHAPE, 0)
     peer.generate()
     assert peer.bytes == {"weights": model.nbytes // 2, "kv": 3 * (9 + 6) * 2 * 2 * 32 * 2}

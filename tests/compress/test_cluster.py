@@ -133,13 +133,12 @@ def test_a_latent_is_saved_cached_and_counted(storage: str, tmp_path: Path, text
     assert again.spec == small.spec
     np.testing.assert_array_equal(logits(again), logits(small))
     tokens, mask = (jnp.asarray(array) for array in inputs())
-    whole = forward(small.config, small.spec, small.params, tokens, mask)
-    part = forward(small.config, small.spec, small.params, tokens[:, :8], mask[:, :8])
+    whole = forward(small.config, small.spec, small.params, tokens, mask, small.how)
+    part = forward(small.config, small.spec, small.params, tokens[:, :8], mask[:, :8], small.how)
     cache = extend(part.cache, 11)
     for at in range(8, 11):
-        step = forward(
-            small.config, small.spec, small.params, tokens[:, at : at + 1], mask[:, at : at + 1], cache=cache
-        )
+        one = tokens[:, at : at + 1], mask[:, at : at + 1]
+        step = forward(small.config, small.spec, small.params, *one, small.how, cache=cache)
         cache = step.cache
         np.testing.assert_allclose(step.hidden[:, 0], whole.hidden[:, at], atol=2e-3 if storage == "int8" else 1e-4)
 

@@ -1,14 +1,16 @@
 """Random parameters of any spec, every leaf random; the kernels of CPUs."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.model.kernels import cpu, products_cpu, using
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import products_cpu
 from chai_jax.model.params import Declared, Params, declare
+from chai_jax.model.sharding import one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
@@ -36,11 +38,9 @@ def small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def native() -> Iterator[None]:
-    """What is traced uses the kernels of CPUs."""
-    assert not cpu.why_not()
-    with using("native"):
-        yield
+def native() -> Execution:
+    """One CPU and its kernels, which are compiled and known to XLA then."""
+    return Execution.choose("float32", one_device(), "native")
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,9 @@ import pytest
 from chai_jax.model import attention
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import store
-from chai_jax.model.decoder import Seen, forward, unembed
+from chai_jax.model.decoder import Seen, embed, final_norm, forward, unembed, visible
+from chai_jax.model.execution import Execution
+from chai_jax.model.layerwise import seen_through
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
 from chai_jax.plans.architecture import Architecture
@@ -21,6 +23,7 @@ from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 CONFIG = Architecture(
     vocab_size=60, hidden_size=48, num_layers=1, num_heads=6, ffn_dim=32, max_positions=32, embed_dim=48
 )
+HOW = Execution.choose("float32")
 CLUSTERS = ((0, 3), (2, 5), (1,), (4,))
 STORAGES = ("bfloat16", "int8", "int8", "float32")
 RandomParams = Callable[[Architecture, Spec, float], Params]
@@ -64,12 +67,13 @@ def naive_heads(spec: LayerSpec, seen: Seen, params: Params) -> np.ndarray:
 
 @pytest.mark.parametrize("rank", [8, 12])
 @pytest.mark.parametrize("share", ["qk", "qkv", "kv"])
-def test_a_clustered_layer_equals_a_loop_over_its_heads(random_params: RandomParams, share: str, rank: int) -> None:
+def test_a_clustered_layer_equals_a_loop_over_its_heads(
+    random_params: RandomParams, layers_seen: Callable[..., list[Seen]], share: str, rank: int
+) -> None:
     spec = layer(share, CLUSTERS, STORAGES, rank)
     params = random_params(CONFIG, Spec((spec,)), 0.3)
     tokens = jax.random.randint(jax.random.key(1), (2, 7), 4, 60, jnp.int32)
-    run = jax.jit(partial(forward, CONFIG, Spec((spec,)), observe=lambda index, seen, params: seen))
-    found = run(params, tokens, np.ones((2, 7), bool)).observed[0]
+    (found,) = layers_seen(CONFIG, Spec((spec,)), params, tokens, np.ones((2, 7), bool))
     # Between two int8 steps, an entry may fall to either side in float32 and float64; one step is about 0.01 here.
     expected = naive_heads(spec, found, params["layers"]["0"])
     assert found.heads.shape == expected.shape
@@ -119,8 +123,8 @@ def test_singleton_clusters_are_dense_attention_bit_for_bit(random_params: Rando
     single = Spec((layer(share, tuple((head,) for head in range(6)), ("int8",) * 6),) * 2)
 
     def logits(spec: Spec) -> np.ndarray:
-        hidden = jax.jit(partial(forward, config, spec))(params, tokens, mask).hidden
-        return np.asarray(unembed(config, params, hidden))
+        hidden = jax.jit(partial(forward, config, spec, how=HOW))(params, tokens, mask).hidden
+        return np.asarray(unembed(config, params, hidden, HOW))
 
     np.testing.assert_array_equal(logits(single), logits(dense))
 
@@ -141,8 +145,9 @@ def test_rows_in_pieces_are_rows_at_once(
         monkeypatch.setattr(attention, "ROWS", rows)
 
         def total(params: Params) -> tuple[jax.Array, Seen]:
-            output = forward(config, spec, params, tokens, mask, observe=lambda index, seen, params: seen)
-            return jnp.where(mask[..., None], jnp.square(output.hidden), 0.0).sum(), output.observed[0]
+            x = embed(params, tokens, visible(mask, None)[0], HOW)
+            x, seen = seen_through(config, spec.layers[0], HOW, params["layers"]["0"], x, mask)
+            return jnp.where(mask[..., None], jnp.square(final_norm(config, params, x)), 0.0).sum(), seen
 
         return jax.jit(jax.value_and_grad(total, has_aux=True))(params)
 
@@ -171,8 +176,8 @@ def test_wanted_columns_are_those_of_all(random_params: RandomParams, storage: s
     tokens = jax.random.randint(jax.random.key(1), (2, 70), 4, 60, jnp.int32)
     mask = jnp.arange(70, dtype=jnp.int32) < jnp.array([[70], [61]], jnp.int32)
     wanted = jnp.array([[3, 69, 40], [60, 0, 33]], jnp.int32)
-    everything = jax.jit(partial(forward, config, spec))(params, tokens, mask)
-    some = jax.jit(partial(forward, config, spec))(params, tokens, mask, wanted=wanted)
+    everything = jax.jit(partial(forward, config, spec, how=HOW))(params, tokens, mask)
+    some = jax.jit(partial(forward, config, spec, how=HOW))(params, tokens, mask, wanted=wanted)
     expected = np.take_along_axis(np.asarray(everything.hidden), np.asarray(wanted)[..., None], axis=1)
     np.testing.assert_allclose(some.hidden, expected, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, some.cache, everything.cache)
@@ -186,16 +191,14 @@ def test_branches_read_the_beginning_and_themselves(random_params: RandomParams)
     row = jnp.asarray(np.concatenate([shared, one, two, [1, 1]])[None], jnp.int32)
     branch = jnp.asarray([[0] * 5 + [1] * 4 + [2] * 3 + [0] * 2], jnp.int32)
     mask = jnp.arange(14)[None] < 12
-    found = jax.jit(partial(forward, config, spec))(params, row, mask, branch=branch).hidden[0]
+    found = jax.jit(partial(forward, config, spec, how=HOW))(params, row, mask, branch=branch).hidden[0]
 
     def alone(*parts: np.ndarray) -> np.ndarray:
         tokens = jnp.asarray(np.concatenate(parts)[None], jnp.int32)
-        return np.asarray(forward(config, spec, params, tokens, jnp.ones(tokens.shape, bool)).hidden[0])
+        return np.asarray(forward(config, spec, params, tokens, jnp.ones(tokens.shape, bool), HOW).hidden[0])
 
     np.testing.assert_allclose(found[:9], alone(shared, one), atol=1e-5)
     np.testing.assert_allclose(found[9:12], alone(shared, two)[5:], atol=1e-5)
-    with pytest.raises(ValueError, match="observed"):
-        forward(config, spec, params, row, mask, wanted=branch[:, :1], observe=lambda index, seen, params: seen)
     blocks = Spec((layer("qkv", CLUSTERS, ("int4",) * 4),) * 2)
     with pytest.raises(ValueError, match="stored_by_token"):
-        forward(config, blocks, params, row, mask, branch=branch)
+        forward(config, blocks, params, row, mask, HOW, branch=branch)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 
 from chai_jax.model import cache
 from chai_jax.model.decoder import Output, forward
+from chai_jax.model.execution import Execution
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import QuantizedArray
 from chai_jax.plans.architecture import Architecture
@@ -46,7 +48,7 @@ def mixed_spec(storages: tuple[str, str, str]) -> Spec:
     return Spec((dense, layer("qk", thirds, 8), layer("qkv", thirds, 8), layer("kv", thirds, 12)))
 
 
-compiled = jax.jit(forward, static_argnums=(0, 1))
+compiled = jax.jit(partial(forward, how=Execution.choose("float32")), static_argnums=(0, 1), static_argnames="how")
 
 
 def decode(config: Architecture, spec: Spec, params: Params, tokens: np.ndarray, mask: np.ndarray) -> Iterator[Output]:

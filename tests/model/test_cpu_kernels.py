@@ -15,16 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.adapt.step import gradients
+from chai_jax.adapt.finetune import completion_loss, training_execution
 from chai_jax.adapt.updates import Batch
+from chai_jax.config import TrainConfig
 from chai_jax.errors import InputError
 from chai_jax.model import kernels
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import empty, store
-from chai_jax.model.decoder import forward, unembed
-from chai_jax.model.kernels import cpu, using
+from chai_jax.model.decoder import block, forward, unembed
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import cpu
+from chai_jax.model.model import Model
 from chai_jax.model.params import fold_projections, init
-from chai_jax.model.products import product
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 from chai_jax.serve import decode as serve
@@ -47,7 +49,7 @@ def test_attention_over_a_cache_of_usual_and_of_other_ranks(normal: Normal, stor
     allowed = jnp.ones((2, 1, 45), bool).at[0, 0, :7].set(False).at[1, 0, 20:].set(False)
     rest = {"scale": rank**-0.5, "value_heads": 2}
     expected = jax.jit(partial(attend, **rest))(query, keys, values, allowed)[0]
-    run = jax.jit(partial(attend_one, **rest))
+    run = jax.jit(partial(attend_one, **rest, kernels="native"))
     assert "chai_jax_attention" in str(run.trace(query, keys, values, allowed).jaxpr)
     np.testing.assert_allclose(run(query, keys, values, allowed), expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
@@ -57,14 +59,14 @@ def test_columns_that_no_token_uses_are_not_read(normal: Normal) -> None:
     query, keys = normal(2, 1, 1, 1, 16), normal(2, 1, 24, 16)
     allowed = jnp.zeros((2, 1, 24), bool).at[0, 0, 3:9].set(True).at[1, 0, 20:].set(True)
     spoiled = jnp.where(allowed[:, :, :, None], keys, jnp.nan)
-    run = jax.jit(partial(attend_one, scale=0.3, value_heads=1))
+    run = jax.jit(partial(attend_one, scale=0.3, value_heads=1, kernels="native"))
     found = run(query, spoiled, spoiled, allowed)
     assert bool(jnp.isfinite(found).all())
     np.testing.assert_array_equal(found, run(query, keys, keys, allowed))
 
 
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_decoding_by_kernels_makes_the_same_tokens_in_place(storage: str) -> None:
+def test_decoding_by_kernels_makes_the_same_tokens_in_place(native: Execution, storage: str) -> None:
     """Clusters of one key and several values; the program holds no second cache."""
     group = Group(clusters=2, queries=1, values=2, storage=storage)
     spec = Spec((LayerSpec("qk", ((0, 1), (2, 3)), (group,), 8, 8),) * 2)
@@ -72,15 +74,14 @@ def test_decoding_by_kernels_makes_the_same_tokens_in_place(storage: str) -> Non
     tokens, mask = serve.pad_left([[2, 9, 4], [2, 5]], 1)
     keys, rule = jax.random.split(jax.random.key(0), 2), (serve.Sampling.checked(), jnp.int32(serve.NEVER))
 
-    def completed(attention: str) -> tuple[np.ndarray, str]:
-        with using(attention):
-            state = serve.prefill(CONFIG, spec, params, tokens, mask, keys, *rule, capacity=64, dtype=jnp.float32)
-            lowered = serve.decode.lower(CONFIG, spec, params, state, jnp.int32(40), *rule, dtype=jnp.float32)
-            program = lowered.compile()
-            assert program.memory_analysis().alias_size_in_bytes >= state.cache.nbytes
-            return np.asarray(program(params, state, jnp.int32(40), *rule).tokens), lowered.as_text()
+    def completed(how: Execution) -> tuple[np.ndarray, str]:
+        state = serve.prefill(CONFIG, spec, params, tokens, mask, keys, *rule, capacity=64, how=how)
+        lowered = serve.decode.lower(CONFIG, spec, params, state, jnp.int32(40), *rule, how=how)
+        program = lowered.compile()
+        assert program.memory_analysis().alias_size_in_bytes >= state.cache.nbytes
+        return np.asarray(program(params, state, jnp.int32(40), *rule).tokens), lowered.as_text()
 
-    (found, program), (expected, plain) = completed("native"), completed("xla")
+    (found, program), (expected, plain) = completed(native), completed(native.replace(kernels="xla"))
     np.testing.assert_array_equal(found, expected)
     assert all(name in program and name not in plain for name in cpu.TARGETS)
 
@@ -88,24 +89,24 @@ def test_decoding_by_kernels_makes_the_same_tokens_in_place(storage: str) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("values", [1, 2])
-def test_kernels_change_logits_by_rounding_alone(values: int, storage: str, dtype: str) -> None:
+def test_kernels_change_logits_by_rounding_alone(native: Execution, values: int, storage: str, dtype: str) -> None:
     """In float32 by a few of its last bits. Where something is rounded to fewer bits, as what is computed in bfloat16
     and what is stored in less, an entry may be rounded the other way: by a few bits of that."""
     group = Group(clusters=4 // values, queries=1, values=values, storage=storage)
     heads = ((0, 1), (2, 3)) if values == 2 else ((0,), (1,), (2,), (3,))
     spec = Spec((LayerSpec("qk", heads, (group,), 8, 8),) * 2)
-    params = serve.cast(fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3)), jnp.dtype(dtype))
+    native = native.replace(dtype=jnp.dtype(dtype))
+    params = serve.cast(fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3)), native)
     tokens = jnp.asarray(np.random.default_rng(0).integers(4, 60, (24, 2, 1)), jnp.int32)
 
-    def step(cache, token):  # type: ignore[no-untyped-def]
-        out = forward(CONFIG, spec, params, token, jnp.ones_like(token, bool), cache=cache, dtype=jnp.dtype(dtype))
-        return out.cache, unembed(CONFIG, params, out.hidden[:, -1])
+    def logits(how: Execution) -> np.ndarray:
+        def step(cache, token):  # type: ignore[no-untyped-def]
+            out = forward(CONFIG, spec, params, token, jnp.ones_like(token, bool), how, cache=cache)
+            return out.cache, unembed(CONFIG, params, out.hidden[:, -1], how)
 
-    def logits(attention: str) -> np.ndarray:
-        with using(attention):
-            return np.asarray(jax.jit(lambda tokens: jax.lax.scan(step, empty(spec, 2, 24), tokens)[1])(tokens))
+        return np.asarray(jax.jit(lambda tokens: jax.lax.scan(step, empty(spec, 2, 24), tokens)[1])(tokens))
 
-    found, expected = logits("native"), logits("xla")
+    found, expected = logits(native), logits(native.replace(kernels="xla"))
     most = 3e-6 if (storage, dtype) == ("float32", "float32") else 0.03
     np.testing.assert_allclose(found, expected, rtol=0, atol=most * np.abs(expected).max())
 
@@ -127,44 +128,39 @@ def test_one_cpu_uses_its_kernels_unless_told_otherwise(monkeypatch: pytest.Monk
     here = jax.devices("cpu")[:1]
     assert kernels.resolved("auto", here) == "native"
     assert kernels.resolved("auto", jax.devices("cpu")) == "xla"
-    assert not kernels.on_cpu()  # of eight devices
     eight = jax.devices("cpu")
+    assert Execution.choose().kernels == "xla"
     monkeypatch.setattr(jax, "devices", lambda: here)
-    assert (kernels.on_cpu(), kernels.for_tokens(), kernels.for_prompts()) == (True, True, False)
-    with using("xla"):
-        assert (kernels.on_cpu(), kernels.for_tokens()) == (False, False)
+    assert Execution.choose().kernels == "native"
+    assert Execution.choose(kernels="xla").kernels == "xla"
     with pytest.raises(InputError, match="native is for one CPU, not for 8 x cpu; expected auto or xla"):
         kernels.check("native", eight)
 
 
-def test_what_is_observed_is_attended_to_by_xla() -> None:
+def test_what_is_looked_at_is_attended_to_by_xla(native: Execution) -> None:
     """It has scores to show; its products are kernels all the same."""
-    spec = Spec.dense(2, 4, 8)
-    params, token = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 1), bool)
-    past = empty(spec, 1, 4)
+    (layer,) = Spec.dense(1, 4, 8).layers
+    params = init(CONFIG, Spec((layer,)), jax.random.key(0))["layers"]["0"]
+    past, allowed = empty(Spec((layer,)), 1, 4).layers[0], jnp.ones((1, 1, 4), bool)
 
-    def ran(observe):  # type: ignore[no-untyped-def]
-        def run(params, past):  # type: ignore[no-untyped-def]
-            return forward(CONFIG, spec, params, token.astype(jnp.int32), token, cache=past, observe=observe).hidden
+    def ran(plain: bool) -> tuple[bool, bool]:
+        run = partial(block, CONFIG, layer, params, allowed=allowed, past=past, how=native, plain=plain)
+        text = str(jax.make_jaxpr(lambda x: run(x, start=jnp.int32(0))[0])(jnp.ones((1, 1, 32))))
+        return "chai_jax_attention" in text, "chai_jax_few_rows" in text
 
-        text = str(jax.jit(run).trace(params, past).jaxpr)
-        return text.count("chai_jax_attention") > 0, text.count("chai_jax_few_rows") > 0
-
-    with using("native"):
-        assert ran(None) == (True, True)
-        assert ran(lambda layer, seen, params: seen.x) == (False, True)
+    assert ran(plain=False) == (True, True)
+    assert ran(plain=True) == (False, True)
 
 
-def test_what_trains_has_no_kernels(normal: Normal) -> None:
+def test_what_trains_has_no_kernels(native: Execution) -> None:
     """Whose gradients nobody compared."""
-    batch = Batch(*[jnp.ones((1, 2, 3))] * 5)
+    spec = Spec.dense(2, 4, 8)
+    params = init(CONFIG, spec, jax.random.key(0))
+    ones = jnp.ones((1, 2), jnp.int32)
+    batch = Batch(ones, ones == 1, ones - 1, ones, jnp.ones((1, 2)))
 
-    def loss(params, microbatch, extra):  # type: ignore[no-untyped-def]
-        return {"loss": jnp.sum(product("btd,df->btf", normal(1, 2, 32), params["w"], "t"))}
+    def traced(how: Execution) -> str:
+        return str(jax.make_jaxpr(partial(completion_loss, CONFIG, spec, how))(params, batch))
 
-    def traced() -> str:
-        return str(jax.make_jaxpr(lambda w: gradients(loss, {"w": w}, {"w": None}, None, batch))(normal(32, 64)))
-
-    with using("native"):
-        assert "ffi_call" in str(jax.make_jaxpr(lambda w: loss({"w": w}, None, None))(normal(32, 64)))
-        assert "ffi_call" not in traced()
+    assert "ffi_call" in traced(native)
+    assert "ffi_call" not in traced(training_execution(Model(CONFIG, spec, params, execution=native), TrainConfig()))

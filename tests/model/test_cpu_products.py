@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.model.kernels import cpu, products_cpu, using
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import cpu, products_cpu
 from chai_jax.model.products import product
 from chai_jax.model.quantized import QuantizedArray, dequantize, einsum, quantize, quantize_int4
 from chai_jax.serve import decode as serve
@@ -83,22 +84,21 @@ def test_the_gradient_of_rows_times_int8(normal: Normal) -> None:
     np.testing.assert_allclose(found, jnp.broadcast_to(matrix.astype(jnp.float32).sum(1), (3, 16)), rtol=1e-6)
 
 
-def test_int8_weights_are_read_as_they_are_stored_where_there_are_kernels(normal: Normal) -> None:
+def test_int8_weights_are_read_as_they_are_stored_where_there_are_kernels(normal: Normal, native: Execution) -> None:
     """By few rows and by many; int4 is expanded, and without kernels so is int8."""
     x, few = normal(2, 3, 32), slice(0, 1)
     weights = {"int8": quantize(normal(32, 64), (-2,), jnp.float32), "int4": quantize_int4(normal(32, 64), -2, 8)}
-    with using("xla"):
-        assert all(isinstance(leaf, jax.Array) for leaf in serve.cast(weights, jnp.float32).values())
-    with using("native"):
-        kept = serve.cast(weights, jnp.float32)
-        assert isinstance(kept["int8"], QuantizedArray)
-        assert isinstance(kept["int4"], jax.Array)
-        run = jax.jit(partial(einsum, "btd,df->btf"))
-        assert "chai_jax_few_rows" in str(run.trace(x[:, few], kept["int8"]).jaxpr)
-        many = jnp.concatenate([x] * 4, axis=1)
-        expected = x @ dequantize(weights["int8"])
-        for rows, each in ((x, expected), (many, jnp.concatenate([expected] * 4, axis=1))):
-            np.testing.assert_allclose(run(rows, kept["int8"]), each, rtol=0, atol=2e-6 * np.abs(expected).max())
+    plain = native.replace(kernels="xla")
+    assert all(isinstance(leaf, jax.Array) for leaf in serve.cast(weights, plain).values())
+    kept = serve.cast(weights, native)
+    assert isinstance(kept["int8"], QuantizedArray)
+    assert isinstance(kept["int4"], jax.Array)
+    run = jax.jit(partial(einsum, "btd,df->btf", kernels="native"))
+    assert "chai_jax_few_rows" in str(run.trace(x[:, few], kept["int8"]).jaxpr)
+    many = jnp.concatenate([x] * 4, axis=1)
+    expected = x @ dequantize(weights["int8"])
+    for rows, each in ((x, expected), (many, jnp.concatenate([expected] * 4, axis=1))):
+        np.testing.assert_allclose(run(rows, kept["int8"]), each, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 @pytest.mark.usefixtures("native")
@@ -118,7 +118,7 @@ def test_which_products_are_kernels(
 ) -> None:
     """Those of a few rows with one matrix, however their axes are called."""
     one, two = (normal(*shape) for shape in shapes)
-    run = jax.jit(lambda one, two: product(equation, one, two, row))
+    run = jax.jit(lambda one, two: product(equation, one, two, row, "native"))
     assert ("ffi_call" in str(run.trace(one, two).jaxpr)) == kernel
     expected = np.einsum(equation, np.asarray(one, np.float64), np.asarray(two, np.float64))
     np.testing.assert_allclose(run(one, two), expected, rtol=0, atol=1e-6 * np.abs(expected).max())

@@ -16,9 +16,11 @@ from chai_jax.errors import InputError
 from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
 from chai_jax.model.decoder import forward
-from chai_jax.model.kernels import check, cpu, decode_gpu, decode_tpu, for_prompts, for_tokens, one_gpu, resolved, using
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import check, cpu, decode_gpu, decode_tpu, one_gpu, resolved
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.params import init
+from chai_jax.model.sharding import one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
@@ -149,7 +151,7 @@ def test_heads_that_fill_the_lanes_lie_as_they_are() -> None:
 
 def lowered_for_a_gpu(dtype: str, storage: str, queries: int, value_heads: int) -> str:
     given = inputs(dtype, storage, 3, queries, value_heads)
-    run = jax.jit(partial(attend_one, scale=0.2, value_heads=value_heads))
+    run = jax.jit(partial(attend_one, scale=0.2, value_heads=value_heads, kernels="pallas"))
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")  # newer jax asks which one
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         return run.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
@@ -185,6 +187,7 @@ def test_gpus_leave_to_xla_what_pallas_would_miscount(batch: int, dtype: str, ta
 
 
 CONFIG = Architecture(32, 16, 1, 2, 32, 32, 16)
+XLA = Execution(np.dtype("float32"), one_device(), "xla")
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
@@ -192,23 +195,21 @@ def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str) -> None:
     """One row with a past, and no int4; and jit does not take one kind of program for the other."""
     spec = Spec.dense(1, 2, 8, storage)
     params, mask = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 32), bool)
-    cache = jax.eval_shape(partial(forward, CONFIG, spec), params, mask.astype(jnp.int32), mask).cache
+    cache = jax.eval_shape(partial(forward, CONFIG, spec, how=XLA), params, mask.astype(jnp.int32), mask).cache
 
-    @jax.jit
-    def run(tokens, cache):  # type: ignore[no-untyped-def]
-        output = forward(CONFIG, spec, params, tokens, jnp.ones(tokens.shape, bool), cache=cache)
+    @partial(jax.jit, static_argnums=0)
+    def run(how, tokens, cache):  # type: ignore[no-untyped-def]
+        output = forward(CONFIG, spec, params, tokens, jnp.ones(tokens.shape, bool), how, cache=cache)
         return output.hidden
 
-    def kernels_of(rows: int) -> int:
-        return str(run.trace(jax.ShapeDtypeStruct((1, rows), jnp.int32), cache).jaxpr).count("pallas_call")
+    def kernels_of(kernels: str, rows: int) -> int:
+        traced = run.trace(XLA.replace(kernels=kernels), jax.ShapeDtypeStruct((1, rows), jnp.int32), cache)
+        return str(traced.jaxpr).count("pallas_call")
 
-    with using("xla"):
-        assert kernels_of(1) == 0
-    with using("pallas"):
-        assert kernels_of(2) == 0
-        assert kernels_of(1) == (2 if storage == "int8" else 0)  # of either platform
-    with using("xla"):
-        assert kernels_of(1) == 0
+    assert kernels_of("xla", 1) == 0
+    assert kernels_of("pallas", 2) == 0
+    assert kernels_of("pallas", 1) == (2 if storage == "int8" else 0)  # of either platform
+    assert kernels_of("xla", 1) == 0
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="there is a kernel")
@@ -216,7 +217,8 @@ def test_a_decoded_token_is_the_same_where_there_is_no_kernel() -> None:
     """Programs of several CPU devices keep to XLA."""
     given = inputs("float32", "int8", 3, 1, 3)
     expected = jax.jit(partial(attend, scale=0.2, value_heads=3))(*given)[0]
-    np.testing.assert_array_equal(jax.jit(partial(attend_one, scale=0.2, value_heads=3))(*given), expected)
+    found = jax.jit(partial(attend_one, scale=0.2, value_heads=3, kernels="pallas"))(*given)
+    np.testing.assert_array_equal(found, expected)
 
 
 class Device:
@@ -236,13 +238,10 @@ class Device:
     ],
 )
 def test_where_kernels_are_chosen(devices: list[Device], chosen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Unasked: on one GPU, where they were seen to be faster, for new tokens and prompts."""
+    """Unasked: on one GPU, where they were seen to be faster."""
     assert one_gpu(devices) == chosen
     monkeypatch.setattr(jax, "devices", lambda: devices)
-    assert (for_tokens(), for_prompts()) == (chosen, chosen)
-    for attention, kernel in (("xla", False), ("pallas", True)):
-        with using(attention):
-            assert (for_tokens(), for_prompts()) == (kernel, kernel)
+    assert Execution.choose(layout=one_device()).kernels == ("pallas" if chosen else "xla")
 
 
 def test_devices_without_a_kernel_are_refused() -> None:

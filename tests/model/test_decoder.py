@@ -94,8 +94,8 @@ def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) ->
     tokens, mask = batch(model.config.vocab_size, "right")
 
     def loss(params: Any) -> jax.Array:
-        hidden = forward(model.config, model.spec, params, jnp.asarray(tokens), jnp.asarray(mask)).hidden
-        logprobs = jax.nn.log_softmax(unembed(model.config, params, hidden[:, :-1]))
+        hidden = forward(model.config, model.spec, params, jnp.asarray(tokens), jnp.asarray(mask), model.how).hidden
+        logprobs = jax.nn.log_softmax(unembed(model.config, params, hidden[:, :-1], model.how))
         picked = jnp.take_along_axis(logprobs, jnp.asarray(tokens[:, 1:, None]), axis=-1)[..., 0]
         weights = jnp.asarray(mask[:, 1:], jnp.float32)
         return -(picked * weights).sum() / weights.sum()
@@ -135,17 +135,3 @@ def test_full_size_125m_equals_torch(torch: ModuleType, tmp_path: Path) -> None:
     assert sum(leaf.size for leaf in jax.tree.leaves(model.params)) > 125e6
     for padding in ("left", "right"):
         assert_same_logits(torch, model, module, padding)
-
-
-def test_module_is_an_nnx_module(torch: ModuleType, tmp_path: Path) -> None:
-    """The Flax module splits and merges as any NNX module, and what it then computes is the same."""
-    from flax import nnx
-
-    from chai_jax.model.decoder import OPT
-
-    model, _ = random_opt(torch, tmp_path)
-    tokens, mask = batch(model.config.vocab_size, "left")
-    graph, state = nnx.split(OPT(model.config, model.spec, model.params))
-    hidden, _, _ = nnx.merge(graph, state)(jnp.asarray(tokens), jnp.asarray(mask))
-    expected = forward(model.config, model.spec, model.params, jnp.asarray(tokens), jnp.asarray(mask)).hidden
-    np.testing.assert_array_equal(hidden, expected)

@@ -13,13 +13,12 @@ from chai_jax.adapt.step import everything, gradients, split
 from chai_jax.adapt.target import layer_mask
 from chai_jax.adapt.updates import pack_update
 from chai_jax.data.batches import Encoded
-from chai_jax.model.flops import Cost, cost
+from chai_jax.model.flops import Flops, count_flops
 from chai_jax.model.model import Model
-from chai_jax.model.params import Declared, declare
+from chai_jax.model.params import Declared, Params, declare
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
-Build = Callable[..., Model]
 OPT125M, DENSE = Architecture(50272, 768, 12, 12, 3072, 2048, 768), Spec.dense(12, 12, 64)
 
 
@@ -29,16 +28,16 @@ def marks(config: Architecture, spec: Spec, value: bool = True) -> Any:
 
 def test_a_dense_model_costs_what_palm_says() -> None:
     """6 N + 12 L H Q T per token; the head, V D weights, at every position. N: 12 L D^2 here."""
-    length, found = 512, cost(OPT125M, DENSE, marks(OPT125M, DENSE))
+    length, found = 512, count_flops(OPT125M, DENSE, marks(OPT125M, DENSE))
     examples = [Encoded((5,) * (length + 1), 1)] * 3
     weights = 12 * 12 * 768**2 + 50272 * 768
     expected = 3 * length * (6 * weights + 12 * 12 * 12 * 64 * length)
     assert found.of(examples) == expected
-    assert cost(OPT125M, DENSE).of(examples) == expected / 3
+    assert count_flops(OPT125M, DENSE).of(examples) == expected / 3
 
 
 def test_the_head_runs_at_targets_alone() -> None:
-    found = cost(OPT125M, DENSE)
+    found = count_flops(OPT125M, DENSE)
     assert found.of([Encoded((5,) * 20, 18)]) == 19 * found.token + 19**2 * found.pair + 2 * found.target
 
 
@@ -48,19 +47,19 @@ def test_frozen_parts_cost_less() -> None:
     one["layers"]["8"] = marks(OPT125M, DENSE)["layers"]["8"]
     layer = 12 * 768**2
     attention = 2 * 12 * (64 + 64)
-    assert cost(OPT125M, DENSE, one) == Cost(layer * (8 * 2 + 6 + 3 * 4), attention * (8 + 3 + 3 * 3), 4 * 50272 * 768)
+    expected = Flops(layer * (8 * 2 + 6 + 3 * 4), attention * (8 + 3 + 3 * 3), 4 * 50272 * 768)
+    assert count_flops(OPT125M, DENSE, one) == expected
 
 
-def test_xla_counts_the_same_products(tiny: Build) -> None:
+def test_xla_counts_the_same_products(random_params: Callable[[Architecture, Spec, float], Params]) -> None:
     """All rows full and every position a target; XLA also counts what is no product: a few per cent."""
-    model = tiny(
-        num_layers=2, hidden_size=64, embed_dim=32, ffn_dim=256, pre_norm=False, vocab_size=512, max_positions=64
-    )
+    config, spec = Architecture(512, 64, 2, 2, 256, 64, 32, pre_norm=False), Spec.dense(2, 2, 32)
+    model = Model(config, spec, random_params(config, spec, 0.3))
     examples = [Encoded((5,) * 33, 1)] * 8
     batch = jax.tree.map(jnp.asarray, pack_update(examples, (1, 8), 32, 32))
     for chosen in (everything(model.params), layer_mask(model.params, {1})):
         masters, frozen = split(model.params, chosen)
-        loss = partial(completion_loss, model.config, model.spec, jnp.float32)
+        loss = partial(completion_loss, model.config, model.spec, model.how.replace(kernels="xla"))
         program = jax.jit(partial(gradients, loss)).lower(masters, frozen, None, batch).compile()
-        expected = cost(model.config, model.spec, chosen)
+        expected = count_flops(model.config, model.spec, chosen)
         np.testing.assert_allclose(program.cost_analysis()["flops"], expected.of(examples), rtol=0.04)

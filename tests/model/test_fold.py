@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from chai_jax.model.decoder import forward
+from chai_jax.model.execution import Execution
 from chai_jax.model.params import Params, fold_projections
 from chai_jax.model.quantized import QuantizedArray, quantize, quantize_int4
 from chai_jax.plans.architecture import Architecture
@@ -18,6 +19,7 @@ from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 CONFIG = Architecture(
     vocab_size=61, hidden_size=24, num_layers=4, num_heads=6, ffn_dim=40, max_positions=32, embed_dim=24
 )
+HOW = Execution.choose("float32")
 Draw = Callable[[Architecture, Spec, float], Params]
 PAIRS = ((0, 3), (1, 4), (2, 5))
 DENSE = Spec.dense(1, 6, 4).layers[0]
@@ -32,8 +34,8 @@ SPEC = Spec((DENSE, layer("qk", 4), layer("qkv", 4), layer("kv", 7)))
 
 def hidden(config: Architecture, params: Params) -> np.ndarray:
     tokens = np.random.default_rng(0).integers(4, 61, (2, 9), np.int32)
-    run = jax.jit(forward, static_argnums=(0, 1))
-    return np.asarray(run(config, SPEC, params, jnp.asarray(tokens), jnp.ones((2, 9), bool)).hidden)
+    run = jax.jit(forward, static_argnums=(0, 1), static_argnames="how")
+    return np.asarray(run(config, SPEC, params, jnp.asarray(tokens), jnp.ones((2, 9), bool), how=HOW).hidden)
 
 
 def with_kernels(params: Params, change: Callable[[Any], Any]) -> Params:

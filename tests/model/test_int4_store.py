@@ -12,6 +12,7 @@ import pytest
 
 from chai_jax.model import cache
 from chai_jax.model.decoder import Output, Seen, forward
+from chai_jax.model.execution import Execution
 from chai_jax.model.int4_store import BLOCK, BY_CHANNEL, BY_TOKEN, BlockStore, append_blocks, empty_blocks
 from chai_jax.model.params import Params
 from chai_jax.plans.architecture import Architecture
@@ -26,7 +27,7 @@ PADDING = np.ones((4, LENGTH), bool)
 PADDING[1, :9] = PADDING[2, 35:40] = PADDING[3, [0, 5, 31, 32, 63]] = False
 TOKENS = np.random.default_rng(0).integers(4, 60, (4, LENGTH), np.int32)
 RandomParams = Callable[[Architecture, Spec, float], Params]
-compiled = jax.jit(forward, static_argnums=(0, 1))
+compiled = jax.jit(partial(forward, how=Execution.choose("float32")), static_argnums=(0, 1), static_argnames="how")
 
 
 def mixed_spec() -> Spec:
@@ -92,19 +93,20 @@ def naive_heads(seen: Seen, params: Params) -> np.ndarray:
     return heads
 
 
-def test_a_layer_equals_a_loop_over_heads_and_rows(random_params: RandomParams) -> None:
+def test_a_layer_equals_a_loop_over_heads_and_rows(
+    random_params: RandomParams, layers_seen: Callable[..., list[Seen]]
+) -> None:
     config, spec = dataclasses.replace(CONFIG, num_layers=1), Spec.dense(1, 3, 8, "int4")
     params = random_params(config, spec, 0.4)
-    run = jax.jit(partial(forward, config, spec, observe=lambda index, seen, params: seen))
-    seen = run(params, TOKENS, PADDING).observed[0]
+    (seen,) = layers_seen(config, spec, params, TOKENS, PADDING)
     expected = naive_heads(seen, params["layers"]["0"])
     found, real = np.asarray(seen.heads), np.broadcast_to(PADDING[:, None, :, None], expected.shape)
     # An entry between two steps of four bits may fall to either side in float32 and float64.
     close = np.isclose(found, expected, rtol=1e-4, atol=1e-4)[real]
     assert close.mean() > 0.99
     assert np.abs(found - expected)[real].max() < 0.02
-    bfloats = jax.jit(partial(forward, config, Spec.dense(1, 3, 8, "bfloat16"), observe=lambda i, seen, p: seen.heads))
-    near = np.asarray(bfloats(params, TOKENS, PADDING).observed[0])
+    (bfloats,) = layers_seen(config, Spec.dense(1, 3, 8, "bfloat16"), params, TOKENS, PADDING)
+    near = np.asarray(bfloats.heads)
     short = real[:, :, :BLOCK]  # shorter than a block: bfloat16
     np.testing.assert_allclose(found[:, :, :BLOCK][short], near[:, :, :BLOCK][short], atol=1e-6)
     assert np.abs(found - near)[:, :, BLOCK:].max() > 1e-2

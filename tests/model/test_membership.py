@@ -1,5 +1,6 @@
 """K-Means inside jit against scikit-learn's, medoids against the offline ones, features against the offline probe's."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from sklearn.datasets import make_blobs
 from chai_jax.analyse.cluster import medoid
 from chai_jax.evaluation.verify import TEXTS
 from chai_jax.files.store import load
-from chai_jax.model.decoder import Seen, forward
+from chai_jax.model.decoder import Seen
 from chai_jax.model.membership import (
     Membership,
     assign,
@@ -24,7 +25,6 @@ from chai_jax.model.membership import (
     find_medoids,
     kmeans,
 )
-from chai_jax.model.params import Params
 
 SHAPES = [(8, 6, 3), (12, 190, 6), (9, 15, 8)]
 
@@ -53,15 +53,14 @@ def test_kmeans_is_scikit_learns_from_the_same_start(heads: int, size: int, coun
         np.testing.assert_allclose(inertia(mine, labels), theirs.inertia_, rtol=1e-4)
 
 
-def test_kmeans_is_scikit_learns_on_the_heads_of_a_trained_model(shared: Path) -> None:
+def test_kmeans_is_scikit_learns_on_the_heads_of_a_trained_model(
+    shared: Path, layers_seen: Callable[..., list[Seen]]
+) -> None:
     model = load(shared / "models" / "opt-mini")
     tokens = np.asarray([model.tokenizer(text)["input_ids"][:10] for text in TEXTS], np.int32)
 
-    def look(index: int, seen: Seen, params: Params) -> jax.Array:
-        return features(seen.probabilities)
-
-    run = jax.jit(partial(forward, model.config, model.spec, observe=look))
-    points = np.concatenate(run(model.params, tokens, np.ones(tokens.shape, bool)).observed)
+    found = layers_seen(model.config, model.spec, model.params, tokens, np.ones(tokens.shape, bool))
+    points = np.concatenate([features(seen.probabilities) for seen in found])
     assert points.shape == (4 * 8, 8, 100)
     starts = np.asarray(jax.jit(jax.vmap(partial(farthest_points, count=4)))(points))
     for mine, start, labels in zip(points, starts, jax.jit(jax.vmap(kmeans))(points, starts), strict=True):

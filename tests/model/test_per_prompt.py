@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import chex
@@ -16,6 +17,7 @@ from chai_jax.analyse.probe import head_sums
 from chai_jax.compress.cluster import cluster
 from chai_jax.model import cache
 from chai_jax.model.decoder import Output, Seen, forward
+from chai_jax.model.execution import Execution
 from chai_jax.model.membership import features
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params, declare
@@ -29,6 +31,7 @@ from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 pytestmark = pytest.mark.slow  # together they take minutes
 
 CONFIG = Architecture(97, 48, num_layers=2, num_heads=6, ffn_dim=64, max_positions=32, embed_dim=48)
+HOW = Execution.choose("float32")
 CLUSTERS = ((3, 0), (2,), (5, 1, 4))
 WARMUP, PROMPT, LENGTH = 5, 9, 13
 RandomParams = Callable[[Architecture, Spec, float], Params]
@@ -54,7 +57,7 @@ def memberships(output: Output) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(np.asarray(one.cluster_of), np.asarray(one.medoids)) for one in found]
 
 
-compiled = jax.jit(forward, static_argnums=(0, 1), static_argnames=("dtype", "observe"))
+compiled = jax.jit(partial(forward, how=HOW), static_argnums=(0, 1), static_argnames="how")
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -62,17 +65,15 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return exponentials / exponentials.sum(axis=-1, keepdims=True)
 
 
-def seen_of(index: int, seen: Seen, params: Params) -> Seen:
-    return seen
-
-
 @pytest.mark.parametrize("storage", ["float32", "int8"])
-def test_a_layer_equals_a_loop_over_rows_and_heads(random_params: RandomParams, storage: str) -> None:
+def test_a_layer_equals_a_loop_over_rows_and_heads(
+    random_params: RandomParams, layers_seen: Callable[..., list[Seen]], storage: str
+) -> None:
     """Numpy and float64; a row of the warm-up reads its own head's keys, a later one its cluster's medoid's."""
     config, spec = dataclasses.replace(CONFIG, num_layers=1), spec_of(storage, layers=1)
     params = random_params(config, spec, 0.3)
-    output = compiled(config, spec, params, random_tokens(), PADDING, observe=seen_of)
-    (seen,), ((cluster_of, medoids),) = output.observed, memberships(output)
+    (seen,) = layers_seen(config, spec, params, random_tokens(), PADDING)
+    ((cluster_of, medoids),) = memberships(compiled(config, spec, params, random_tokens(), PADDING))
     attention = params["layers"]["0"]
     x = np.asarray(seen.x, np.float64)
 
@@ -213,17 +214,15 @@ def test_as_many_clusters_as_heads_are_dense_attention(random_params: RandomPara
     np.testing.assert_allclose(found[early], dense[early], atol=1e-5)
 
 
-def test_features_correlate_heads_as_the_offline_probe_does(random_params: RandomParams) -> None:
+def test_features_correlate_heads_as_the_offline_probe_does(
+    random_params: RandomParams, layers_seen: Callable[..., list[Seen]]
+) -> None:
     config = dataclasses.replace(CONFIG, num_layers=1)
     spec = Spec.dense(1, 6, 8)
     params = random_params(config, spec, 0.3)
 
-    def look(index: int, seen: Seen, params: Params) -> tuple[dict[str, jax.Array], jax.Array]:
-        return head_sums(index, seen, params), features(seen.probabilities)
-
-    ((sums, found),) = compiled(
-        config, spec, params, random_tokens()[:1, :8], np.ones((1, 8), bool), observe=look
-    ).observed
+    (seen,) = layers_seen(config, spec, params, random_tokens()[:1, :8], np.ones((1, 8), bool))
+    sums, found = head_sums(seen, params["layers"]["0"]), features(seen.probabilities)
     np.testing.assert_allclose(np.einsum("bhf,bgf->hg", found, found), sums["attention"], rtol=1e-4)
 
 
@@ -251,12 +250,12 @@ def test_one_trace_serves_every_prompt(random_params: RandomParams) -> None:
     @jax.jit
     @chex.assert_max_traces(n=1)
     def prefill(params: Params, tokens: np.ndarray, mask: np.ndarray) -> Output:
-        return forward(CONFIG, spec, params, tokens, mask)
+        return forward(CONFIG, spec, params, tokens, mask, HOW)
 
     @jax.jit
     @chex.assert_max_traces(n=1)
     def step(params: Params, tokens: np.ndarray, mask: np.ndarray, past: cache.Cache) -> Output:
-        return forward(CONFIG, spec, params, tokens, mask, cache=past)
+        return forward(CONFIG, spec, params, tokens, mask, HOW, cache=past)
 
     random, seen = np.random.default_rng(1), set()
     for shift in range(4):
@@ -280,7 +279,7 @@ def test_gradients_flow_as_if_membership_were_given(random_params: RandomParams)
 
     @jax.jit
     def loss(params: Params) -> jax.Array:
-        return jnp.sum(forward(CONFIG, spec, params, tokens, mask).hidden * weights)
+        return jnp.sum(forward(CONFIG, spec, params, tokens, mask, HOW).hidden * weights)
 
     gradient = jax.jit(jax.grad(loss))(params)
     for name in ("query", "key", "value"):
@@ -325,7 +324,7 @@ def test_half_precision_activations(random_params: RandomParams) -> None:
     config, spec = dataclasses.replace(CONFIG, num_layers=1), spec_of("bfloat16", layers=1)
     params = random_params(config, spec, 0.3)
     rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params)
-    output = compiled(config, spec, rounded, random_tokens(), PADDING, dtype=jnp.bfloat16)
+    output = compiled(config, spec, rounded, random_tokens(), PADDING, how=HOW.replace(dtype=jnp.dtype("bfloat16")))
     assert output.hidden.dtype == jnp.bfloat16
     whole = compiled(config, spec, params, random_tokens(), PADDING)
     (found,), (expected,) = memberships(output), memberships(whole)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.model.products import apart, product, side_by_side
+from chai_jax.model.products import product
+from chai_jax.model.wide_heads import apart, side_by_side
 
 # Of a decoder: a weight, an output projection, the vocabulary head, scores, values.
 SHAPES = {

@@ -8,18 +8,17 @@ from jax.sharding import PartitionSpec as P
 
 from chai_jax.errors import InputError
 from chai_jax.model.decoder import forward
+from chai_jax.model.execution import Execution
 from chai_jax.model.params import Declared, declare
 from chai_jax.model.quantized import QuantizedArray, dequantize, quantize, quantize_int4
 from chai_jax.model.sharding import (
     FSDP,
     TABLE,
     Layout,
-    current_layout,
     make_mesh,
     partition_spec,
     place,
     shardings,
-    use,
     whole,
 )
 from chai_jax.plans.architecture import Architecture
@@ -97,16 +96,6 @@ def test_every_declared_axis_is_in_the_table() -> None:
         assert len(jax.tree.leaves(shardings(declare(wide, SPEC), make_mesh(model=2), table))) == len(leaves)
 
 
-def test_jobs_take_the_layout_in_use() -> None:
-    wanted = Layout(make_mesh(data=2, model=2), fsdp=True)
-    with use(wanted):
-        assert current_layout() == wanted
-        with use(Layout(make_mesh(data=1))):
-            assert current_layout().ways == 1
-        assert current_layout() == wanted
-    assert current_layout() == Layout(make_mesh())
-
-
 def test_a_batch_that_does_not_divide_is_on_every_device() -> None:
     layout = Layout(make_mesh(data=4, model=2))
     for rows, spec in ((8, P("data")), (6, P(None)), (1, P(None))):
@@ -168,7 +157,7 @@ def test_forward_is_the_same_on_eight_devices(model: int) -> None:
 
     @jax.jit
     def hidden(params: dict, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        return forward(CONFIG, SPEC, params, tokens, mask).hidden
+        return forward(CONFIG, SPEC, params, tokens, mask, Execution.choose()).hidden
 
     mesh = make_mesh(model=model)
     rows = jax.NamedSharding(mesh, P("data"))

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,29 @@ from chai_jax.cli import main
 from chai_jax.config import DeviceConfig
 from chai_jax.data.toy import toy_rows
 from chai_jax.errors import InputError
-from chai_jax.model.model import compute_dtype, set_compute_dtype
-from chai_jax.model.sharding import Layout, current_layout, make_mesh, set_layout
+from chai_jax.model.execution import Execution
+from chai_jax.model.sharding import Layout, make_mesh
 from chai_jax.run import devices
 
 
-@pytest.fixture(autouse=True)
-def default_layout() -> Iterator[None]:
-    yield
-    set_layout(None)
-    set_compute_dtype(None)
-
-
 def test_the_mesh_is_the_one_asked_for() -> None:
-    devices.start(DeviceConfig(mesh="2x4", fsdp=True, require_backend="cpu"))
-    assert current_layout() == Layout(make_mesh(2, 4), fsdp=True)
-    devices.start(DeviceConfig())
-    assert current_layout() == Layout(make_mesh(8, 1))
+    how = devices.start(DeviceConfig(mesh="2x4", fsdp=True, require_backend="cpu"))
+    assert how.layout == Layout(make_mesh(2, 4), fsdp=True)
+    assert devices.start(DeviceConfig()) == Execution.choose("float32", Layout(make_mesh(8, 1)), "xla")
 
 
 def test_the_dtype_is_the_one_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env", "--dtype", "bfloat16"]) == 0
     assert json.loads(capsys.readouterr().out)["compute_dtype"] == "bfloat16"
-    assert compute_dtype() == "bfloat16"
-    assert compute_dtype("float32") == "float32"  # what is asked for training alone goes before it
-    devices.start(DeviceConfig())
-    assert np.dtype(compute_dtype()) == "float32"  # of this CPU
+    assert devices.start(DeviceConfig(dtype="bfloat16")).dtype == "bfloat16"
+    assert devices.start(DeviceConfig()).dtype == "float32"  # of this CPU
 
 
 def test_compiled_programs_are_kept_and_read_back(tmp_path: Path) -> None:
     """In a process each, since a process that has compiled a program does not read it."""
     tell = (
-        "import jax; from pathlib import Path; from chai_jax import devices; from chai_jax.config import DeviceConfig\n"
+        "import jax; from pathlib import Path\n"
+        "from chai_jax.config import DeviceConfig; from chai_jax.run import devices\n"
         "heard = []; jax.monitoring.register_event_listener(lambda event, **_: heard.append(event))\n"
         "devices.start(DeviceConfig(compile_cache=Path('programs')))\n"
         "jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8))); print(heard.count('/jax/compilation_cache/cache_hits'))"

@@ -19,10 +19,11 @@ from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import with_storage
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
-from chai_jax.model.model import Model, set_compute_dtype
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
 from chai_jax.model.params import fold_projections, init
 from chai_jax.model.quantized import quantize
-from chai_jax.model.sharding import Layout, make_mesh, use
+from chai_jax.model.sharding import Layout, make_mesh, one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.plans.spec import Spec
@@ -36,6 +37,7 @@ BYTES = 4  # the first token that stands for a byte
 CONFIG = Architecture(
     vocab_size=BYTES + 256, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=80, embed_dim=32
 )
+ONE = Execution.choose(layout=one_device())
 PROMPTS = ([2, 70, 80, 90], [2], [2, 101, 102], [2, *range(50, 74)], [2, 250, 251, 252, 253])
 
 
@@ -86,7 +88,7 @@ def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest
     tokens, mask = map(jnp.asarray, serve.pad_left(PROMPTS[:4], 1))
     keys = jax.random.split(jax.random.key(0), 4)
     rest = (model.params, tokens, mask, keys, Sampling(), jnp.int32(serve.NEVER))
-    read = partial(serve.prefill.__wrapped__, model.config, model.spec, capacity=48, dtype=jnp.float32)
+    read = partial(serve.prefill.__wrapped__, model.config, model.spec, capacity=48, how=ONE)
     together = read(*rest)
     monkeypatch.setattr(serve, "most_rows", lambda length: 3)
     apart = read(*rest)
@@ -105,10 +107,9 @@ def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest
 def test_a_mesh_gives_the_same(model: Model) -> None:
     """Five prompts in eight rows, split; and one prompt, which is not."""
     expected = {count: generate_tokens(model, PROMPTS[:count], 6, stop=False) for count in (1, 5)}
-    layout = Layout(make_mesh(4, 2), fsdp=True)
-    with use(layout):
-        for count, tokens in expected.items():
-            assert generate_tokens(model, PROMPTS[:count], 6, stop=False) == tokens
+    split = model.replace(execution=Execution.choose(layout=Layout(make_mesh(4, 2), fsdp=True)))
+    for count, tokens in expected.items():
+        assert generate_tokens(split, PROMPTS[:count], 6, stop=False) == tokens
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
@@ -119,13 +120,13 @@ def test_the_cache_is_split_over_sequences_and_heads(model: Model, storage: str)
     what = (CONFIG, stored.spec, layout.params(CONFIG, stored.spec, model.params))
     rule = (Sampling(), jnp.int32(serve.NEVER))
     keys = jax.random.split(jax.random.key(0), len(tokens))
-    program = partial(serve.prefill, capacity=48, dtype=jnp.float32, layout=layout)
-    state = program(*what, *layout.rows((tokens, mask)), keys, *rule)
+    how = Execution.choose(layout=layout)
+    state = serve.prefill(*what, *layout.rows((tokens, mask)), keys, *rule, capacity=48, how=how)
     for _ in range(2):
         for leaf in jax.tree.leaves(state.cache.layers):
             expected = jax.NamedSharding(layout.mesh, PartitionSpec("data", "model"))
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
-        state = serve.decode(*what, state, jnp.int32(40), *rule, dtype=jnp.float32)
+        state = serve.decode(*what, state, jnp.int32(40), *rule, how=how)
 
 
 @pytest.mark.as_user
@@ -213,11 +214,11 @@ def test_a_stopped_sequence_adds_nothing_and_the_loop_ends_with_the_last(model: 
     tokens, mask = serve.pad_left(PROMPTS[:2], 1)
     keys, greedy = jax.random.split(jax.random.key(0), 2), serve.Sampling.checked()
 
-    def run(eos: int) -> serve.State:
+    def run(eos: int) -> serve.Decoding:
         rule = greedy, jnp.int32(eos)
         what = CONFIG, model.spec, model.params
-        state = serve.prefill(*what, tokens, mask, keys, *rule, capacity=32, dtype=jnp.float32)
-        return serve.decode(*what, state, jnp.int32(27), *rule, dtype=jnp.float32)
+        state = serve.prefill(*what, tokens, mask, keys, *rule, capacity=32, how=ONE)
+        return serve.decode(*what, state, jnp.int32(27), *rule, how=ONE)
 
     end = next(token for token in free[0][1:6] if token not in free[1])
     at = free[0].index(end) + 1
@@ -277,8 +278,9 @@ def test_the_cache_is_updated_in_place(rows: int, dtype: str, storage: str) -> N
     tokens, mask = serve.pad_left(PROMPTS[:rows], 1)
     keys = jax.random.split(jax.random.key(0), len(tokens))
     rule = serve.Sampling.checked(), jnp.int32(2)
-    state = serve.prefill(config, spec, params, tokens, mask, keys, *rule, capacity=2048, dtype=jnp.dtype(dtype))
-    program = serve.decode.lower(config, spec, params, state, jnp.int32(40), *rule, dtype=jnp.dtype(dtype)).compile()
+    how = ONE.replace(dtype=jnp.dtype(dtype))
+    state = serve.prefill(config, spec, params, tokens, mask, keys, *rule, capacity=2048, how=how)
+    program = serve.decode.lower(config, spec, params, state, jnp.int32(40), *rule, how=how).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= state.cache.nbytes
     one_layer = 2 * tokens.shape[0] * 4 * 2048 * 8 * 4  # keys and values in float32
@@ -291,16 +293,12 @@ def test_the_cache_is_updated_in_place(rows: int, dtype: str, storage: str) -> N
 
 def test_a_second_request_finds_the_parameters_ready(model: Model) -> None:
     fresh = model.replace()
-    one, other = Layout(make_mesh(1, 1)), Layout(make_mesh(2, 1))
-    ready = serve.serving_params(fresh, one)
-    assert serve.serving_params(fresh, one) is ready
-    set_compute_dtype("bfloat16")
-    try:
-        assert serve.serving_params(fresh, one)["layers"]["0"]["up"]["kernel"].dtype == "bfloat16"
-    finally:
-        set_compute_dtype(None)
+    other, half = ONE.replace(layout=Layout(make_mesh(2, 1))), ONE.replace(dtype=jnp.dtype("bfloat16"))
+    ready = serve.serving_params(fresh, ONE)
+    assert serve.serving_params(fresh, Execution.choose(layout=one_device())) is ready
+    assert serve.serving_params(fresh, half)["layers"]["0"]["up"]["kernel"].dtype == "bfloat16"
     assert "qkv" in ready["layers"]["0"]
-    assert serve.serving_params(fresh, one)["layers"]["0"]["up"]["kernel"].dtype == "float32"
+    assert serve.serving_params(fresh, ONE)["layers"]["0"]["up"]["kernel"].dtype == "float32"
     assert "query" in serve.serving_params(fresh, other)["layers"]["0"]  # split kernels are not folded
     kept = weakref.ref(fresh)
     del fresh, ready

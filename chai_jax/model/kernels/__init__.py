@@ -1,16 +1,13 @@
-"""Kernels, which keep scores in fast memory: attention of one new token, and of a whole prompt.
+"""Kernels: attention of one new token, attention in prefill, and on CPUs also products with weights.
 
-They compute what `chai_jax.model.attention` does: in Pallas for TPUs and GPUs, by cuDNN for prompts on GPUs, in C++ for
-CPUs, which have none for prompts and where products with weights are kernels as well. On one NVIDIA GPU or one CPU,
-where that was timed (experiments/bench_gpu.py, `chai-jax bench`), they are used unless `using` says otherwise; on TPUs,
-where nothing was, they are an option. XLA cannot split them: only programs of one device may be traced with them
-(`check`).
+They compute what `chai_jax.model.attention` and `chai_jax.model.products` do, but keep what lies in between in fast
+memory. Those for TPUs and GPUs are written in Pallas (prefill on GPUs is cuDNN's), those for CPUs in C++; CPUs have
+none for prefill. A program uses the kernels that its `Execution` names. By default these are the kernels of one NVIDIA
+GPU or of one CPU, where they were timed (experiments/bench_gpu.py, `chai-jax bench`). On TPUs, where they were not,
+they are an option. XLA cannot split a kernel over devices, so only programs of one device may have them (`check`).
 """
 
-from contextlib import AbstractContextManager
 from typing import Any
-
-import jax
 
 from chai_jax.errors import InputError
 from chai_jax.model.kernels import cpu
@@ -18,40 +15,6 @@ from chai_jax.model.kernels import cpu
 LANES = 128  # of a TPU's vectors
 NO_MOSAIC = ("TPU v2", "TPU v3")  # their kernels multiply float32 only
 OLDEST_GPU = 8.0  # compute capability: Ampere, the first with bfloat16
-# Parts of the key of jit's cache: programs of either kind do not mix.
-_choice, _plain = jax.make_user_context("auto"), jax.make_user_context(False)
-
-
-def using(attention: str) -> AbstractContextManager[None]:
-    """Within the block, programs that are traced attend as it says: "xla", "pallas" (kernels of TPUs and GPUs),
-    "native" (those of CPUs), or "auto"."""
-    return _choice(attention)
-
-
-def plain_attention() -> AbstractContextManager[None]:
-    """Within the block attention is XLA's: kernels know no branches and have no scores to show. Products are free."""
-    return _plain(True)
-
-
-def for_tokens() -> bool:
-    """Whether programs traced here attend with a kernel where they decode: if asked, or on one NVIDIA GPU or CPU."""
-    return not _plain.value and (_pallas() or on_cpu())
-
-
-def on_cpu() -> bool:
-    """Whether programs traced here use the kernels of CPUs: if asked, or on one CPU if there is a C++ compiler."""
-    wanted = _choice.value == "native" or (_choice.value == "auto" and one_cpu(jax.devices()))
-    return wanted and cpu.available()
-
-
-def for_prompts() -> bool:
-    """Whether programs traced here attend with a kernel where they read long prompts: if asked, or on one NVIDIA
-    GPU."""
-    return not _plain.value and _pallas()
-
-
-def _pallas() -> bool:
-    return _choice.value == "pallas" or (_choice.value == "auto" and one_gpu(jax.devices()))
 
 
 def one_gpu(devices: Any) -> bool:
@@ -65,7 +28,7 @@ def one_cpu(devices: Any) -> bool:
 
 
 def resolved(attention: str, devices: Any) -> str:
-    """ "xla", "pallas" or "native": what `attention` means for programs of these devices.
+    """Which kernels programs of these devices have: what was asked for; or for "auto" those that were timed, or "xla".
 
     Raises:
         InputError: see `check`.

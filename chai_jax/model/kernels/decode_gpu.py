@@ -25,10 +25,11 @@ GPU_PROGRAMS = 512  # a few for each of a GPU's hundred or so processors
 
 
 def takes(query: Float[Array, "B C q 1 R"], keys: Leaf, values: Leaf, value_heads: int) -> bool:
-    """Whether the kernel of GPUs is for such clusters: one query head, and few and short enough values for its sums to
-    stay in registers (8 heads of 64 entries, 4 of 128). XLA serves what is left about as fast.
+    """Whether the kernel of GPUs is for such clusters; XLA computes the others about as fast.
 
-    Nor is it for arrays that Pallas would count by int32 though they have more entries than that: it goes by bytes.
+    A cluster must have one query head, and so few and short values that a program's sums stay in registers (8 heads of
+    64 entries, 4 of 128). An array of 2^31 entries or more must be larger than 4 GiB: Pallas chooses int64 for its
+    indices by the bytes, and would count the entries of a smaller one with int32.
     """
     widest = pl.next_power_of_2(max(query.shape[-1], values.shape[-1]))
     small = GPU_LEAST * widest * pl.next_power_of_2(value_heads) <= 2 * GPU_SUMS

@@ -1,4 +1,4 @@
-"""Attention of a whole prompt as a kernel, for TPUs: JAX's splash attention, handed clusters for its heads.
+"""Attention in prefill on a TPU: JAX's splash attention, given clusters for its heads.
 
 XLA writes the scores of all pairs of a block of rows to HBM and reads them back for the softmax: 4 bytes a pair and
 head several times over, which at a few hundred columns is more than all else that a layer moves. Flash attention (Dao
@@ -11,19 +11,19 @@ from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.kernels import LANES
-from chai_jax.model.products import apart, side_by_side
+from chai_jax.model.wide_heads import apart, side_by_side
 
-SHORTEST = 256  # columns of the prompts that pay: of fewer, by estimate, a kernel would mostly start blocks
+SHORTEST = 256  # columns from which on it pays: for fewer, by estimate, a kernel would mostly start blocks
 LARGEST_BLOCK = 896  # rows and columns, whose scores fit fast memory: 3 MB
 LARGEST_STEP = 512  # columns of a block that are computed at once
 
 
 def takes(query: Float[Array, "B C q T R"]) -> bool:
-    """Whether the prompt is long enough."""
+    """Whether there are enough tokens."""
     return query.shape[3] >= SHORTEST
 
 
-def prompt_on_tpu(
+def prefill_on_tpu(
     query: Float[Array, "B C q T R"],
     keys: Float[Array, "B C T R"],
     values: Float[Array, "B values T Rv"],

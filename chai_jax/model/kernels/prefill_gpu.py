@@ -1,7 +1,7 @@
-"""Attention of a whole prompt on an NVIDIA GPU: cuDNN's flash attention, which JAX hands out.
+"""Attention in prefill on an NVIDIA GPU: cuDNN's flash attention, which JAX offers.
 
-As on TPUs (`prompt_tpu`) scores stay in fast memory (Dao et al. 2022, arXiv 2205.14135). cuDNN knows order and how long
-each sequence is, with padding on the right: real tokens are brought to the left, and their outputs back.
+As on TPUs (`prefill_tpu`) scores stay in fast memory (Dao et al. 2022, arXiv 2205.14135). cuDNN takes sequences of
+different lengths with their padding on the right, so real tokens are moved to the left, and their outputs back.
 """
 
 from functools import cache, partial
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-SHORTEST = 256  # columns of the prompts that pay
+SHORTEST = 256  # columns from which on it pays
 LARGEST_RANK = 128  # entries of a head, on every GPU from Ampere on
 
 _cudnn = partial(jax.nn.dot_product_attention, is_causal=True, implementation="cudnn")
@@ -37,7 +37,7 @@ def _available() -> bool:
     return True
 
 
-def prompt_on_gpu(
+def prefill_on_gpu(
     query: Float[Array, "B C q T R"],
     keys: Float[Array, "B C T R"],
     values: Float[Array, "B values T R"],

@@ -1,18 +1,21 @@
 """The kernels that read prompts, against attention as XLA computes it: TPUs' interpreted on the CPU; GPUs' on one."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from chai_jax.model.attention import attend_in_order, attend_prompt
+from chai_jax.model.attention import attend_in_order, attend_prefill
 from chai_jax.model.decoder import forward
-from chai_jax.model.kernels import prompt_gpu, prompt_tpu, using
-from chai_jax.model.kernels.prompt_tpu import prompt_on_tpu
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import prefill_gpu, prefill_tpu
+from chai_jax.model.kernels.prefill_tpu import prefill_on_tpu
 from chai_jax.model.layerwise import seen_through
 from chai_jax.model.params import init
+from chai_jax.model.sharding import one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
@@ -24,7 +27,7 @@ BOUNDS = {"float32": 2e-6, "bfloat16": 2.0**-7}
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of rows and of columns."""
-    monkeypatch.setattr(prompt_tpu, "LARGEST_BLOCK", 128)
+    monkeypatch.setattr(prefill_tpu, "LARGEST_BLOCK", 128)
 
 
 def inputs(dtype: str, length: int, clusters: int, queries: int, value_heads: int) -> tuple[jax.Array, ...]:
@@ -69,7 +72,7 @@ def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, que
     given = inputs(dtype, length, clusters, queries, value_heads)
     rest = {"scale": 0.2, "value_heads": value_heads}
     expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
-    found = jax.jit(partial(prompt_on_tpu, **rest, interpret=True))(*given)
+    found = jax.jit(partial(prefill_on_tpu, **rest, interpret=True))(*given)
     assert_equal_where_read(found, expected)
 
 
@@ -79,11 +82,12 @@ def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, que
 )
 def test_blocks_divide_the_columns(monkeypatch: pytest.MonkeyPatch, columns: int, blocks: tuple[int, int]) -> None:
     monkeypatch.undo()
-    sizes = prompt_tpu._blocks(columns)
+    sizes = prefill_tpu._blocks(columns)
     assert (sizes.block_q, sizes.block_kv, sizes.block_kv_compute) == (blocks[0], *blocks)
 
 
 CONFIG = Architecture(32, 16, 2, 2, 32, 512, 16)
+PALLAS = Execution(np.dtype("float32"), one_device(), "pallas")  # of programs that are not run
 
 
 @on_cpu
@@ -92,24 +96,22 @@ def test_prompts_have_the_kernel_where_it_is_asked_for() -> None:
     spec = Spec.dense(2, 2, 8, "int8")
     params = init(CONFIG, spec, jax.random.key(0))
 
-    def kernels_of(columns: int, **rest: object) -> int:
+    def kernels_of(columns: int, how: Execution = PALLAS, **rest: Any) -> int:
         tokens = jax.ShapeDtypeStruct((1, columns), jnp.int32)
 
         def run(tokens: jax.Array) -> jax.Array:
             mask = jnp.ones(tokens.shape, bool)
-            return forward(CONFIG, spec, params, tokens, mask, **rest).hidden  # type: ignore[arg-type]
+            return forward(CONFIG, spec, params, tokens, mask, how, **rest).hidden
 
         # Where a program has something of its own for TPUs alone.
         return str(jax.jit(run).trace(tokens).jaxpr).count("platform_index[platforms=(('tpu',), None)]")
 
     newest = jnp.full((1, 1), 255, jnp.int32)
-    assert kernels_of(256) == 0
-    with using("pallas"):
-        assert kernels_of(255) == 0
-        assert kernels_of(256) == 2
-        assert kernels_of(256, wanted=newest) == 1
-        assert kernels_of(256, branch=jnp.zeros((1, 256), jnp.int32)) == 0
-        assert kernels_of(256, observe=lambda index, seen, params: seen.probabilities.sum()) == 0
+    assert kernels_of(256, PALLAS.replace(kernels="xla")) == 0
+    assert kernels_of(255) == 0
+    assert kernels_of(256) == 2
+    assert kernels_of(256, wanted=newest) == 1
+    assert kernels_of(256, branch=jnp.zeros((1, 256), jnp.int32)) == 0
 
 
 def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
@@ -117,7 +119,7 @@ def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     given = inputs("float32", 256, 2, 1, 3)
     rest = {"scale": 0.2, "value_heads": 3}
     expected = jax.jit(partial(attend_in_order, **rest))(*given)[0]
-    np.testing.assert_array_equal(jax.jit(partial(attend_prompt, **rest))(*given), expected)
+    np.testing.assert_array_equal(jax.jit(partial(attend_prefill, **rest))(*given), expected)
 
 
 @pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1)])
@@ -129,14 +131,14 @@ def test_cudnn_equals_attention(
 
     Where there is no NVIDIA GPU, XLA does what cuDNN is asked for.
     """
-    dtype, kernel = "bfloat16", attend_prompt
+    dtype, kernel = "bfloat16", attend_prefill
     if jax.default_backend() != "gpu":
-        dtype, kernel = "float32", prompt_gpu.prompt_on_gpu
-        monkeypatch.setattr(prompt_gpu, "_cudnn", partial(prompt_gpu._cudnn, implementation="xla"))
+        dtype, kernel = "float32", prefill_gpu.prefill_on_gpu
+        monkeypatch.setattr(prefill_gpu, "_cudnn", partial(prefill_gpu._cudnn, implementation="xla"))
     query, keys, values, allowed = inputs(dtype, length, clusters, queries, value_heads)
     values = jnp.tile(values, (1, 1, 1, 2))[..., :KEY_RANK]
     rest = {"scale": 0.2, "value_heads": value_heads}
-    assert dtype == "float32" or prompt_gpu.takes(query, keys, values)
+    assert dtype == "float32" or prefill_gpu.takes(query, keys, values)
     expected = jax.jit(partial(attend_in_order, **rest))(query, keys, values, allowed)[0]
     found = jax.jit(partial(kernel, **rest))(query, keys, values, allowed)
     assert_equal_where_read(found, expected)
@@ -158,17 +160,16 @@ def test_cudnn_equals_attention(
 def test_what_cudnn_takes(
     dtype: str, length: int, rank: int, value_rank: int, there: bool, taken: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prompt_gpu, "_available", lambda: there)
+    monkeypatch.setattr(prefill_gpu, "_available", lambda: there)
     query, keys, values = (
         jnp.zeros(shape, dtype) for shape in [(1, 2, 1, length, rank), (1, 2, length, rank), (1, 2, length, value_rank)]
     )
-    assert prompt_gpu.takes(query, keys, values) == taken
+    assert prefill_gpu.takes(query, keys, values) == taken
 
 
 def test_what_is_looked_at_is_computed_by_xla() -> None:
-    """Layer by layer, as forward does for an observer."""
+    """Kernels have no scores to show."""
     spec = Spec.dense(2, 2, 8)
     params, x = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 256, 16))
-    with using("pallas"):
-        _, seen = seen_through(CONFIG, spec.layers[0], params["layers"]["0"], x, jnp.ones((1, 256), bool))
+    _, seen = seen_through(CONFIG, spec.layers[0], PALLAS, params["layers"]["0"], x, jnp.ones((1, 256), bool))
     assert seen.scores.shape == seen.probabilities.shape == (1, 2, 256, 256)
