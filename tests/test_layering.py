@@ -43,6 +43,7 @@ DOORS = {
     "flax": "model/",
     "matplotlib": "report/figures/",
     "lm_eval": "evaluation/lm_eval.py",
+    "tyro": "commands/",
     "torch": "bench/peers.py",
     "ctranslate2": "bench/peers.py",
 }

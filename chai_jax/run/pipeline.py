@@ -52,8 +52,7 @@ def run(config: RunConfig) -> Record:
     order = parse_order(config.order)
     plan = Plan.read(config.plan) if config.plan else None
     config = dataclasses.replace(config, planning=config.planning.filled(config.model == TOY))
-    out = config.out or Path("runs") / f"{Path(config.model).name}-{'text' if config.text else config.task or TOY}"
-    folder = RunFolder(out, resolved(config))
+    folder = RunFolder(config.folder, resolved(config))
     source = load_any(config.model, config.revision, config.seed)
     if not source.spec.is_dense:
         raise InputError(
