@@ -73,19 +73,20 @@ TEXT = {"perplexity": 1234.56, "perplexity_stderr": 12.34, "difference": 0.123, 
 
 @pytest.mark.parametrize("metrics", [ACCURACY | FLIPS, TEXT], ids=["task", "text"])
 def test_the_table_of_a_run_fits(metrics: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    """No number is broken."""
+    """Where it is too wide, cells are broken at blanks: every number stays whole."""
     print_table(terminal([{**STAGE, "metrics": metrics}], "facebook/opt-13b on sst2"))
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
-    (row,) = [line for line in lines if "quantize" in line]
-    assert all(number in row for number in ("1,234,567", "12,345,678,901", "1234.56 / 1234.56", "12.3 %"))
+    words = {word for line in lines for word in line.split()}
+    assert words >= {"quantize", "1,234,567", "12,345,678,901", "1234.56", "12.3"}
+    assert any("quantize" in line and "12,345,678,901" in line for line in lines)
 
 
 def test_a_plan_is_told_with_its_damage(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plan.write_text(json.dumps({**json.loads(plan.read_text()), "predicted": 0.01234, "measured": 0.02}))
     assert main(["explain", str(plan)]) == 0
     *table, result = capsys.readouterr().out.splitlines()
-    assert any("KL in nats a token: predicted 0.0123, measured 0.02" in line for line in table)
+    assert any("KL, nats/token: predicted 0.012, measured 0.02" in line for line in table)
     assert max(map(len, table)) <= 120
     found = json.loads(result)
     assert (found["predicted"], found["measured"], len(found["layers"])) == (0.01234, 0.02, 2)

@@ -61,11 +61,9 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
-    caption = "score: sensitivity; C/H: clusters of heads" + "; R: rank of keys, values" * ranks
-    caption += f"; {', '.join(used)}: clusters whose keys and values are cached so"
-    title = "\n".join([_how(plan), *_damage(plan)])
+    caption = f"C/H: clusters of heads; {', '.join(used)}: how many are cached so" + "; R: rank of keys, values" * ranks
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", **look)
+    table = Table(title="\n".join(_about(plan)), title_justify="left", caption=caption, caption_justify="left", **look)
     names = ["layer", "score", "tier", "share", "C/H", *(["R"] if ranks else []), *used, "weights"]
     for name in names + (["B/token", "saved"] if config else []):
         table.add_column(name, justify="left" if name in ("tier", "share", "weights") else "right")
@@ -83,15 +81,12 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     return table
 
 
-def _how(plan: Plan) -> str:
-    """How clusters are found and merged."""
+def _about(plan: Plan) -> list[str]:
+    """How clusters are found and merged, and what that does to the next-token distribution as far as the plan knows."""
     found = f"per prompt ({plan.warmup_tokens} tokens)" if plan.membership == "prompt" else plan.membership
-    return (
-        f"clusters {found}; tiers by {plan.method}\nscores merged by {plan.score_merge}, values by {plan.value_merge}"
-    )
-
-
-def _damage(plan: Plan) -> list[str]:
-    """What the merges do to the next-token distribution, as far as the plan knows."""
-    known = [f"{name} {value:.3g}" for name in ("predicted", "measured") if (value := getattr(plan, name)) is not None]
-    return [f"damage, KL in nats a token: {', '.join(known)}"] if known else []
+    known = [f"{name} {value:.2g}" for name in ("predicted", "measured") if (value := getattr(plan, name)) is not None]
+    return [
+        f"clusters: {found}; tiers by {plan.method}",
+        f"scores: {plan.score_merge}, values: {plan.value_merge}",
+        *([f"KL, nats/token: {', '.join(known)}"] if known else []),
+    ]

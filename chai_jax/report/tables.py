@@ -65,13 +65,14 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def terminal(records: Sequence[Record], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
-    """The table for a terminal; the first column names the row. Headings are broken to the width of what is below."""
+    """The table for a terminal; the first column names the row. Headings are as wide as what is below them, and cells
+    that are too wide are broken at blanks."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     rows = [[cell(record) for _, cell in columns] for record in records]
     for at, (name, _) in enumerate(columns):
         width = max((len(row[at]) for row in rows), default=len(name))
         heading = textwrap.fill(name, max(width, *map(len, name.split())))
-        table.add_column(heading, justify="right" if at else "left", overflow="fold", no_wrap=bool(at))
+        table.add_column(heading, justify="right" if at else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     return table
