@@ -130,13 +130,8 @@ class BenchCommand:
             "versions": versions() | {name: metadata.version(name) for name in libraries},
             **found,
         }
-        print_table(
-            terminal(
-                record["rows"],
-                f"chai-jax bench, {record['device']}: median [p10, p90]; ratio to the first model",
-                COLUMNS,
-            )
-        )
+        title = f"chai-jax bench, {record['device']}: median [p10, p90]; ratio to the first model"
+        print_table(terminal(record["rows"], title, COLUMNS))
         console.print(note(record), highlight=False, markup=False)
         if self.out is not None:
             once(partial(write, record, self.out))

@@ -68,9 +68,9 @@ def read(kind: Any, argv: Sequence[str] | None, *, unknown: bool = False, **abou
         InputError: a path that cannot be.
         SystemExit: an option or a value that is not known, status 2, or `--help`.
     """
-    markers = (OmitArgPrefixes, DisallowNone, PositionalMetavarFromFieldName)
+    look: dict[str, Any] = {"config": (OmitArgPrefixes, DisallowNone, PositionalMetavarFromFieldName), **about}
     try:
-        return tyro.cli(kind, args=argv, return_unknown_args=unknown, config=markers, registry=RULES, **about)
+        return tyro.cli(kind, args=argv, return_unknown_args=unknown, registry=RULES, **look)
     except Refused as error:
         raise error.args[0] from None
 
