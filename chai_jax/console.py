@@ -1,9 +1,6 @@
-"""What people read: progress and messages on stderr, so that stdout carries results alone, among them tables."""
+"""What people read: progress and messages on stderr, tables on stdout among the results."""
 
-import io
 import os
-import select
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
@@ -14,13 +11,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from chai_jax.stopping import safe_point
 
 Item = TypeVar("Item")
-NARROWEST = 40  # columns: narrower, help texts and tables would be a letter a line, or never end
+COLUMNS = 120  # of a table where stdout is no terminal
 
 
 class PlainConsole(Console):
     """A console that prints text as it is: names of files and models may look like markup, and must not act so.
 
-    Where nobody reads any more (a pipe to `head`), it falls silent, and the work goes on.
+    If its reader is gone (a pipe to `head`), it falls silent, and the work goes on.
     """
 
     def __init__(self, **options: Any):
@@ -39,43 +36,9 @@ def discard(stream: Any) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def adapt_to_terminal() -> None:
-    """Let stdout take every text, whatever its encoding and closed or not, and lay nothing out for too few columns."""
-    if sys.stdout is None:
-        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if shutil.get_terminal_size().columns < NARROWEST:
-        os.environ["COLUMNS"] = str(NARROWEST)
-
-
-def nobody_reads() -> bool:
-    """Whether stdout or stderr is a pipe whose reader (head, say) has seen enough."""
-    poll = select.poll()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # one may be closed
-        poll.register(stream.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def finish_stdout() -> None:
-    """Write what stdout still holds; where it cannot be written any more, throw it away."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        discard(sys.stdout)
-
-
-def complain(message: str) -> None:
-    """Print why a command ends, as one line of some length at most, whatever names are in it."""
-    console.quiet = False  # as it is in all processes but the first
-    line = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in message)
-    line = line if len(line) <= 1000 else f"{line[:700]} ... {line[-200:]}"
-    console.print(f"error: {line}", style="red", soft_wrap=True)
-
-
 def print_table(table: Any) -> None:
-    """Print a rich table on stdout, whole where stdout is no terminal."""
-    PlainConsole(width=None if sys.stdout.isatty() else 180).print(table)
+    """Print a rich table on stdout."""
+    PlainConsole(width=None if sys.stdout.isatty() else COLUMNS).print(table)
 
 
 def bar() -> Progress:
@@ -94,7 +57,7 @@ def bar() -> Progress:
 
 
 def track(items: Iterable[Item], description: str, total: int | None = None) -> Iterator[Item]:
-    """Yield `items` under a progress bar; `total` where they have no length. A job may be stopped before each."""
+    """Yield `items` under a progress bar; `total` is how many, if they have no length. A job may stop before each."""
     count = total if total is not None else len(items)  # type: ignore[arg-type]
     with bar() as progress:
         task = progress.add_task(description, total=count, note="")

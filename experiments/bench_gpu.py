@@ -1,26 +1,23 @@
-"""What one GPU does: decoding and prompts, beside transformers; inferences a second; the largest batch.
+"""What one GPU does: decoding and prompts, beside transformers; questions a second; the largest batch.
 
     XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 python experiments/bench_gpu.py --out runs/gpu
 
-On one H100 or its like, with jax[cuda12]; random weights, no files, no network. For the row of transformers also torch
-with CUDA. `--parts decode` (or another) does one part alone, where a command may not take long; of `largest`
-alone no other part has left its memory in pieces. Everything that is compared is timed in turn within each of
-`--rounds` rounds of one process; ratios are taken round by round; floors are at rates probed before and after.
+Needs one H100 or its like and jax[cuda12]; for the rows of transformers also torch with CUDA. Weights are random: no
+files, no network. What is compared takes turns in each of `--rounds` rounds of one process, ratios are taken round by
+round, and floors use rates probed before and after. `--parts` picks some of these:
 
 decode   opt-1.3b, batch 64, positions 1920 to 2048: the compressed cache (share qkv, half the clusters, int8: about a
-         quarter of the bytes) and the dense bfloat16 one, each with XLA's attention and with this package's kernel,
-         and transformers with a static cache and torch.compile. No prompt is read: a cache is made with 1920
-         columns in use and random entries, since no time depends on the numbers.
-prompt   the same two models read prompts of 1920 tokens, 8 at once, with XLA's attention and with cuDNN's, and
+         quarter of the bytes) and the dense bfloat16 one, each with XLA's attention and with our kernel; transformers
+         with a static cache and torch.compile. The cache is filled with random entries: no prompt is read.
+prompt   the same two models read 8 prompts of 1920 tokens at once, with XLA's attention and with cuDNN's;
          transformers with scaled_dot_product_attention.
-score    inferences a second of opt-125m: questions of 48 tokens with two one-token answers, the shape of SST-2.
-largest  the largest batch that decodes at the same length: searched by compiling, each program's bytes by XLA's account
-         held against what JAX may take of the device (`--memory` says another limit, `--found` what was found
-         elsewhere); it then decodes two steps, and where memory runs out 5 % fewer are tried. Set
-         XLA_PYTHON_CLIENT_PREALLOCATE=true for this part alone, so that memory is one piece.
+score    questions a second of opt-125m: 48 tokens with two answers of one token, the shape of SST-2.
+largest  the largest batch that decodes at the same length. It is searched by compiling, against what JAX may take of
+         the device (`--memory`: another limit; `--found`: what a search elsewhere found). It then decodes two steps;
+         if memory runs out, 5 % fewer are tried. Do this part alone, with XLA_PYTHON_CLIENT_PREALLOCATE=true.
 
-Writes bench_gpu.json, .csv and .md; the Markdown ends with a line a goal. Without a GPU it stops with status 2, or with
-`--anywhere` measures what is there.
+Writes bench_gpu.json, .csv and .md, which ends with a line for every goal. Without a GPU it stops with status 2, unless
+`--anywhere` is given.
 """
 
 import os
@@ -65,11 +62,11 @@ PARTS = ("decode", "prompt", "score", "largest")
 @dataclass(frozen=True)
 class GpuOptions:
     model: str = "facebook/opt-1.3b"
-    """Shape that decodes: facebook/opt-{125m, 350m, 1.3b, 2.7b, 6.7b, 13b}, or a folder with a config.json."""
+    """Shape that decodes: a published one, or a folder with a config.json."""
     score_model: str = "facebook/opt-125m"
     """Shape that answers questions, likewise."""
     parts: str = ",".join(PARTS)
-    """What is measured, with commas."""
+    """What to measure, with commas."""
     batch: int = 64
     """Sequences that decode at once."""
     start: int = 1920
@@ -95,8 +92,7 @@ class GpuOptions:
     memory: float | None = None
     """GiB that the largest batch may take (default: what JAX may take of the device)."""
     found: str | None = None
-    """The largest batches, dense and compressed, that `chai-jax aot --largest-batch` found elsewhere by compiling: they
-    are run without another search."""
+    """Largest batches, dense and compressed, as `chai-jax aot --largest-batch` found them: run without a search."""
     anywhere: bool = False
     """Measure on whatever JAX finds, a GPU or not."""
     seed: int = 0
@@ -210,8 +206,7 @@ def prompt_rows(options: GpuOptions) -> list[Record]:
     shape = Shape(options.prompt_batch, options.start)
     models = {cache: model_of(options.model, cache, options) for cache in (DENSE, SMALL)}
     params = {cache: serving_params(model, model.how) for cache, model in models.items()}
-    about = {"part": "prompt", "model": options.model}
-    first = probe_rates(models[DENSE].how.dtype)
+    about, first = {"part": "prompt", "model": options.model}, probe_rates(models[DENSE].how.dtype)
     ready, computes = built(models, lambda cache, model: Read(model, params[cache], shape, options.seed))
     why = torch_absent() if options.peer else "--no-peer"
     if why is None:
@@ -230,8 +225,7 @@ def score_rows(options: GpuOptions) -> list[Record]:
     """Questions a second, dense and compressed, at every batch."""
     models = {cache: model_of(options.score_model, cache, options) for cache in (DENSE, SMALL)}
     params = {cache: serving_params(model, model.how) for cache, model in models.items()}
-    timed = []
-    first = probe_rates(models[DENSE].how.dtype)
+    timed, first = [], probe_rates(models[DENSE].how.dtype)
     for batch in numbers("score-batches", options.score_batches, int):
         shape = Shape(batch, question=options.question)
         with console.status(f"compiling {batch} questions"):

@@ -21,9 +21,8 @@ from chai_jax.report.figures import heatmap, losses, radar, scatter3d
 from chai_jax.run.pipeline import choose
 from lab.options import Options, Record, start
 from lab.paper import TABLE_7
-from lab.pictures import tradeoff, where
 from lab.publish import publish
-from lab.rows import columns, pm, row, signed
+from lab.rows import columns, pm, row, signed, tradeoff, where
 from lab.tree import Branch, forest
 
 BITS = ("quantize", "target", "distil")  # as the paper's table has them

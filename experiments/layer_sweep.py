@@ -16,9 +16,8 @@ from chai_jax.evaluation.statistics import Z95
 from chai_jax.report.figures import pareto
 from lab.options import Options, Record, start
 from lab.paper import TABLE_1, TABLE_2, TABLE_5
-from lab.pictures import where
 from lab.publish import publish
-from lab.rows import columns, row, spread
+from lab.rows import columns, row, spread, where
 from lab.tree import Branch, Tree, forest
 
 FRACTIONS = (0.1, 0.3, 0.4, 0.5, 1.0)

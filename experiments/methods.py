@@ -12,9 +12,8 @@ Writes methods.json, .csv and .md, and per model and task a heatmap. Its nodes a
 from chai_jax.report.figures import heatmap
 from lab.options import Options, Record, start
 from lab.paper import TABLE_6
-from lab.pictures import tradeoff
 from lab.publish import publish
-from lab.rows import columns, row
+from lab.rows import columns, row, tradeoff
 from lab.tree import forest
 
 CLUSTER = ("cluster",)

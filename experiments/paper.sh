@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # The paper's experiment on one model: SST-2, RTE and PIQA, each clustered, distilled, quantized and tuned, evaluated
-# after every stage. Called by opt125m.sh, opt350m.sh and opt1_3b.sh; needs nothing but `pip install "chai_jax[tpu]"`.
+# after every stage. Needs nothing but `pip install "chai_jax[tpu]"`.
 #
 #   bash experiments/paper.sh MODEL [OPTIONS OF chai-jax run...]
+#   bash experiments/paper.sh facebook/opt-125m                          # data parallel over all devices
+#   bash experiments/paper.sh facebook/opt-1.3b --mesh 2x4 --fsdp        # 16 GB of masters and moments, split over 8
 #
 # The settings are the paper's: AdamW, learning rate 2e-5 decaying linearly, 8 microbatches an update, 128 examples an
 # update for distillation (1 epoch) and 64 for tuning (3 epochs); what is not named below is the program's default.

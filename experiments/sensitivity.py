@@ -29,8 +29,8 @@ from chai_jax.report.figures import sensitivity as draw_layers
 from chai_jax.run.options import parse_clusters
 from lab.options import Options, Record, start
 from lab.paper import SENSITIVITY
-from lab.pictures import where
 from lab.publish import publish
+from lab.rows import where
 from lab.tree import Tree, forest
 
 PERMUTATIONS = 10_000

@@ -65,7 +65,7 @@ class Study:
     model: Positional[str]
     """Hub id or folder of a dense OPT."""
     data_dir: Path
-    """Folder holding TASK/{train,validation}.jsonl[.gz]."""
+    """Folder with TASK/train.jsonl and TASK/validation.jsonl, or .jsonl.gz."""
     train_text: tuple[Path, ...]
     """Text to calibrate and train on: plain, or .jsonl with a field `text`; gzipped or not."""
     test_text: Path
@@ -208,7 +208,7 @@ def do(bench: Bench, rows: Rows, variant: Variant, updates: int) -> None:
     for name, trained in ((variant.name, False), (f"{variant.name}+distil", True)):
         if rows.has(name) or (trained and not (updates and variant.name != "dense")):
             continue
-        console.print(f"[bold]{name}[/bold]", highlight=False)
+        console.print(name, style="bold")
         if model is None:
             plan = variant.make()
             model = bench.compressed(plan)

@@ -27,10 +27,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chai_jax.adapt.finetune import finetune
+from chai_jax.commands.options import read
+from chai_jax.commands.terminal import complain
 from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
 from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded, encode
@@ -247,9 +248,9 @@ def report(training: Training, seen: int) -> Record:
 
 def main() -> int:
     try:
-        print(json.dumps(train(tyro.cli(Training, description=__doc__))))
+        print(json.dumps(train(read(Training, None, description=__doc__))))
     except InputError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(str(error))
         return 2
     return 0
 

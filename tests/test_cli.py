@@ -120,7 +120,7 @@ def test_bad_models(
 ) -> None:
     damage(model)
     out = tmp_path / "out"
-    assert BAD_MODELS[damage] in refused(capsys, "export", model, out)
+    assert BAD_MODELS[damage] in refused(capsys, "export", model, "--out", out)
     assert not out.exists()
     assert not (model / "executed").exists()
 
@@ -228,7 +228,7 @@ def test_output_folders_found_out_first(
     (taken / "thesis.tex").write_text("mine")
     job = ("run", model, "--task", "sst2", "--data-dir", data)
     assert "something that is not a run" in refused(capsys, *job, "--out", taken)
-    assert "already holds something" in refused(capsys, "export", model, taken)
+    assert "already holds something" in refused(capsys, "export", model, "--out", taken)
     assert [path.name for path in taken.iterdir()] == ["thesis.tex"]
     file = tmp_path / "file"
     file.write_text("")
@@ -246,17 +246,6 @@ def test_read_only_output_folder(model: Path, data: Path, capsys: pytest.Capture
     )
 
 
-@pytest.mark.parametrize(
-    "command",
-    [[], *([name] for name in ("run", "plan", "explain", "evaluate", "generate", "verify", "export", "report", "env"))],
-)
-def test_help_at_every_level(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        main([*command, "--help"])
-    assert stopped.value.code == 0
-    assert "usage: chai-jax" in capsys.readouterr().out
-
-
 def test_last_line_is_json(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(model), str(model)]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -267,7 +256,7 @@ def test_last_line_is_json(model: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_export_of_a_model_is_the_model(model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["export", str(model), str(tmp_path / "out")]) == 0
+    assert main(["export", str(model), "--out", str(tmp_path / "out")]) == 0
     capsys.readouterr()
     assert main(["verify", str(model), str(tmp_path / "out")]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["max_logit_difference"] <= 1e-5

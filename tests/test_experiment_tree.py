@@ -370,8 +370,7 @@ def test_the_driver_asks_for_options_that_exist(data: Path) -> None:
     """Every command of all.sh is understood by its script, and every script of a table of the paper is there."""
     import shlex
 
-    import tyro
-    from tyro.conf import OmitArgPrefixes
+    from chai_jax.commands.options import read
 
     kinds = {
         "throughput": "throughput.ThroughputOptions",
@@ -390,7 +389,7 @@ def test_the_driver_asks_for_options_that_exist(data: Path) -> None:
         program, path, *argv = shlex.split(line)
         name = Path(path).stem
         module, kind = kinds.get(name, "lab.options.Options").rsplit(".", 1)
-        parsed = tyro.cli(OmitArgPrefixes[getattr(script(module), kind)], args=argv)
+        parsed = read(getattr(script(module), kind), argv)
         assert (program, parsed.data_dir) == ("python", data)
         seen.append(name)
     beyond_the_paper = {"study", "bench_gpu", "method_cost", "speculation", "steady"}

@@ -18,13 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tyro
-from tyro.conf import OmitArgPrefixes
 
 from chai_jax.aot.programs import spec_of
 from chai_jax.bench import sweep
 from chai_jax.bench.floor import Rates
-from chai_jax.cli import Command
+from chai_jax.cli import parse
 from chai_jax.config import DistilConfig, RunConfig, TargetConfig
 from chai_jax.files.published import architecture_of
 from chai_jax.model.cache import cache_bytes
@@ -37,19 +35,19 @@ from chai_jax.plans.spec import Spec
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
-SCRIPTS = {"opt125m": "facebook/opt-125m", "opt350m": "facebook/opt-350m", "opt1_3b": "facebook/opt-1.3b"}
 
 
 def parsed(command: str) -> Any:
     """What the program makes of a command line; an unknown option exits."""
     program, *argv = shlex.split(command)
     assert program == "chai-jax"
-    return tyro.cli(OmitArgPrefixes[Command], args=argv)  # type: ignore[misc]
+    return parse(argv)
 
 
-def dry_run(script: str, *argv: str, **variables: str) -> list[RunConfig]:
+def dry_run(*argv: str, **variables: str) -> list[RunConfig]:
+    """The runs that paper.sh would start."""
     done = subprocess.run(
-        ["bash", EXPERIMENTS / f"{script}.sh", *argv],
+        ["bash", EXPERIMENTS / "paper.sh", *argv],
         env={"PATH": os.environ["PATH"], "DRY_RUN": "1", **variables},
         capture_output=True,
         text=True,
@@ -58,12 +56,11 @@ def dry_run(script: str, *argv: str, **variables: str) -> list[RunConfig]:
     return [parsed(line) for line in done.stdout.splitlines()]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_scripts_ask_for_the_papers_settings(script: str) -> None:
-    configs = dry_run(script)
+def test_the_script_asks_for_the_papers_settings() -> None:
+    configs = dry_run("facebook/opt-350m")
     assert [config.task for config in configs] == ["sst2", "rte", "piqa"]
     for config in configs:
-        assert config.model == SCRIPTS[script]
+        assert config.model == "facebook/opt-350m"
         assert config.devices.require_backend == "tpu"
         assert config.operation.max_minutes == 500
         stages = [config.train.apply(stage().train) for stage in (DistilConfig, TargetConfig)]
@@ -72,13 +69,14 @@ def test_scripts_ask_for_the_papers_settings(script: str) -> None:
     assert len({config.out for config in configs}) == 3
 
 
-def test_scripts_take_variables_and_options() -> None:
-    (config,) = dry_run("opt125m", "--seed", "3", TASKS="rte", MINUTES="9", BACKEND="gpu", OUT="/out", DATA="/my data")
+def test_the_script_takes_variables_and_options() -> None:
+    variables = {"TASKS": "rte", "MINUTES": "9", "BACKEND": "gpu", "OUT": "/out", "DATA": "/my data"}
+    (config,) = dry_run("facebook/opt-125m", "--seed", "3", **variables)
     assert (config.task, config.seed, config.operation.max_minutes) == ("rte", 3, 9)
     assert (config.out, config.data_dir) == (Path("/out/opt-125m-rte"), Path("/my data"))
     assert config.devices.require_backend == "gpu"
-    (config,) = dry_run("opt1_3b", TASKS="rte", MESH="4x4")
-    assert (config.devices.mesh, config.devices.fsdp) == ("4x4", True)
+    (config,) = dry_run("facebook/opt-1.3b", "--mesh", "2x4", "--fsdp", TASKS="rte")
+    assert (config.devices.mesh, config.devices.fsdp) == ("2x4", True)
 
 
 def test_a_stopped_run_stops_the_script(tmp_path: Path) -> None:
@@ -88,7 +86,7 @@ def test_a_stopped_run_stops_the_script(tmp_path: Path) -> None:
     stub.chmod(0o755)
     for minutes, ran in (("5", 1), ("0", 0)):
         done = subprocess.run(
-            ["bash", EXPERIMENTS / "opt125m.sh"],
+            ["bash", EXPERIMENTS / "paper.sh", "facebook/opt-125m"],
             env={"PATH": f"{tmp_path}:{os.environ['PATH']}", "MINUTES": minutes},
             capture_output=True,
             text=True,
@@ -101,6 +99,16 @@ def test_a_stopped_run_stops_the_script(tmp_path: Path) -> None:
 def test_shellcheck() -> None:
     scripts = [*EXPERIMENTS.glob("*.sh"), ROOT / "tpu_setup.sh"]
     assert subprocess.run(["shellcheck", *scripts], capture_output=True, text=True).stdout == ""
+
+
+def test_the_folders_page_names_every_script() -> None:
+    page = (EXPERIMENTS / "README.md").read_text(encoding="utf-8")
+    assert len(page.splitlines()) <= 40
+    scripts = {path.name for pattern in ("*.py", "*.sh", "*.ipynb") for path in EXPERIMENTS.glob(pattern)}
+    assert set(re.findall(r"`(\w+\.(?:py|sh|ipynb))`", page)) == scripts
+    results = re.findall(r"\]\(\.\./docs/(\w+\.md)", page)
+    assert len(results) == 5
+    assert all((ROOT / "docs" / name).is_file() for name in results)
 
 
 def cells(kind: str) -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from chai_jax.cli import Command, main, parse
+from chai_jax.cli import COMMANDS, main, parse
 from chai_jax.commands.planning import PlanCommand
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
 from chai_jax.errors import InputError
@@ -36,9 +36,8 @@ def takes(hint: Any, *kinds: type) -> bool:
     return any(kind in (hint, *typing.get_args(hint)) for kind in kinds)
 
 
-COMMANDS = {one.__metadata__[0].name: one.__origin__ for one in typing.get_args(Command)}
 MODELS = {"verify": ["x", "x"], "report": [], "bench": [], "explain": [], "env": []}
-POSITIONAL = {"export": "out", "explain": "plan", "report": "runs"}
+POSITIONAL = {"explain": "plan", "report": "runs"}
 WITH_PATHS = [name for name, kind in COMMANDS.items() if any(takes(hint, Path) for _, hint in options(kind))]
 
 
@@ -118,6 +117,15 @@ def test_numbers_of_a_run_that_cannot_be(name: str, job: RunConfig) -> None:
 def test_numbers_of_a_run_that_can_be(name: str, value: float, job: RunConfig) -> None:
     with pytest.raises(Began):
         run(with_option(job, name, value))
+
+
+def test_the_folder_of_a_run() -> None:
+    """Model and data; the toy has but one task."""
+    assert RunConfig().folder == RunConfig(task="toy").folder == Path("runs/toy")
+    assert RunConfig(text=Path("a.txt")).folder == Path("runs/toy-text")
+    assert RunConfig("facebook/opt-125m", task="sst2").folder == Path("runs/opt-125m-sst2")
+    assert RunConfig("/models/mine", text=Path("a.txt")).folder == Path("runs/mine-text")
+    assert RunConfig("x", task="rte", out=Path("y")).folder == Path("y")
 
 
 def test_a_plan_checks_its_numbers_too() -> None:

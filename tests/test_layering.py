@@ -44,6 +44,7 @@ DOORS = {
     "flax": "model/flax_module.py",
     "matplotlib": "report/figures/",
     "lm_eval": "evaluation/lm_eval.py",
+    "tyro": "commands/",
     "torch": "bench/peers.py",
     "ctranslate2": "bench/peers.py",
 }

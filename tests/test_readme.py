@@ -90,7 +90,7 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "bench", "report"])
+@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "bench", "export", "report"])
 def test_what_is_written_goes_where_out_says(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"-o", "--out"} <= listed(command, capsys)
 

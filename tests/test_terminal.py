@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,6 +59,39 @@ def test_a_reader_that_has_seen_enough(
     assert capfd.readouterr().err == ""
 
 
+STAGE = {
+    "stage": "quantize",
+    "kv_bytes_per_token": 1_234_567,
+    "kv_reduction": 0.123,
+    "model_bytes": 12_345_678_901,
+    "latency": {name: {"median": 1234.56} for name in ("score_ms_per_example", "decode_ms_per_token")},
+}
+ACCURACY = {"acc": 0.803, "acc_stderr": 0.013, "difference": -0.383, "difference_interval": [-0.4197, -0.3463]}
+FLIPS = {"flips": {"right_to_wrong": 1440, "wrong_to_right": 1157}}
+TEXT = {"perplexity": 1234.56, "perplexity_stderr": 12.34, "difference": 0.123, "difference_interval": [0.1, 0.2]}
+
+
+@pytest.mark.parametrize("metrics", [ACCURACY | FLIPS, TEXT], ids=["task", "text"])
+def test_the_table_of_a_run_fits(metrics: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Where it is too wide, cells are broken at blanks: every number stays whole."""
+    print_table(terminal([{**STAGE, "metrics": metrics}], "facebook/opt-13b on sst2"))
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    words = {word for line in lines for word in line.split()}
+    assert words >= {"quantize", "1,234,567", "12,345,678,901", "1234.56", "12.3"}
+    assert any("quantize" in line and "12,345,678,901" in line for line in lines)
+
+
+def test_a_plan_is_told_with_its_damage(plan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plan.write_text(json.dumps({**json.loads(plan.read_text()), "predicted": 0.01234, "measured": 0.02}))
+    assert main(["explain", str(plan)]) == 0
+    *table, result = capsys.readouterr().out.splitlines()
+    assert any("KL, nats/token: predicted 0.012, measured 0.02" in line for line in table)
+    assert max(map(len, table)) <= 120
+    found = json.loads(result)
+    assert (found["predicted"], found["measured"], len(found["layers"])) == (0.01234, 0.02, 2)
+
+
 def test_work_goes_on_after_a_table_that_nobody_reads() -> None:
     with nobody_reads():
         print_table(terminal([], "title"))
@@ -92,7 +126,7 @@ def test_help_in_a_narrow_terminal(columns: str) -> None:
     done = subprocess.run(
         command, env={**os.environ, "COLUMNS": columns}, capture_output=True, text=True, timeout=120, check=True
     )
-    assert "--checkpoint-minutes FLOAT" in done.stdout
+    assert "--checkpoint-minutes MINUTES" in done.stdout
 
 
 def test_names_are_no_markup(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -57,16 +57,13 @@ def _sizes(size: int | float, dense: int) -> dict[str, Any]:
 
 
 def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
-    """`explain` as a table that fits 80 columns."""
+    """`explain` as a table that fits 80 columns, with how heads are merged and what that costs above it."""
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
-    found = f"per prompt ({plan.warmup_tokens} tokens)" if plan.membership == "prompt" else plan.membership
-    title = f"{found} {plan.score_merge}, {plan.value_merge}; by {plan.method}"
-    caption = f"{', '.join(used)}: how many clusters cache keys and values so"
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
-    if ranks:
-        caption += "; R: rank of keys, values"
-    table = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    caption = f"C/H: clusters of heads; {', '.join(used)}: how many are cached so" + "; R: rank of keys, values" * ranks
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
+    table = Table(title="\n".join(_about(plan)), title_justify="left", caption=caption, caption_justify="left", **look)
     names = ["layer", "score", "tier", "share", "C/H", *(["R"] if ranks else []), *used, "weights"]
     for name in names + (["B/token", "saved"] if config else []):
         table.add_column(name, justify="left" if name in ("tier", "share", "weights") else "right")
@@ -82,3 +79,14 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
             cells += [f"{row['kv_bytes_per_token']:,}", f"{row['kv_reduction']:.1%}"]
         table.add_row(str(row["layer"]), *cells)
     return table
+
+
+def _about(plan: Plan) -> list[str]:
+    """How clusters are found and merged, and what that does to the next-token distribution as far as the plan knows."""
+    found = f"per prompt ({plan.warmup_tokens} tokens)" if plan.membership == "prompt" else plan.membership
+    known = [f"{name} {value:.2g}" for name in ("predicted", "measured") if (value := getattr(plan, name)) is not None]
+    return [
+        f"clusters: {found}; tiers by {plan.method}",
+        f"scores: {plan.score_merge}, values: {plan.value_merge}",
+        *([f"KL, nats/token: {', '.join(known)}"] if known else []),
+    ]

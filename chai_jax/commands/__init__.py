@@ -1,1 +1,1 @@
-"""The commands beside `run`. Heavy libraries are imported inside them, so that --help answers at once."""
+"""The commands. Heavy libraries are imported inside them, so that --help answers at once."""

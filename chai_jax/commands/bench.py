@@ -1,20 +1,24 @@
 """`chai-jax bench`: how long models take and how much they hold, side by side in one run."""
 
+import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from chai_jax.commands.options import OptionalOutFolder
 from chai_jax.config import DeviceConfig, check_seed
 from chai_jax.console import console, print_table
 from chai_jax.errors import InputError
 from chai_jax.machine.processes import once
 
 Options = dict[str, Any]
+Record = dict[str, Any]
 UNTOLD = ("devices", "out")  # options that decide no number
 BOUNDS = {
     "new-tokens": (1, 2**20),
@@ -25,47 +29,69 @@ BOUNDS = {
 }
 
 
+def _times(name: str) -> Callable[[Record], str]:
+    """A median with its 10th and 90th percentile, to three digits."""
+
+    def cell(row: Record) -> str:
+        values = row[name]
+        digits = max(0, 2 - math.floor(math.log10(max(values["median"], 1e-3))))
+        middle, low, high = (f"{values[part]:,.{digits}f}" for part in ("median", "p10", "p90"))
+        return f"{middle} [{low}, {high}]"
+
+    return cell
+
+
+# Of the table on the terminal; bench.json has everything. The floor is the least time that this machine allows.
+COLUMNS = (
+    ("model", lambda row: re.sub(r"\S*[/:]", "", row["model"])),
+    ("batch", lambda row: str(row["batch"])),
+    ("prompt, tokens", lambda row: str(row["prompt"])),
+    ("first token, ms", _times("prefill_ms")),
+    ("decoding, ms/step", _times("decode_ms_per_token")),
+    ("step, ratio", lambda row: f"{row['ratio_to_first']['decode_ms_per_token']['median']:.2f}"),
+    ("% of floor", lambda row: f"{100 * row['floor_fraction']['decode_ms_per_token']:.0f}"),
+    ("tokens/s", lambda row: f"{row['tokens_per_second']['median']:,.0f}"),
+    ("scored/s", lambda row: f"{row['inferences_per_second']['median']:,.1f}"),
+)
+
+
 @dataclass(frozen=True)
 class BenchCommand:
-    """Time models side by side: first token, each token, scoring; with bytes, and the least this machine would allow.
+    """Time models in turn: first token, each token, scoring, beside the least time this machine allows."""
 
-    Interleaved rounds on one device, medians with p10 and p90, compile time apart; ratios are to the first MODEL.
-    XLA computes on all CPUs that this process may run on: bind it with `taskset -c 0-3 chai-jax bench ... --threads 4`.
-    """
-
-    models: Positional[tuple[str, ...]]
-    """Hub ids, folders (dense or compressed), `toy`, or random:SHAPE (random weights; SHAPE is facebook/opt-125m and
-    its like, or a folder with a config.json)."""
-    batch: str = "1,8"
-    """Sequences at once; several with commas."""
-    prompt: str | None = None
-    """Tokens of a prompt; several with commas (default: 32,512 as far as the models' positions allow)."""
+    models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL ...")]
+    """Hub ids, folders (dense or compressed), `toy`, or random:SHAPE for random weights, where SHAPE is a published
+    one, such as facebook/opt-125m, or a folder with a config.json. Ratios compare with the first MODEL."""
+    batch: Annotated[str, arg(metavar="N,...")] = "1,8"
+    """Sequences at once."""
+    prompt: Annotated[str | None, arg(metavar="N,...")] = None
+    """Tokens of a prompt (default: 32,512 as far as the models' positions allow)."""
     new_tokens: int = 32
-    """Decoding steps behind each prompt."""
+    """Tokens to decode after each prompt."""
     question: int = 48
-    """Tokens of a scored question with its two one-token answers (SST-2's median is about 40)."""
+    """Tokens of a scored question with its two answers of one token (SST-2's median is about 40)."""
     trials: int = 9
-    """Rounds."""
+    """Rounds in which every model has a turn."""
     tokens: int = 0
-    """Also the mean over that many decoded tokens a model and shape (the paper: 100000); longer NEW_TOKENS help."""
-    clusters: str | None = None
-    """Beside each dense MODEL, variants with this fraction of the heads in every layer; several with commas."""
+    """Also decode this many tokens with each model and shape, and report the mean (the paper: 100000)."""
+    clusters: Annotated[str | None, arg(metavar="FRACTION,...")] = None
+    """Beside each dense MODEL, time variants that keep this fraction of the heads in every layer."""
     share: Literal["qk", "qkv"] = "qkv"
     """With --clusters: what the heads of a cluster share."""
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
-    """With --clusters: format of the variants' cache (default: as the MODEL's)."""
+    """With --clusters: cache format of the variants (default: that of MODEL)."""
     attention: Literal["auto", "xla", "pallas", "native"] = "auto"
-    """How the models attend: XLA's own programs, or kernels (pallas: decoding and long prompts on one NVIDIA GPU, or
-    one TPU from v4 on; native: decoding on one CPU, and its products). auto: kernels on one GPU, or one CPU that has a
-    C++ compiler."""
+    """What attention runs on. `xla`: XLA's own programs. `pallas`: kernels for one NVIDIA GPU, or one TPU from v4 on.
+    `native`: kernels for one CPU. `auto`: kernels on one GPU, or on one CPU if there is a C++ compiler."""
     peer: Literal["hf", "ctranslate2"] | None = None
-    """Time the first MODEL, with all its heads, in torch transformers or CTranslate2 too. One a run: in one process
-    their threads put each other to sleep."""
+    """Also time the first MODEL, with all its heads, in torch transformers or in CTranslate2. One peer a run, because
+    in one process the threads of two put each other to sleep."""
     threads: int | None = None
-    """Threads of the peers (default: as many as the CPUs this process may run on, which is what XLA takes)."""
+    """Threads of the peer (default: as many as the CPUs that this process may run on, which is what XLA takes). To bind
+    both: `taskset -c 0-3 chai-jax bench ... --threads 4`."""
     seed: int = 0
-    """Seed of prompts and of random weights."""
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None
+    """Seed of prompts and random weights."""
+    out: OptionalOutFolder = None
     """A new folder for bench.json, bench.csv, bench.md and pictures."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
@@ -78,7 +104,7 @@ class BenchCommand:
         from chai_jax.model.execution import Execution
         from chai_jax.model.kernels import resolved
         from chai_jax.model.sharding import one_device
-        from chai_jax.report.bench import COLUMNS, note, write
+        from chai_jax.report.bench import note, write
         from chai_jax.report.tables import terminal
         from chai_jax.run.devices import start
         from chai_jax.run.environment import versions, where_computed
@@ -106,7 +132,8 @@ class BenchCommand:
             "versions": versions() | {name: metadata.version(name) for name in libraries},
             **found,
         }
-        print_table(terminal(record["rows"], f"chai-jax bench, {record['device']}", COLUMNS))
+        title = f"chai-jax bench, {record['device']}: median [p10, p90]; ratio to the first model"
+        print_table(terminal(record["rows"], title, COLUMNS))
         console.print(note(record), highlight=False, markup=False)
         if self.out is not None:
             once(partial(write, record, self.out))

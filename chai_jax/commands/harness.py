@@ -11,15 +11,14 @@ from chai_jax.config import DeviceConfig
 
 @dataclass(frozen=True)
 class LmEvalCommand:
-    """Run a model through the lm-evaluation-harness (pip install 'chai_jax[eval]'). MODEL comes first; all options but
-    those below are the harness's own: --tasks, --num_fewshot, --limit, --batch_size, --output_path, --log_samples,
-    --include_path, ... (`lm-eval run --help` lists them)."""
+    """Run a model through the lm-evaluation-harness (pip install 'chai_jax[eval]')."""
 
     model: Positional[str]
-    """Hub id, folder, or `toy`."""
+    """Hub id, folder, or `toy`. It comes first. All options but those below are the harness's own: --tasks,
+    --num_fewshot, --limit, --batch_size, --output_path, --log_samples, ... (`lm-eval run --help` lists them)."""
     data_dir: Path | None = None
-    """Folder holding TASK/validation.jsonl[.gz] for sst2, rte, piqa (and TASK/train.jsonl[.gz] for --num_fewshot), and
-    wikitext2/test.raw.txt[.gz] for wikitext: these tasks then need no network."""
+    """Folder with TASK/validation.jsonl for sst2, rte, piqa, TASK/train.jsonl for --num_fewshot, and
+    wikitext2/test.raw.txt for wikitext, each plain or .gz. These tasks then need no network."""
     revision: str | None = None
     """Revision of a hub model."""
     arguments: Suppress[tuple[str, ...]] = ()

@@ -3,9 +3,9 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from chai_jax.config import DeviceConfig
 from chai_jax.console import console, print_table
@@ -13,45 +13,46 @@ from chai_jax.console import console, print_table
 
 @dataclass(frozen=True)
 class AotCommand:
-    """Compile a job for TPUs or a GPU that are not here: memory against its limit, and the least time it can take."""
+    """Compile a job for TPUs or a GPU that this machine lacks: memory it needs, least time it can take."""
 
     model: Positional[str]
-    """facebook/opt-{125m,350m,1.3b,2.7b,6.7b,13b}, or a folder with a config.json; no weights are read."""
-    topology: str = "v3:2x2"
-    """The slice: v3:2x2 (a v3-8), v5e:2x4, v6e:2x4, v4:2x2x1, ...; or h100, one GPU (needs jax's CUDA plugin)."""
+    """facebook/opt-{125m,350m,1.3b,2.7b,6.7b,13b}, or a folder with a config.json. No weights are read."""
+    topology: Annotated[str, arg(metavar="SLICE")] = "v3:2x2"
+    """TPU slice, such as v3:2x2 (a v3-8), v5e:2x4, v6e:2x4, v4:2x2x1; or h100, one GPU (needs jax's CUDA plugin)."""
     job: Literal["distil", "finetune", "target", "prefill", "decode", "score"] = "distil"
-    """What is compiled: one update, one prefill, one token of decoding, or one batch of scores."""
+    """What to compile: one update of training, one prefill, one decoding step, or one batch of scores."""
     batch: int = 128
-    """Sequences; examples per update."""
+    """Sequences at once; in training, examples per update."""
     seq: int = 64
-    """Tokens of a sequence; for decode, the room in the cache."""
+    """Tokens of a sequence; for decode, positions in the cache."""
     targets: int = 1
-    """Predicted tokens of a training example: 1 for tasks, SEQ for text."""
+    """Tokens of a training example that are predicted: 1 for tasks, SEQ for text."""
     accumulation: int = 8
-    """Microbatches of an update."""
+    """Microbatches per update."""
     mesh: str | None = None
-    """DATAxMODEL, such as 4x2 (default: all devices along data), or 1x1 for one of them."""
+    """How devices are laid out, such as 4x2: batches are split 4 ways, heads and matrices 2 ways; 1x1 is one device
+    (default: all devices split the batch)."""
     fsdp: bool = False
     """Split weights and optimizer state over the data axis too."""
     plan: Path | None = None
-    """The plan.json of a compressed model."""
+    """Compile the model that this plan.json makes."""
     share: Literal["qk", "qkv"] | None = None
-    """Without a plan: cluster every layer alike, sharing this."""
-    clusters: float = 0.5
+    """Without a plan: cluster every layer alike, and let the heads of a cluster share this."""
+    clusters: Annotated[float, arg(metavar="FRACTION")] = 0.5
     """With --share: clusters of a layer, as a fraction of its heads."""
     storage: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """Without a plan: format of the whole cache."""
+    """Without a plan: cache format of all layers."""
     weights: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Dtype of the weights as loaded (facebook/opt-*: float16)."""
-    cached: bool = False
-    """Distil with the teacher's log-probabilities cached: no teacher is resident."""
+    """Dtype of the weights as loaded (facebook/opt-* has float16)."""
+    cache_teacher: bool = False
+    """Distil with the teacher's answers read from disk: no teacher is in memory."""
     moments: Literal["float32", "bfloat16"] = "float32"
     """Dtype of AdamW's first moment."""
     remat: bool = False
-    """Compute each layer again in the backward pass."""
+    """Compute each layer again in the backward pass: less memory, a third more work."""
     attention: Literal["auto", "xla", "pallas"] = "auto"
-    """How decode and prefill attend: the compiler's own programs, or kernels (one H100, or TPU from v4 on). auto:
-    kernels on one GPU."""
+    """What decode and prefill run on. `xla`: XLA's own programs. `pallas`: kernels for one H100, or one TPU from v4
+    on. `auto`: kernels on one GPU."""
     largest_batch: bool = False
     """Find the largest batch that fits, beginning with BATCH."""
 
@@ -77,7 +78,7 @@ class AotCommand:
         shapes = Shapes(config, spec, Layout(mesh, self.fsdp))
         sizes = self.batch, self.seq, self.targets, self.accumulation
         attention = resolved(self.attention, mesh.devices.flatten())
-        job = Job(self.job, *sizes, self.weights, self.cached, self.moments, self.remat, attention)
+        job = Job(self.job, *sizes, self.weights, self.cache_teacher, self.moments, self.remat, attention)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}
         if not self.largest_batch:
             record = measure(job, shapes, plan)

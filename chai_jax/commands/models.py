@@ -8,30 +8,31 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from chai_jax.commands.options import OptionalOutFolder, OutFolder
 from chai_jax.config import DeviceConfig
 from chai_jax.errors import InputError
 
 
 @dataclass(frozen=True)
 class EvaluateCommand:
-    """Score a model on tasks (as the lm-evaluation-harness does) or its perplexity on a text file."""
+    """Score a model on tasks as the lm-evaluation-harness does, or measure its perplexity on a text."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
-    task: str | None = None
-    """sst2, rte, piqa, toy; several with commas."""
+    task: Annotated[str | None, arg(metavar="TASK,...")] = None
+    """Tasks to score on: sst2, rte, piqa, toy."""
     text: Path | None = None
-    """Token perplexity of this file."""
+    """Instead of a task: measure token perplexity on this text file."""
     data_dir: Path | None = None
-    """Folder holding TASK/validation.jsonl[.gz]; without it, the Hugging Face hub."""
+    """Folder with TASK/validation.jsonl, or .jsonl.gz (default: the Hugging Face hub)."""
     split: Literal["validation", "train"] = "validation"
     """Which split to score."""
     baseline: str | None = None
-    """Another model, for paired differences and flips."""
+    """Compare with this model, example by example: paired differences and flips."""
     limit: int | None = None
-    """Score the first N examples only."""
-    out: Annotated[Path | None, arg(aliases=["-o"])] = None
-    """Folder for one JSONL file of per-example results per task."""
+    """Score only the first N examples."""
+    out: OptionalOutFolder = None
+    """Write the answer to every example to samples_TASK.jsonl in this folder."""
     revision: str | None = None
     """Revision of a hub model."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
@@ -67,27 +68,27 @@ class EvaluateCommand:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Continue a prompt; text streams to the terminal."""
+    """Continue a prompt. The text appears as it is made."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
-    prompt: str = ""
+    prompt: Annotated[str, arg(metavar="TEXT")] = ""
     """What to continue."""
     max_new_tokens: int = 40
-    """How many tokens at the most."""
+    """The most tokens to make."""
     temperature: float | None = None
-    """0 is greedy, and so is none, unless the model's generation_config.json asks for samples."""
+    """Temperature of sampling; 0 is greedy (default: as the model's generation_config.json says, else greedy)."""
     top_k: int | None = None
-    """Sample from the k likeliest tokens only; 0 or -1: from all."""
+    """Sample from the k likeliest tokens; 0 or -1: from all."""
     top_p: float | None = None
-    """Sample from the fewest likeliest tokens with this probability (nucleus)."""
+    """Sample from the smallest set of tokens with at least this probability (nucleus)."""
     seed: int = 0
-    """Seed of the sampling, 0 to 2^32 - 1."""
+    """Seed of the sampling."""
     draft: str | None = None
-    """A smaller or compressed model with the same tokens that proposes what MODEL then checks, several at a time:
-    greedy, the text stays the same; sampled, its distribution does."""
+    """Speculative decoding: this smaller or compressed model, with the same vocabulary, proposes tokens that MODEL
+    checks. Greedy text stays the same; sampled text keeps its distribution."""
     draft_tokens: int = 4
-    """How many tokens the draft proposes at a time."""
+    """With --draft: how many tokens it proposes at a time."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
@@ -127,25 +128,25 @@ class GenerateCommand:
 class VerifyCommand:
     """Compare two models: the largest logit difference and the KL of their next-token distributions."""
 
-    first: Positional[str]
+    model: Positional[str]
     """Hub id, folder, or `toy`."""
-    second: Positional[str]
-    """Likewise."""
+    other: Positional[str]
+    """The model to compare it with, likewise."""
 
     def run(self) -> Any:
         from chai_jax.evaluation.verify import verify
         from chai_jax.sources import open_model
 
-        return verify(open_model(self.first), open_model(self.second))
+        return verify(open_model(self.model), open_model(self.other))
 
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a model as an ordinary OPT in Hugging Face layout, which torch loads; clustered heads are expanded."""
+    """Write a model as an ordinary OPT in Hugging Face layout, for torch; clustered heads are expanded."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
-    out: Positional[Path]
+    out: OutFolder
     """A new folder."""
 
     def run(self) -> Any:

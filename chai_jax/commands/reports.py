@@ -4,21 +4,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import tyro
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
+
+from chai_jax.commands.options import OutFile
 
 
 @dataclass(frozen=True)
 class ReportCommand:
-    """Write one HTML page about finished runs: tables, pictures, settings, and how to get them again.
+    """Write one HTML page about finished runs: tables, pictures, settings, the commands to repeat them."""
 
-    The page holds all it shows: it can be sent as a file, asks for nothing from the network, and runs no scripts.
-    """
-
-    runs: Positional[tuple[Path, ...]]
-    """Folders that `chai-jax run` wrote; of several the page also compares the last stages."""
-    out: Annotated[Path, tyro.conf.arg(aliases=["-o"])] = Path("report.html")
-    """Where to write the page."""
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN ...")]
+    """Folders that `chai-jax run` wrote. If there are several, the page also compares their last stages."""
+    out: OutFile = Path("report.html")
+    """The page. It needs no other file, no network and no scripts, so you can send it as it is."""
 
     def run(self) -> Any:
         from chai_jax.errors import InputError

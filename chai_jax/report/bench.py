@@ -38,7 +38,7 @@ def _bytes(name: str) -> Any:
     return lambda record: f"{record['bytes'][name]:,}" if name in record["bytes"] else "-"
 
 
-# Times in milliseconds. The terminal shows the first columns, Markdown all.
+# Of the Markdown. Times in milliseconds.
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda record: record["model"]),
     ("batch x prompt + new", lambda record: f"{record['batch']} x {record['prompt']} + {record['new_tokens']}"),

@@ -3,8 +3,10 @@
 import csv
 import io
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.table import Table
 
 from chai_jax.inputs.reading import Record
@@ -63,12 +65,16 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def terminal(records: Sequence[Record], title: str, columns: Sequence[Column] = COLUMNS) -> Table:
-    """The table for a terminal; the first column names the row."""
-    table = Table(title=title, title_justify="left")
-    for number, (name, _) in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", overflow="fold")
-    for record in records:
-        table.add_row(*(cell(record) for _, cell in columns))
+    """The table for a terminal; the first column names the row. Headings are as wide as what is below them, and cells
+    that are too wide are broken at blanks."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    rows = [[cell(record) for _, cell in columns] for record in records]
+    for at, (name, _) in enumerate(columns):
+        width = max((len(row[at]) for row in rows), default=len(name))
+        heading = textwrap.fill(name, max(width, *map(len, name.split())))
+        table.add_column(heading, justify="right" if at else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
     return table
 
 

@@ -58,9 +58,7 @@ def run(config: RunConfig, execution: Execution | None = None) -> Record:
     plan = Plan.read(config.plan) if config.plan else None
     usual = source_of(config.model)
     config = dataclasses.replace(config, planning=config.planning.filled(usual.planning))
-    data = "text" if config.text else config.task or usual.task
-    out = config.out or Path("runs") / f"{Path(config.model).name}-{data}"
-    folder = RunFolder(out, recorded_settings(config))
+    folder = RunFolder(config.folder, recorded_settings(config))
     source = open_model(config.model, config.revision, config.seed, execution)
     if not source.spec.is_dense:
         raise InputError(

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
-import tyro
-from tyro.conf import OmitArgPrefixes, Positional
+from tyro.conf import Positional, arg
 
+from chai_jax.commands.options import OutFolder, read
+from chai_jax.commands.terminal import complain
 from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
 from chai_jax.console import console
 from chai_jax.data.tasks import TASKS
@@ -25,14 +26,14 @@ Record = dict[str, Any]
 class Common:
     """What every experiment is done with."""
 
-    model: Positional[tuple[str, ...]]
-    """Hub ids or folders of dense OPTs; each gets its rows."""
+    model: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL ...")]
+    """Hub ids or folders of dense OPTs. Each gets its rows."""
     data_dir: Path | None = None
-    """Folder holding TASK/{train,validation}.jsonl[.gz]; without it, the data comes from the Hugging Face hub."""
-    seeds: str = "0,1,2"
-    """Seeds of splits, clusterings and shuffles, with commas."""
-    out: Path = Path("runs/experiments")
-    """Folder of the tables; what they are made from is kept under tree/ and shared by all experiments."""
+    """Folder with TASK/train.jsonl and TASK/validation.jsonl, or .jsonl.gz (default: the Hugging Face hub)."""
+    seeds: Annotated[str, arg(metavar="SEED,...")] = "0,1,2"
+    """Seeds of splits, clusterings and shuffles."""
+    out: OutFolder = Path("runs/experiments")
+    """Folder of the tables. What they are made from is kept under tree/ and shared by all experiments."""
 
     @property
     def seed_numbers(self) -> tuple[int, ...]:
@@ -50,16 +51,16 @@ class Common:
 class Options(Common):
     """What an experiment over tasks is done with; planning and training options are those of `chai-jax run`."""
 
-    task: str = "sst2"
-    """sst2, rte, piqa, with commas."""
+    task: Annotated[str, arg(metavar="TASK,...")] = "sst2"
+    """Tasks: sst2, rte, piqa."""
     limit: int | None = None
-    """Evaluate on the first N validation examples only."""
+    """Score only the first N validation examples."""
     finetune: Literal["auto", "always", "never"] = "auto"
     """Tune the dense model on the task first: `auto` does if it is at chance."""
     storage: Literal["bfloat16", "float32"] = "bfloat16"
     """Cache format of layers that are not quantized."""
     checkpoint_minutes: float | None = None
-    """Save the state of training so often, too; without it a stage that was stopped begins again."""
+    """Save the state of training after this many minutes. Without it a stage that was stopped begins again."""
     planning: PlanConfig = field(default_factory=PlanConfig)
     train: TrainOverrides = field(default_factory=TrainOverrides)
 
@@ -94,17 +95,17 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def start(experiment: Callable[[Any], Record], kind: type[Any], about: str | None) -> None:
     """Parse the command line, run the experiment, and end the program: its result is the last line of stdout."""
-    options: Any = tyro.cli(OmitArgPrefixes[kind], description=about)  # type: ignore[valid-type]
     try:
+        options = read(kind, None, description=about)
         if not options.model:
             raise InputError("no MODEL is given; expected one or more hub ids or folders of dense OPTs")
         # Stages of one shape recur from seed to seed and script to script: their programs are compiled once.
         jax.config.update("jax_compilation_cache_dir", str((options.out / "programs").absolute()))
         print(json.dumps(experiment(options)))
     except InputError as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        complain(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last finished piece", markup=False)
+        console.print("stopped; the same command goes on from the last finished piece")
         sys.exit(130)
     sys.exit(0)

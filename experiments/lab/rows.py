@@ -1,4 +1,4 @@
-"""Rows of tables: what a node of the tree came to over the seeds, with its errors, and how two nodes compare."""
+"""Rows of tables and pictures: what a node of the tree came to over the seeds, and how two nodes compare."""
 
 from collections.abc import Sequence
 from statistics import NormalDist
@@ -9,6 +9,7 @@ import numpy as np
 from chai_jax.evaluation.result import Result
 from chai_jax.evaluation.statistics import paired, standard_error
 from chai_jax.report.tables import Column, percent
+from chai_jax.run.environment import where_computed
 from lab.options import Record
 from lab.tree import Branch
 
@@ -161,3 +162,28 @@ COLUMNS: dict[str, Column] = {
 
 def columns(*names: str) -> list[Column]:
     return [COLUMNS[name] for name in names]
+
+
+def where() -> str:
+    """Device and dtype, for a caption."""
+    found = where_computed()
+    return f"{found['device']}, {found['compute_dtype']}"
+
+
+def tradeoff(rows: Sequence[Record]) -> tuple[list[Record], str]:
+    """Accuracy (%), latency (ms/token) and KV reduction (%), and the caption that says of what."""
+    points = [
+        {
+            "label": one["row"],
+            "accuracy": 100 * one["acc"]["mean"],
+            "latency": one["latency"]["decode_ms_per_token"]["mean"],
+            "reduction": 100 * one["kv_reduction"]["mean"],
+        }
+        for one in rows
+    ]
+    first, timed = rows[0], rows[0]["latency"]
+    caption = (
+        f"{first['model']}, {first['task']}, n = {first['n']}; means over seeds {', '.join(map(str, first['seeds']))}; "
+        f"latency: median of {timed['n']} rounds, batch {timed['batch']}, {timed['device']}, {timed['dtype']}."
+    )
+    return points, caption

@@ -142,7 +142,7 @@ class Branch:
     def _make(self, stages: Sequence[str], path: Path) -> None:
         before = self.model(*stages[:-1]) if stages else with_storage(load(self.tree.source), self.tree.config.storage)
         label = "+".join(stages) or "dense"
-        console.print(f"[bold]{self.tree.name} {self.tree.task} seed {self.tree.seed}: {label}[/bold]", highlight=False)
+        console.print(f"{self.tree.name} {self.tree.task} seed {self.tree.seed}: {label}", style="bold")
         log: list[Record] = []
         partial = path.with_name(f"{path.name}.partial")
         minutes = self.tree.options.checkpoint_minutes

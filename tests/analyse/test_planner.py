@@ -179,9 +179,10 @@ def test_the_table_fits_a_terminal(make: Make, windows: list[list[int]]) -> None
         console = Console(width=80, record=True, file=io.StringIO())
         console.print(explain_table(made, config))
         lines = [line for line in console.export_text().splitlines() if line.strip()]
-        assert len(lines) == 1 + 2 + 3 + (config is not None) + 1, "title, head, layers, total, caption"
+        rows = [first for first in (line.split()[0] for line in lines) if first == "total" or first.isdecimal()]
+        assert rows == ["0", "1", "2", *(["total"] if config else [])]
         assert not any("…" in line for line in lines)
-        assert ("B/token" in lines[1]) == (config is not None)
+        assert any("B/token" in line for line in lines) == (config is not None)
 
 
 def test_unusable_arguments_are_refused(make: Make, windows: list[list[int]]) -> None:

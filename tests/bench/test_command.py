@@ -13,10 +13,12 @@ from chai_jax.bench.floor import Rates
 from chai_jax.bench.race import MEASURES, Shape, long_run
 from chai_jax.bench.sweep import shapes, throughput, variants
 from chai_jax.cli import main
-from chai_jax.commands.bench import numbers
+from chai_jax.commands.bench import COLUMNS, numbers
+from chai_jax.console import print_table
 from chai_jax.errors import InputError
 from chai_jax.files.published import random_model
 from chai_jax.model.cache import cache_bytes
+from chai_jax.report.tables import terminal
 
 Record = dict[str, Any]
 SMALL = ["--batch", "1,2", "--prompt", "8", "--new-tokens", "4", "--question", "10", "--trials", "2", "--tokens", "20"]
@@ -69,6 +71,18 @@ def test_rates_floors_and_bytes_follow_from_the_rest(done: tuple[Record, Path], 
         # Whole turns of batch x 4 tokens that reach 20.
         assert row["long_run"]["tokens"] == {1: 20, 2: 24}[row["batch"]]
         assert row["long_run"]["decode_ms_per_token"] > 0
+
+
+def test_the_table_fits_a_laptop(done: tuple[Record, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a model and shape, however long the names and large the numbers; all else is in bench.json."""
+    record, _ = done
+    large = {"median": 12345.6, "p10": 12000.1, "p90": 13000.9}
+    rows = [row | {"prefill_ms": large, "tokens_per_second": large} for row in record["rows"]]
+    print_table(terminal(rows, "title", COLUMNS))
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 120
+    assert sum("12,346 [12,000, 13,001]" in line for line in lines) == len(rows) == 4
+    assert sum(" qkv 0.5 int8 " in line for line in lines) == 2
 
 
 def test_every_file_is_there_and_holds_the_rows(done: tuple[Record, Path]) -> None:
