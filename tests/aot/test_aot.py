@@ -65,8 +65,8 @@ def test_an_update_of_distillation(slice_: str) -> None:
     assert_arguments(record, entries * (3 * 4 + 2) + rows, 4 * arrays + 5)
     assert record["hbm_limit"] / GIB == pytest.approx(LIMITS[slice_], abs=0.005)
     assert record["hbm"]["aliased"] == pytest.approx(entries * 12, rel=0.05)  # the state is donated
-    # Student forward and backward, teacher forward: 2 (1 + 2 + 1) operations a weight and token, of which a device has 8
-    # rows of 64; as many a pair of tokens, for scores and for values; one target a row. Sums and the update are few.
+    # Student forward and backward, teacher forward: 2 (1 + 2 + 1) operations a weight and token, of which a device has
+    # 8 rows of 64; as many a pair of tokens, for scores and for values; one target a row. Sums and the update are few.
     pairs = 2 * 64 * 64 * SMALL.hidden_size
     products = 8 * 8 * (64 * LAYER_WEIGHTS + pairs + SMALL.vocab_size * SMALL.embed_dim)
     assert products < record["flops"] < 1.06 * products
