@@ -2,6 +2,9 @@
 
 A handler could raise, but Python would then raise between any two of its instructions: in a destructor or in the
 callback of a weak reference the exception is swallowed, and the job goes on as if nobody had asked.
+
+Orbax's and jax's `reached_preemption` does not serve: in a job of one process it always says no, it is asked once a
+training step alone, and it hears neither Ctrl-C nor a signal outside of training.
 """
 
 import signal

@@ -21,7 +21,7 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # libtpu is here to compile; jax must not look for the TPU
 
 from chai_jax.aot.compiled import GIB, find_largest_batch, measure, size
-from chai_jax.aot.programs import Job, Shapes, spec_of
+from chai_jax.aot.programs import AbstractModel, Job, spec_of
 from chai_jax.aot.tpu import mesh_of, topology
 from chai_jax.console import console
 from chai_jax.files.atomic import write_json, write_text
@@ -109,13 +109,13 @@ def compile_row(row: Row) -> Record:
     config = architecture_of(f"facebook/opt-{row.model}")
     layout = Layout(mesh_of(topology(row.topology), row.mesh), row.fsdp)
     share = {"share": "qkv", "clusters": 0.5, "storage": "int8"} if row.cache == "compressed" else {}
-    shapes = Shapes(config, spec_of(config, **share), layout)
+    abstract = AbstractModel(config, spec_of(config, **share), layout)
     if row.search:
-        found = find_largest_batch(row.job, shapes, tell=lambda line: console.print(f"    {line}", highlight=False))
+        found = find_largest_batch(row.job, abstract, tell=lambda line: console.print(f"    {line}", highlight=False))
         measured = found["fitting"] or found["failing"]
         searched = {"largest_batch": found["largest"], "too_large": found["too_large"], "compiled": found["compiled"]}
     else:
-        measured, searched = measure(row.job, shapes), {}
+        measured, searched = measure(row.job, abstract), {}
     given = {name: value for name, value in asdict(row).items() if name != "job"}
     return {**measured, **given, **searched, "key": row.key}
 

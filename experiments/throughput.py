@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from chai_jax.aot.compiled import measure
-from chai_jax.aot.programs import Job, Shapes, spec_of
+from chai_jax.aot.programs import AbstractModel, Job, spec_of
 from chai_jax.aot.tpu import mesh_of, topology
 from chai_jax.bench.race import Shape, latency
 from chai_jax.console import console
@@ -101,7 +101,7 @@ def parameters(config: Architecture, spec: Spec) -> int:
 def compiled(config: Architecture, spec: Spec, batch: int) -> Record:
     """The floor of the program that the TPU's compiler makes of the same batch."""
     layout = Layout(mesh_of(topology(SLICE)), False)
-    found = measure(Job("score", batch, TOKENS), Shapes(config, spec, layout))
+    found = measure(Job("score", batch, TOKENS), AbstractModel(config, spec, layout))
     return {"how": "floor, compiled", "fits": found["fits"], **{n: found["roofline"][n] for n in ("ms", "bound")}}
 
 

@@ -1,4 +1,4 @@
-"""What a job would need and take on a TPU or GPU, from its own compiler: no device, no weights: nothing is run.
+"""What a job needs on a TPU or GPU, as that device's own compiler says. Nothing is run: no device, no weights.
 
 `measure` compiles one job and accounts for it, `largest_batch` finds the largest batch that the compiler accepts.
 """
@@ -18,8 +18,8 @@ from rich import box
 from rich.table import Table
 
 from chai_jax.aot import gpu
-from chai_jax.aot.cost import cost
-from chai_jax.aot.programs import Job, Shapes, lower
+from chai_jax.aot.cost import program_cost
+from chai_jax.aot.programs import AbstractModel, Job, lower
 from chai_jax.aot.tpu import roofline
 from chai_jax.console import console
 from chai_jax.errors import InputError
@@ -29,12 +29,12 @@ from chai_jax.model.cache import bytes_per_token
 from chai_jax.plans.plan import Plan
 
 GIB = 2**30
-UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
+SUFFIXES = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 # "... (20.00G) exceeds available HBM (15.48G)" and "Used 20.00G of 15.48G hbm": what is needed, and what there is.
 EXHAUSTED = re.compile(r"([\d.]+)([KMGTP]?)\)? (?:exceeds available HBM \(|of )([\d.]+)([KMGTP]?)")
 
 
-def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
+def measure(job: Job, model: AbstractModel, plan: Plan | None = None) -> Record:
     """Compile a job for the devices of its mesh and account for what one device does in one run (decode: one token).
 
     Returns:
@@ -47,7 +47,7 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
     Raises:
         InputError: see `lower`; or the compiler refuses the program for another reason than memory.
     """
-    mesh = shapes.layout.mesh
+    mesh = model.layout.mesh
     device = mesh.devices.flat[0]
     record: Record = {
         **dataclasses.asdict(job),
@@ -55,19 +55,19 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
         "device": device.device_kind,
         "devices": mesh.size,
         "mesh_shape": dict(mesh.shape),
-        "kv_bytes_per_token": bytes_per_token(shapes.spec),
+        "kv_bytes_per_token": bytes_per_token(model.spec),
         "hbm_limit": hbm_limit(mesh),
     }
     began = time.perf_counter()
     try:
         with console.status(f"compiling {job.kind}, batch {job.batch}, for {mesh.size} x {device.device_kind}"):
-            compiled = _compiled(job, shapes, plan)
+            compiled = _compiled(job, model, plan)
     except jax.errors.JaxRuntimeError as error:
         record |= {"fits": False, "hbm_needed": _needed(error), "message": str(error).splitlines()[0]}
     else:
         record |= _account(compiled, record["hbm_limit"], device)
     if record["fits"]:
-        found = cost(compiled.as_text(), per_iteration=job.kind == "decode")
+        found = program_cost(compiled.as_text(), per_iteration=job.kind == "decode")
         record["roofline"] = roofline(found, device)
         record |= {name: getattr(found, name) for name in ("flops", "hbm_bytes", "open_loops")}
         record |= {"collective_bytes": found.collective_bytes, "sent_bytes": found.sent_bytes}
@@ -76,18 +76,20 @@ def measure(job: Job, shapes: Shapes, plan: Plan | None = None) -> Record:
     return record | {"compile_seconds": round(time.perf_counter() - began, 1), "versions": versions}
 
 
-def _compiled(job: Job, shapes: Shapes, plan: Plan | None) -> Any:
+def _compiled(job: Job, model: AbstractModel, plan: Plan | None) -> Any:
     """The program; libtpu's compiler refuses one that does not fit."""
-    device = shapes.layout.mesh.devices.flat[0]
+    device = model.layout.mesh.devices.flat[0]
     if device.platform != "gpu":
-        return lower(job, shapes, plan).compile()
+        return lower(job, model, plan).compile()
     with gpu.targeted(device):
-        return lower(job, shapes, plan).compile(compiler_options=gpu.OPTIONS)
+        return lower(job, model, plan).compile(compiler_options=gpu.OPTIONS)
 
 
 def _account(compiled: Any, limit: int, device: Any) -> Record:
-    """`fits` and `hbm` of a program; `hbm_needed` and `message` of one that does not fit, which XLA's compiler for GPUs
-    does not mind."""
+    """`fits` and `hbm` of a program; `hbm_needed` and `message` of one that does not fit.
+
+    libtpu's compiler has refused such a program by now; XLA's compiler for GPUs accepts it.
+    """
     if device.platform != "gpu":
         return {"fits": True, "hbm": _hbm(compiled.memory_analysis(), limit)}
     needed = program_bytes(compiled)
@@ -100,8 +102,9 @@ def _account(compiled: Any, limit: int, device: Any) -> Record:
 def _hbm(memory: Any, limit: int) -> dict[str, int]:
     """The compiler's account of a program that fits.
 
-    It does not say what it held against the limit. The sum of the parts is no less, since temporaries may lie where
-    arguments lay that are done with; nor is its peak, which counts arrays in fast memory (VMEM) too; nor is the limit.
+    The compiler does not say how much HBM the program holds at once. `at_most` is the least of three upper bounds: the
+    sum of the parts (temporaries may take the place of arguments that are done with), the compiler's peak (which counts
+    arrays in fast memory, VMEM, too), and the limit, since the program fits.
     """
     held = {
         "arguments": memory.argument_size_in_bytes,
@@ -131,7 +134,7 @@ def _exhausted(error: Exception) -> tuple[int, int] | None:
     found = EXHAUSTED.search(str(error)) if "RESOURCE_EXHAUSTED" in str(error) else None
     if found is None:
         return None
-    return int(float(found[1]) * UNITS[found[2]]), int(float(found[3]) * UNITS[found[4]])
+    return int(float(found[1]) * SUFFIXES[found[2]]), int(float(found[3]) * SUFFIXES[found[4]])
 
 
 @cache
@@ -162,16 +165,16 @@ def size(record: Record) -> int:
 
 
 def find_largest_batch(
-    job: Job, shapes: Shapes, plan: Plan | None = None, tell: Callable[[str], None] = print
+    job: Job, model: AbstractModel, plan: Plan | None = None, tell: Callable[[str], None] = print
 ) -> Record:
     """The largest batch of a job that fits, searched from the job's own (see `largest_batch`).
 
     Of a training job that is examples per update, in multiples of `accumulation` microbatches of one row a device.
     """
-    granule = shapes.layout.ways * (job.accumulation if job.unit == "update" else 1)
+    granule = model.layout.ways * (job.accumulation if job.unit == "update" else 1)
 
     def try_batch(batch: int) -> Record:
-        return measure(dataclasses.replace(job, batch=batch), shapes, plan)
+        return measure(dataclasses.replace(job, batch=batch), model, plan)
 
     return largest_batch(try_batch, granule, job.batch, tell=tell)
 

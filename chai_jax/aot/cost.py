@@ -56,7 +56,7 @@ class Collective:
 
 
 @dataclass(frozen=True)
-class Cost:
+class ProgramCost:
     """What one device does in one run of a program.
 
     Attributes:
@@ -82,7 +82,7 @@ class Cost:
         return sum((one.sent for one in self.collectives), 0.0)
 
 
-def cost(text: str, per_iteration: bool = False) -> Cost:
+def program_cost(text: str, per_iteration: bool = False) -> ProgramCost:
     """The cost of an optimized HLO module, as `compiled.as_text()` prints it, for each device of it.
 
     Args:
@@ -114,7 +114,7 @@ def cost(text: str, per_iteration: bool = False) -> Cost:
             open_loops += trips is None
             if trips is not None and trips > 1:
                 flops += times * (trips - 1) * _flops(module, one.attribute("body"))
-    return Cost(flops, moved, tuple(collectives), open_loops)
+    return ProgramCost(flops, moved, tuple(collectives), open_loops)
 
 
 def _kind(one: Instruction) -> str:

@@ -93,7 +93,7 @@ def spec_of(
 
 
 @dataclass(frozen=True)
-class Shapes:
+class AbstractModel:
     """A model without its arrays: what it is, and where it lies."""
 
     config: Architecture
@@ -149,43 +149,43 @@ def on(shape: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
-def lower(job: Job, shapes: Shapes, plan: Plan | None = None) -> Any:
+def lower(job: Job, model: AbstractModel, plan: Plan | None = None) -> Any:
     """The job's program, the very one that training, serving or scoring compiles, lowered for the mesh's devices.
 
     Raises:
         InputError: the sequence is longer than the position table, the batch does not divide over the mesh, or there
             is no kernel for its devices.
     """
-    if job.seq > shapes.config.max_positions:
-        raise InputError(f"seq is {job.seq}; expected at most the model's {shapes.config.max_positions} positions")
-    if job.kind not in TRAINING and job.batch % shapes.layout.ways:
+    if job.seq > model.config.max_positions:
+        raise InputError(f"seq is {job.seq}; expected at most the model's {model.config.max_positions} positions")
+    if job.kind not in TRAINING and job.batch % model.layout.ways:
         raise InputError(
-            f"a batch of {job.batch} does not divide over {shapes.layout.ways} data-parallel devices: choose a multiple"
+            f"a batch of {job.batch} does not divide over {model.layout.ways} data-parallel devices: choose a multiple"
         )
     if job.kind in TRAINING:
-        return _lower_update(job, shapes, plan)
-    how = Execution.choose(COMPUTE, shapes.layout, job.attention)
-    return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, shapes, how)
+        return _lower_update(job, model, plan)
+    how = Execution.choose(COMPUTE, model.layout, job.attention)
+    return {"prefill": _lower_prefill, "decode": _lower_decode, "score": _lower_score}[job.kind](job, model, how)
 
 
-def _lower_update(job: Job, shapes: Shapes, plan: Plan | None) -> Any:
-    config, spec, how = shapes.config, shapes.spec, Execution.choose(COMPUTE, shapes.layout, "xla")
-    params, extra = shapes.params(job.weights), None
+def _lower_update(job: Job, model: AbstractModel, plan: Plan | None) -> Any:
+    config, spec, how = model.config, model.spec, Execution.choose(COMPUTE, model.layout, "xla")
+    params, extra = model.params(job.weights), None
     trainable = everything(params)
     loss: Any = partial(completion_loss, config, spec, how, remat=job.remat)
     train = TrainConfig(batch=job.batch, accumulation=job.accumulation, moments=job.moments, remat=job.remat)
     if job.kind == "distil":
-        teacher, settings = replace(shapes, spec=dense_spec(config)), DistilConfig()
+        teacher, settings = replace(model, spec=dense_spec(config)), DistilConfig()
         extra = None if job.cached else teacher.params(job.weights)
         pairs = (config, config), (teacher.spec, spec)
         loss = partial(distillation_loss, *pairs, how, settings.temperature, settings.alpha, remat=job.remat)
     elif job.kind == "target":
         trainable = layer_mask(params, _tuned(config, plan))
-    masters, frozen = map(shapes.place, jax.eval_shape(partial(split, trainable=trainable), params))
+    masters, frozen = map(model.place, jax.eval_shape(partial(split, trainable=trainable), params))
     tx = optimizer(train, STEPS, trainable)
-    state = TrainState(masters, _beside(masters, jax.eval_shape(tx.init, masters), shapes.whole))
+    state = TrainState(masters, _beside(masters, jax.eval_shape(tx.init, masters), model.whole))
     update: Any = make_update(loss, tx, params, jax.tree.map(lambda x: x.sharding, state))
-    return update.lower(state, frozen, extra, _batch(job, train, shapes))
+    return update.lower(state, frozen, extra, _batch(job, train, model))
 
 
 def _tuned(config: Architecture, plan: Plan | None) -> tuple[int, ...]:
@@ -209,12 +209,12 @@ def _beside(masters: Any, moments: Any, whole: NamedSharding) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, moments)
 
 
-def _batch(job: Job, train: TrainConfig, shapes: Shapes) -> Batch:
+def _batch(job: Job, train: TrainConfig, model: AbstractModel) -> Batch:
     """One update's batch, padded as a stage pads it (see `chai_jax.adapt.updates.pack`)."""
-    count, rows = microbatches(train, shapes.layout.ways)
-    length = min(max(SHORTEST_EXAMPLE, padded(job.seq)), shapes.config.max_positions)
+    count, rows = microbatches(train, model.layout.ways)
+    length = min(max(SHORTEST_EXAMPLE, padded(job.seq)), model.config.max_positions)
     width = padded(job.targets if job.targets <= SHORT_ANSWER else length)
-    split = NamedSharding(shapes.layout.mesh, PartitionSpec(None, "data"))
+    split = NamedSharding(model.layout.mesh, PartitionSpec(None, "data"))
 
     def leaf(dtype: Any, *columns: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, rows, *columns), dtype, sharding=split)
@@ -226,7 +226,7 @@ def _batch(job: Job, train: TrainConfig, shapes: Shapes) -> Batch:
         positions=leaf(jnp.int32, width),
         targets=leaf(jnp.int32, width),
         weights=leaf(jnp.float32, width),
-        teacher=leaf(jnp.float16, width, shapes.config.vocab_size) if cached else None,
+        teacher=leaf(jnp.float16, width, model.config.vocab_size) if cached else None,
     )
 
 
@@ -235,36 +235,36 @@ def dense_spec(config: Architecture, storage: str = "bfloat16") -> Spec:
     return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
 
 
-def _serving(job: Job, shapes: Shapes, how: Execution) -> tuple[Params, dict[str, Any]]:
+def _serving(job: Job, model: AbstractModel, how: Execution) -> tuple[Params, dict[str, Any]]:
     """The parameters in the dtype they are multiplied in, and the other arguments of prefill."""
-    params = jax.eval_shape(partial(cast, how=how), shapes.params(job.weights))
+    params = jax.eval_shape(partial(cast, how=how), model.params(job.weights))
 
     def rows(dtype: Any, *columns: int) -> Any:
-        return shapes.rows((job.batch, *columns), dtype)
+        return model.rows((job.batch, *columns), dtype)
 
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
     prompts = {"tokens": rows(jnp.int32, job.seq), "mask": rows(jnp.bool_, job.seq), "keys": rows(key)}
-    rule = {"sampling": Sampling(), "eos": jax.ShapeDtypeStruct((), jnp.int32, sharding=shapes.whole)}
-    return shapes.place(params), prompts | rule
+    rule = {"sampling": Sampling(), "eos": jax.ShapeDtypeStruct((), jnp.int32, sharding=model.whole)}
+    return model.place(params), prompts | rule
 
 
-def _lower_prefill(job: Job, shapes: Shapes, how: Execution) -> Any:
-    params, inputs = _serving(replace(job, seq=bucket(job.seq)), shapes, how)
+def _lower_prefill(job: Job, model: AbstractModel, how: Execution) -> Any:
+    params, inputs = _serving(replace(job, seq=bucket(job.seq)), model, how)
     static = {"capacity": bucket(job.seq + 1), "how": how}
-    return prefill.lower(shapes.config, shapes.spec, params, **inputs, **static)
+    return prefill.lower(model.config, model.spec, params, **inputs, **static)
 
 
-def _lower_decode(job: Job, shapes: Shapes, how: Execution) -> Any:
-    config, spec = shapes.config, shapes.spec
-    params, inputs = _serving(replace(job, seq=1), shapes, how)
+def _lower_decode(job: Job, model: AbstractModel, how: Execution) -> Any:
+    config, spec = model.config, model.spec
+    params, inputs = _serving(replace(job, seq=1), model, how)
     begin = partial(prefill, config, spec, capacity=bucket(job.seq), how=how)
-    state = shapes.state(jax.eval_shape(lambda params, inputs: begin(params, **inputs), params, inputs))
+    state = model.state(jax.eval_shape(lambda params, inputs: begin(params, **inputs), params, inputs))
     until, eos = inputs["eos"], inputs["eos"]
     return decode.lower(config, spec, params, state, until, inputs["sampling"], eos, how=how)
 
 
-def _lower_score(job: Job, shapes: Shapes, how: Execution) -> Any:
-    length = padded_length(job.seq, shapes.config.max_positions)
+def _lower_score(job: Job, model: AbstractModel, how: Execution) -> Any:
+    length = padded_length(job.seq, model.config.max_positions)
     sizes: list[tuple[int, ...]] = [(job.batch, length), (job.batch,), (job.batch,), (job.batch, 1, 2)]
-    asked = Questions(*(shapes.rows(size, jnp.int32) for size in sizes))
-    return target_logprobs.lower(shapes.config, shapes.spec, how, shapes.params(job.weights), asked)
+    asked = Questions(*(model.rows(size, jnp.int32) for size in sizes))
+    return target_logprobs.lower(model.config, model.spec, how, model.params(job.weights), asked)

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from chai_jax.aot.cost import Cost
+from chai_jax.aot.cost import ProgramCost
 from chai_jax.errors import InputError
 from chai_jax.machine.peaks import CHIPS, peak
 
@@ -68,11 +68,11 @@ def mesh_of(devices: tuple[Any, ...], shape: str | None = None) -> Mesh:
     return Mesh(np.array(devices).reshape(sizes), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
-def roofline(cost: Cost, device: Any) -> dict[str, float | str]:
+def roofline(cost: ProgramCost, device: Any) -> dict[str, float | str]:
     """The least milliseconds a program can take, by compute, memory and interconnect, and which of them is the bound.
 
-    Williams et al. 2009 (CACM 52:4): each alone at its peak rate, all at once. No program comes down to it. `peaks`
-    names the rates.
+    Roofline (Williams et al. 2009, CACM 52:4): each of the three works at its peak rate, and all at the same time. Real
+    programs take longer. `peaks` names the rates.
     """
     rates = peak(device)
     assert rates is not None

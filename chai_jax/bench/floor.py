@@ -10,10 +10,10 @@ and per predicted token h FLOPs:
     prefill             weights + B (k P + cache per sequence)                    B (t P + p P (P + 1) / 2 - s + h)
     scoring B questions weights                                                   B (t Q + p Q (Q + 1) / 2 - s + h)
 
-where s is what the last layer spares at all tokens but the last one, of which it needs no more than keys and values
-(`chai_jax.model.flops.spared`). The step is the mean one: step i reads or writes P + i columns. An embedding that is
-looked up rather than multiplied counts by the rows that are read. Weights that fit the processor's caches can be read
-faster than memory gives them: a tiny model may pass its floor.
+where s are the FLOPs that the last layer saves: of all tokens but the last one it computes only keys and values
+(`chai_jax.model.flops.spared`). The step is the mean one: step i reads or writes P + i columns. Of an embedding that is
+looked up, not multiplied, the rows that are read count. Weights that fit into the processor's caches can be read faster
+than memory gives them: a tiny model may be faster than its floor.
 """
 
 import statistics
@@ -61,9 +61,9 @@ class Rates:
 def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float = 1.0) -> Rates:
     """The best rates of a short probe of the first device: those of the machine when nothing else disturbs it.
 
-    Bytes: a square matrix times a vector, and its sum, whichever is faster; FLOPs: the product of two squares of random
-    numbers that were float16, as published weights, by XLA and as models are multiplied by default
-    (`chai_jax.model.products`), whichever is faster.
+    Bytes are read by a square matrix times a vector, or by the matrix's sum, whichever is faster. FLOPs are those of
+    the product of two squares, by XLA or as models are multiplied by default (`chai_jax.model.products`), whichever is
+    faster. The squares hold random numbers rounded to float16, as published weights are.
 
     Args:
         sides: of the two kinds of squares; the first must be too large for any cache. Not given, 8,192 (268 MB of
@@ -95,7 +95,7 @@ def _best(function: Callable[..., Any], seconds: float, *args: Any) -> float:
 
 
 @dataclass(frozen=True)
-class Work:
+class LeastWork:
     """What a program must at least move and multiply."""
 
     bytes: int | float
@@ -108,7 +108,7 @@ class Work:
         return {"ms": 1e3 * max(moving, computing), "bound": bound, "bytes": self.bytes, "flops": self.flops}
 
 
-def works(model: Model, shape: Shape) -> dict[str, Work]:
+def least_work(model: Model, shape: Shape) -> dict[str, LeastWork]:
     """Of each of `MEASURES` the work that is timed: a question, a prefill of the batch, a step of the batch (see the
     module's text for the formulas)."""
     batch, prompt, question = shape.batch, shape.prompt, shape.question
@@ -125,9 +125,9 @@ def works(model: Model, shape: Shape) -> dict[str, Work]:
         return batch * (flops.token * tokens + flops.pair * all_pairs - saved + flops.target)
 
     return {
-        "score_ms_per_example": Work(weights(question) / batch, forward(question) / batch),
-        "prefill_ms": Work(weights(prompt) + batch * (row * prompt + fixed), forward(prompt)),
-        "decode_ms_per_token": Work(
+        "score_ms_per_example": LeastWork(weights(question) / batch, forward(question) / batch),
+        "prefill_ms": LeastWork(weights(prompt) + batch * (row * prompt + fixed), forward(prompt)),
+        "decode_ms_per_token": LeastWork(
             weights(1) + batch * (row * filled + fixed),
             batch * (flops.token + flops.pair * filled + flops.target),
         ),

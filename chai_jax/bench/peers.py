@@ -184,12 +184,18 @@ class CTranslate2:
 
 
 class Numbers:
-    """As much of a tokenizer as CTranslate2's converter asks for: token 7 is named "7"."""
+    """As much of a tokenizer as CTranslate2's converter asks for: token 7 is named "7".
+
+    The converter wants one token of each kind. Of several ends it gets the first, and the padding in place of a token
+    that the model does not have: what is timed neither begins with them nor ends at them.
+    """
 
     def __init__(self, model: Model) -> None:
+        begin, end, pad = model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id
         self.size = model.config.vocab_size
-        self.bos_token, self.eos_token = str(model.config.bos_token_id), str(model.config.eos_token_id)
-        self.unk_token = str(model.config.pad_token_id)
+        self.bos_token = str(pad if begin is None else begin)
+        self.eos_token = str(pad if end is None else end[0] if isinstance(end, tuple) else end)
+        self.unk_token = str(pad)
 
     def get_vocab(self) -> dict[str, int]:
         return {str(number): number for number in range(self.size)}

@@ -1,4 +1,4 @@
-"""Latency of several models side by side: warmed up, interleaved, medians with their spread, compilation apart."""
+"""Latency of several models side by side: warmed up, interleaved, medians with percentiles, compilation apart."""
 
 import math
 import time
@@ -112,7 +112,7 @@ def race(
 ) -> dict[str, Record]:
     """Time scoring, prefill and decoding of every entrant, one after the other within each of `trials` rounds.
 
-    Weights are cast to the compute dtype beforehand, so all models are in memory at once in that dtype. Prompts are
+    Weights are cast to the compute dtype beforehand: all models are in memory at once, in that dtype. Prompts are
     random tokens, no sequence stops early, and decoding is greedy.
 
     Args:
@@ -140,8 +140,8 @@ def race(
     common |= {"device": jax.devices()[0].device_kind, "dtype": dtype}
     return {
         name: {
-            **_spread(rounds[name]),
-            "ratio_to_first": _spread(rounds[name] / first),
+            **_percentiles(rounds[name]),
+            "ratio_to_first": _percentiles(rounds[name] / first),
             "compile_seconds": round(contender.compile_seconds, 3),
             "bytes": contender.bytes,
             **({"long_run": means[name]} if tokens else {}),
@@ -200,12 +200,12 @@ def long_run(ready: Mapping[str, Contender], shape: Shape, tokens: int) -> dict[
     }
 
 
-def _spread(rounds: Float[np.ndarray, "N 3"]) -> dict[str, dict[str, float]]:
-    """`spread` of each measure over the rounds."""
-    return {measure: spread(rounds[:, column]) for column, measure in enumerate(MEASURES)}
+def _percentiles(rounds: Float[np.ndarray, "N 3"]) -> dict[str, dict[str, float]]:
+    """`percentiles` of each measure over the rounds."""
+    return {measure: percentiles(rounds[:, column]) for column, measure in enumerate(MEASURES)}
 
 
-def spread(rounds: Float[np.ndarray, " N"]) -> dict[str, float]:
+def percentiles(rounds: Float[np.ndarray, " N"]) -> dict[str, float]:
     """The median and the 10th and 90th percentile."""
     low, median, high = np.percentile(rounds, [10, 50, 90]).tolist()
     return {"median": median, "p10": low, "p90": high}

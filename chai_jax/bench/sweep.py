@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from chai_jax.bench.floor import Rates, probe_rates, works
+from chai_jax.bench.floor import Rates, least_work, probe_rates
 from chai_jax.bench.peers import PEERS
 from chai_jax.bench.race import Build, Shape, Timed, check_comparable, race
 from chai_jax.compress.cluster import cluster
@@ -106,11 +106,11 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
     """Race the entrants at every shape and set the times beside the floors that a probe of this machine gives.
 
     Returns:
-        `probe`, the rates that the floors are at: on CPUs the median of a short `probe_rates` in every round, since
-        what a shared machine gives changes by the minute; elsewhere, where a probe would take memory from the models,
-        the better of one before and one after. `probe_best`, the best moments among them. `rows`, see `_row`;
-        `peak_device_bytes`, the most that was in use on the first device up to the end, all models together (None
-        where the backend does not say).
+        `probe`: the rates that the floors are computed from. On CPUs it is the median of a short `probe_rates` in every
+        round, since a shared machine's speed changes by the minute. Elsewhere a probe would take memory from the
+        models: there it is the better of one before and one after. `probe_best`: the best rates of all probes. `rows`:
+        see `_row`. `peak_device_bytes`: the most that was in use on the first device, all models together (None where
+        the backend does not say).
 
     Raises:
         InputError: see `race`.
@@ -149,7 +149,7 @@ def sweep(entrants: Sequence[Entrant], over: Sequence[Shape], trials: int, seed:
 def _row(entrant: Entrant, shape: Shape, timed: Record, rates: Rates) -> Record:
     """What was timed, with `tokens_per_second` while decoding and `inferences_per_second` (scored examples); for each
     of `MEASURES` the `floor` and `floor_fraction`, the part of the median that the floor is."""
-    floors = {name: work.floor(rates) for name, work in works(entrant.model, shape).items()}
+    floors = {name: work.floor(rates) for name, work in least_work(entrant.model, shape).items()}
     return {
         **entrant.facts(),
         **timed,

@@ -64,7 +64,7 @@ class AotCommand:
         jax.config.update("jax_platforms", "cpu")
         from chai_jax.aot import gpu
         from chai_jax.aot.compiled import find_largest_batch, measure, report
-        from chai_jax.aot.programs import Job, Shapes, spec_of
+        from chai_jax.aot.programs import AbstractModel, Job, spec_of
         from chai_jax.aot.tpu import mesh_of, topology
         from chai_jax.files.published import architecture_of
         from chai_jax.model.kernels import resolved
@@ -75,16 +75,16 @@ class AotCommand:
         spec = spec_of(config, plan, self.share, self.clusters, self.storage)
         devices = (gpu.topology if self.topology in gpu.DESCRIPTIONS else topology)(self.topology)
         mesh = mesh_of(devices, self.mesh)
-        shapes = Shapes(config, spec, Layout(mesh, self.fsdp))
+        abstract = AbstractModel(config, spec, Layout(mesh, self.fsdp))
         sizes = self.batch, self.seq, self.targets, self.accumulation
         attention = resolved(self.attention, mesh.devices.flatten())
         job = Job(self.job, *sizes, self.weights, self.cache_teacher, self.moments, self.remat, attention)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}
         if not self.largest_batch:
-            record = measure(job, shapes, plan)
+            record = measure(job, abstract, plan)
             print_table(report(record))
             return given | record
-        found = find_largest_batch(job, shapes, plan, tell=lambda line: console.print(line, highlight=False))
+        found = find_largest_batch(job, abstract, plan, tell=lambda line: console.print(line, highlight=False))
         for record in (found["fitting"], found["failing"]):
             if record is not None:
                 print_table(report(record))

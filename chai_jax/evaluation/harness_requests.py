@@ -4,14 +4,13 @@ from functools import partial
 from typing import Any
 
 from chai_jax.errors import InputError
-
-BATCH_SIZE = 32
+from chai_jax.evaluation.tasks import BATCH_SIZE
 
 Settings = tuple[tuple[str, ...], int, float, int | None, float | None]
 
 
 def sequences(wanted: int | str) -> int:
-    """The batch size that `--batch_size` asks for; "auto" is 32."""
+    """The batch size that `--batch_size` asks for; "auto" is that of `evaluate`."""
     if str(wanted).startswith("auto"):
         return BATCH_SIZE
     if not str(wanted).isdecimal() or int(wanted) < 1:

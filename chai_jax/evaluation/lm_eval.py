@@ -18,14 +18,9 @@ import jax
 from chai_jax.data.batches import Encoded
 from chai_jax.data.tokens import bare_tokens, prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
-from chai_jax.evaluation.harness_requests import (
-    BATCH_SIZE,
-    check_template,
-    conversation,
-    generation_settings,
-    sequences,
-)
+from chai_jax.evaluation.harness_requests import check_template, conversation, generation_settings, sequences
 from chai_jax.evaluation.harness_tasks import SOURCES, local_rows, write_tasks
+from chai_jax.evaluation.tasks import BATCH_SIZE
 from chai_jax.files.atomic import check_writable
 from chai_jax.inputs.reading import Record
 from chai_jax.machine.processes import first_process
@@ -133,8 +128,8 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(Summed log-probability, is greedy) per (context, continuation), one task after the other.
 
-        A compressed cache rounds what float32 sums in another order in another batch: so a task's batches, and its
-        answers bit for bit, are those of `evaluate`, whichever tasks are run beside it.
+        The order of float32 sums depends on the batch, and a compressed cache rounds what comes of them. So no batch
+        holds questions of two tasks: a task's answers are those of `evaluate` bit for bit, whatever runs beside it.
         """
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         for task in dict.fromkeys(request.task_name for request in requests):

@@ -1,35 +1,36 @@
-"""What a number of right answers is worth: errors, intervals, calibration, and paired comparisons. Pure numpy."""
+"""What a number of right answers is worth: errors, intervals, calibration, and paired comparisons."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+from scipy.stats import binomtest
 
 Z95 = 1.959963984540054  # 97.5 % quantile of the normal distribution
 BINS = 10
 
 
 def standard_error(x: Float[np.ndarray, " N"]) -> float:
-    """Of the mean: sample standard deviation (ddof 1) over sqrt(n), as lm-eval's `mean_stderr`; nan for one value."""
+    """Standard error of the mean: the sample's deviation over sqrt(N), as lm-eval's `mean_stderr`; nan of one value."""
     return float(np.std(x, ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
 
 
-def wilson(successes: int, n: int, z: float = Z95) -> tuple[float, float]:
-    """Score interval of a proportion (Wilson 1927, JASA 22:209); stays inside [0, 1] and is sane at 0 and n."""
-    p = successes / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return float(max(centre - half, 0.0)), float(min(centre + half, 1.0))
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """95 % score interval of a proportion (Wilson 1927, JASA 22:209).
+
+    It stays inside [0, 1], and has a width at 0 and at n successes too.
+    """
+    found = binomtest(successes, n).proportion_ci(0.95, "wilson")
+    return float(found.low), float(found.high)
 
 
 def calibration_error(confidence: Float[np.ndarray, " N"], right: Bool[np.ndarray, " N"], bins: int = BINS) -> float:
     """Expected calibration error (Guo et al. 2017, arXiv 1706.04599, equation 3).
 
-    |accuracy - mean confidence| in each of `bins` equal parts of [0, 1], weighted by how many examples fall into it.
-
-    An estimate from few examples is too high, since noise never cancels between bins (Kumar et al. 2019, arXiv
-    1909.10155); so is its bootstrap interval.
+    It is the mean of |accuracy - mean confidence| over `bins` equal parts of [0, 1], each weighted by its examples.
+    From few examples the estimate is too high, since noise does not cancel between bins (Kumar et al. 2019, arXiv
+    1909.10155). So is its bootstrap interval.
 
     Args:
         confidence: probability of the chosen answer among the choices.

@@ -26,7 +26,8 @@ class Peak:
 
 
 # By JAX's name of the device; the first that a device's kind begins with. TPUs: docs.cloud.google.com/tpu/docs/
-# {v2,v3,v4,v5e,v5p,v6e}; links of v2 and v3: Jouppi et al. 2020 (CACM 63:7), table 3. GPUs: NVIDIA's data sheets.
+# {v2,v3,v4,v5e,v5p,v6e}; links of v2 and v3: Jouppi et al. 2020 (CACM 63:7), table 3. GPUs: NVIDIA's data sheets, those
+# of L40 and L40S as mullet.se/product.html?product_id=355414 quotes them (BFLOAT16 Tensor Core without sparsity).
 CHIPS: Mapping[str, Peak] = {
     "TPU v2": Peak(46e12, 700e9, 4 * 62e9),
     "TPU v3": Peak(123e12, 900e9, 4 * 82e9),
@@ -38,8 +39,8 @@ CHIPS: Mapping[str, Peak] = {
     "NVIDIA H100 PCIe": Peak(756e12),
     "NVIDIA H100": Peak(989e12, 3352e9, 450e9),
     "NVIDIA A100": Peak(312e12),
-    "NVIDIA L40S": Peak(362e12),
-    "NVIDIA L40": Peak(181e12),
+    "NVIDIA L40S": Peak(362.05e12),
+    "NVIDIA L40": Peak(181.05e12),
     "NVIDIA L4": Peak(121e12),
     "Tesla V100": Peak(125e12),
     "Tesla T4": Peak(65e12),

@@ -7,14 +7,9 @@ from typing import Any
 from chai_jax.files.atomic import finite, write_json, write_text
 from chai_jax.inputs.reading import Record
 from chai_jax.report.figures import pareto
-from chai_jax.report.tables import Column, as_csv, markdown, percent
+from chai_jax.report.tables import Column, as_csv, markdown, percent, with_percentiles
 
 FIRST, EACH, SCORED = "prefill_ms", "decode_ms_per_token", "score_ms_per_example"
-
-
-def spread(values: Record, digits: int = 2) -> str:
-    """A median with its 10th and 90th percentile."""
-    return f"{values['median']:,.{digits}f} [{values['p10']:,.{digits}f}, {values['p90']:,.{digits}f}]"
 
 
 def _ratio(record: Record) -> str:
@@ -42,10 +37,10 @@ def _bytes(name: str) -> Any:
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda record: record["model"]),
     ("batch x prompt + new", lambda record: f"{record['batch']} x {record['prompt']} + {record['new_tokens']}"),
-    ("first token, ms", lambda record: spread(record[FIRST])),
-    ("step of the batch, ms", lambda record: spread(record[EACH])),
-    ("tokens/s", lambda record: spread(record["tokens_per_second"], 1)),
-    ("inferences/s", lambda record: spread(record["inferences_per_second"], 1)),
+    ("first token, ms", lambda record: with_percentiles(record[FIRST])),
+    ("step of the batch, ms", lambda record: with_percentiles(record[EACH])),
+    ("tokens/s", lambda record: with_percentiles(record["tokens_per_second"], 1)),
+    ("inferences/s", lambda record: with_percentiles(record["inferences_per_second"], 1)),
     ("ratios to the first model", _ratio),
     ("floor, ms (reached)", _floor),
 )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,10 +21,10 @@ from chai_jax.report.figures import (
     sensitivity,
     unbeaten,
 )
+from chai_jax.report.figures.draw import Row
 from chai_jax.report.saved import SavedRun
 from chai_jax.report.tables import score
 
-Row = dict[str, Any]
 PERPLEXITY = Measure("perplexity", "perplexity", lower=True, format=".2f")
 COST = "KV cache (% of dense bfloat16)"
 UNITS = {"kl": "KL (nats/token)", "perturbation": "rise of the loss (nats/token)", "attention": "mean |score|"}

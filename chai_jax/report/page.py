@@ -1,35 +1,52 @@
-"""One self-contained HTML page about one or several runs: tables, pictures, settings, and how to get them again."""
+"""One self-contained HTML page about one or several runs: tables, pictures, settings, and how to get them again.
+
+What the page says is put together here; how it looks is in `page.html` and `page.css`.
+"""
 
 import base64
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from chai_jax.analyse.explain import explain
 from chai_jax.files.atomic import write_text
 from chai_jax.inputs.reading import Record
 from chai_jax.report.figures import DPI
 from chai_jax.report.gallery import Picture, draw, draw_front, scores
-from chai_jax.report.markup import Markup, escape, image, join, pairs, table, tag
 from chai_jax.report.saved import SavedRun
-from chai_jax.report.tables import COLUMNS, Column, number, percent, score
+from chai_jax.report.tables import COLUMNS, Column, number, percent, score, with_percentiles
+from chai_jax.report.text import printable
 
 PIXELS_PER_INCH = 96
 FITS_A_PHONE = 560  # CSS pixels: shrunk to a phone's width, letters are still readable
-WHERE = ("versions", "device", "compute_dtype", "mesh", "processes")
-# Nothing but what the page itself holds: the browser refuses everything else, scripts too.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+MACHINE = ("versions", "device", "compute_dtype", "mesh", "processes")
 
 
-def _spread(measure: str, of: str | None = None) -> Any:
-    """Median with the 10th and 90th percentile, of a latency or of its ratios."""
+def _shown(value: Any) -> Any:
+    """What stands in the template's braces, as text that can be shown; markup stays as it is."""
+    return value if hasattr(value, "__html__") else printable(value)
+
+
+PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    finalize=_shown,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+)
+
+
+def _timed(measure: str, of: str | None = None) -> Callable[[Record], str]:
+    """The cell of a latency (or, `of` those, of its ratios) in a table."""
 
     def cell(record: Record) -> str:
-        found = (record["latency"][of] if of else record["latency"])[measure]
-        return f"{found['median']:.2f} [{found['p10']:.2f}, {found['p90']:.2f}]"
+        return with_percentiles((record["latency"][of] if of else record["latency"])[measure])
 
     return cell
 
@@ -53,10 +70,10 @@ DETAILS: tuple[Column, ...] = (
 )
 LATENCIES: tuple[Column, ...] = (
     COLUMNS[0],
-    ("scoring (ms/example)", _spread("score_ms_per_example")),
-    ("prefill (ms/batch)", _spread("prefill_ms")),
-    ("decoding (ms/token)", _spread("decode_ms_per_token")),
-    ("decoding over dense", _spread("decode_ms_per_token", "ratio_to_first")),
+    ("scoring (ms/example)", _timed("score_ms_per_example")),
+    ("prefill (ms/batch)", _timed("prefill_ms")),
+    ("decoding (ms/token)", _timed("decode_ms_per_token")),
+    ("decoding over dense", _timed("decode_ms_per_token", "ratio_to_first")),
     ("compiling (s)", lambda record: f"{record['latency']['compile_seconds']:,.1f}"),
     ("decoding peak (bytes)", lambda record: f"{record['latency']['bytes']['decode_peak']:,}"),
 )
@@ -83,6 +100,27 @@ LAYERS: tuple[Column, ...] = (
 )
 
 
+@dataclass(frozen=True)
+class PageTable:
+    """A table below its caption; the first cell of a row names it, and `links` to the run of that number."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    links: bool = False
+
+
+@dataclass(frozen=True)
+class PagePicture:
+    """A picture within the page: `width` CSS pixels wide where there is room; else it `scrolls` sideways or shrinks."""
+
+    source: str
+    title: str
+    alt: str
+    width: int
+    scrolls: bool
+
+
 def write_page(folders: Sequence[Path], out: Path, keep: Path | None = None) -> Record:
     """Write a page about the runs in `folders` to `out`.
 
@@ -98,66 +136,36 @@ def write_page(folders: Sequence[Path], out: Path, keep: Path | None = None) -> 
     runs = [SavedRun.read(folder) for folder in folders]
     with TemporaryDirectory(prefix="chai_jax_report_") as temporary:
         places = [keep or Path(temporary) / str(at) for at in range(len(runs))]
-        galleries = [draw(run, place) for run, place in zip(runs, places, strict=True)]
-        compared = [_compare(runs, Path(temporary))] if len(runs) > 1 else []
-        content = [_run(at, run, gallery) for at, (run, gallery) in enumerate(zip(runs, galleries, strict=True))]
-        page = _page(runs, [*compared, *content])
-    write_text(out, page)
-    return {"out": str(out), "bytes": len(page.encode()), "pictures": page.count("<img ")}
-
-
-def _page(runs: Sequence[SavedRun], sections: Sequence[Markup]) -> str:
+        sections = [_section(run, draw(run, place)) for run, place in zip(runs, places, strict=True)]
+        comparison = _comparison(runs, Path(temporary)) if len(runs) > 1 else {"pictures": []}
     title = f"chai_jax: {runs[0].name}" if len(runs) == 1 else f"chai_jax: {len(runs)} runs"
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    head = tag(
-        "head",
-        Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{escape(POLICY)}">'),
-        tag("title", title),
-        tag("style", Markup(style)),
-    )
-    links = [tag("li", _link(at, run)) for at, run in enumerate(runs)]
-    content = tag("body", tag("h1", "chai_jax report"), *([tag("ul", *links)] if len(runs) > 1 else []), *sections)
-    return f"<!DOCTYPE html>\n{tag('html', head, content, lang='en')}\n"
+    page = PAGES.get_template("page.html").render(title=title, runs=sections, comparison=comparison)
+    write_text(out, page)
+    pictures = sum(len(part["pictures"]) for part in (comparison, *sections))
+    return {"out": str(out), "bytes": len(page.encode()), "pictures": pictures}
 
 
-def _link(number: int, run: SavedRun) -> Markup:
-    return tag("a", f"{number + 1}: {run.name}", href=f"#run-{number}")
-
-
-def _run(number: int, run: SavedRun, gallery: Sequence[Picture]) -> Markup:
-    """All about one run."""
+def _section(run: SavedRun, gallery: Sequence[Picture]) -> Record:
+    """All about one run, by the names that the template has for it."""
     finished = datetime.fromtimestamp((run.path / "results.json").stat().st_mtime, UTC)
-    parts = [
-        tag("h2", run.name, id=f"run-{number}"),
-        tag("p", _summary(run)),
-        tag("p", f"Folder {run.path}, finished {finished:%Y-%m-%d %H:%M} UTC.", class_="quiet"),
-        _warnings(run.concerns),
-        tag("h3", "Stages"),
-        _table(
-            run.records, DETAILS, f"{run.scored_on}; {run.measured_on}. Differences and flips: against dense, paired."
-        ),
-        tag("h3", "Latency"),
-        _table(run.records, LATENCIES, _how_timed(run.records[0]["latency"])),
-        tag("h3", "Pictures"),
-        *(_figure(picture) for picture in gallery),
-        tag("h3", "Plan"),
-        _plan(run),
-        tag("h3", "How to get this again"),
-        tag("p", "Data and model paths are those of the run; add --out for the folder of the new one."),
-        tag("pre", run.command),
-        tag("h3", "Configuration"),
-        _settings(run.config),
-        tag("h3", "Versions and device"),
-        _settings(
-            {name: run.records[0].get(name) for name in ("versions", "device", "compute_dtype", "mesh", "processes")}
-        ),
-    ]
-    return tag("section", *parts)
+    scored = f"{run.scored_on}; {run.measured_on}. Differences and flips are against the dense model, paired."
+    return {
+        "name": run.name,
+        "summary": _summary(run),
+        "place": f"Folder {run.path}, finished {finished:%Y-%m-%d %H:%M} UTC.",
+        "concerns": run.concerns,
+        "stages": _table(run.records, DETAILS, scored),
+        "latencies": _table(run.records, LATENCIES, _how_timed(run.records[0]["latency"])),
+        "pictures": [_embedded(picture) for picture in gallery],
+        "layers": _table(explain(run.plan, run.shape), LAYERS, _about_plan(run)),
+        "command": run.command,
+        "settings": _settings(run.config),
+        "machine": _settings({name: run.records[0].get(name) for name in MACHINE}),
+    }
 
 
 def _summary(run: SavedRun) -> str:
-    """In a sentence or two, what was done and what it cost and bought."""
+    """In a few sentences, what was done and what it cost and bought."""
     dense, last = run.records[0], run.records[-1]
     stages = ", ".join(record["stage"] for record in run.records[1:]) or "nothing"
     return (
@@ -168,75 +176,69 @@ def _summary(run: SavedRun) -> str:
     )
 
 
-def _warnings(concerns: Sequence[str]) -> Markup:
-    if not concerns:
-        return join()
-    return tag("div", *(tag("p", tag("strong", "Warning: "), concern) for concern in concerns), class_="warning")
-
-
 def _how_timed(latency: Record) -> str:
     return (
         f"Median [p10, p90] of n = {latency['n']} trials, all stages interleaved in one run; batch {latency['batch']}, "
         f"prompt {latency['prompt']}, {latency['new_tokens']} new tokens; {latency['device']}, {latency['dtype']}. "
-        "Compile time is apart."
+        "The time of compiling is not in the other columns."
     )
 
 
-def _table(records: Sequence[Record], columns: Sequence[Column], caption: str) -> Markup:
-    rows = [[cell(record) for _, cell in columns] for record in records]
-    return table([name for name, _ in columns], rows, caption)
-
-
-def _plan(run: SavedRun) -> Markup:
-    """The plan, a row per layer; bytes are by formula."""
-    plan, rows = run.plan, explain(run.plan, run.shape)
+def _about_plan(run: SavedRun) -> str:
+    plan = run.plan
     found = (("predicted", plan.predicted), ("measured", plan.measured))
     moved = "".join(f" KL {name}: {value:.3g} nats/token." for name, value in found if value is not None)
     merges = f"Membership {plan.membership}; scores {plan.score_merge}, values {plan.value_merge}."
-    return _table(rows, LAYERS, f"{merges}{moved} Bytes by formula, for one sequence.")
+    return f"{merges}{moved} Bytes by formula, for one sequence."
 
 
-def _settings(values: Record) -> Markup:
+def _table(records: Sequence[Record], columns: Sequence[Column], caption: str) -> PageTable:
+    return PageTable(
+        caption, [name for name, _ in columns], [[cell(record) for _, cell in columns] for record in records]
+    )
+
+
+def _settings(values: Record, group: str = "") -> list[tuple[str, object]]:
     """Names and values; those of a group with its name before theirs."""
-    return pairs([(name, "-" if value in (None, "") else value) for name, value in _named(values)])
-
-
-def _named(values: Record, prefix: str = "") -> list[tuple[str, object]]:
     found: list[tuple[str, object]] = []
     for name, value in values.items():
-        found += _named(value, f"{prefix}{name}.") if isinstance(value, dict) else [(f"{prefix}{name}", value)]
+        if isinstance(value, dict):
+            found += _settings(value, f"{group}{name}.")
+        else:
+            found.append((f"{group}{name}", "-" if value in (None, "") else value))
     return found
 
 
-def _figure(picture: Picture) -> Markup:
+def _embedded(picture: Picture) -> PagePicture:
     """The picture in whichever format is smaller, as wide as it was drawn."""
     png, svg = (picture.path.with_name(picture.path.name + suffix) for suffix in (".png", ".svg"))
     width = struct.unpack(">I", png.read_bytes()[16:20])[0] * PIXELS_PER_INCH // DPI
     chosen = min((svg, png), key=lambda path: path.stat().st_size)
     kind = "svg+xml" if chosen == svg else "png"
     source = f"data:image/{kind};base64,{base64.b64encode(chosen.read_bytes()).decode()}"
-    wide = {"class_": "wide", "tabindex": "0"} if width > FITS_A_PHONE else {}
-    shown = tag("div", image(source, picture.alt, width), **wide)
-    return tag("figure", shown, tag("figcaption", tag("strong", f"{picture.title}. "), picture.alt))
+    return PagePicture(source, picture.title, picture.alt, width, width > FITS_A_PHONE)
 
 
-def _compare(runs: Sequence[SavedRun], folder: Path) -> Markup:
+def _comparison(runs: Sequence[SavedRun], folder: Path) -> Record:
     """The last stage of every run side by side, and the scores against the cache where all are on one task.
 
     Latencies are left out: they are comparable within a run only.
     """
     columns = COLUMNS[1:-1]
     rows = [
-        [_link(at, run), run.records[-1]["stage"]] + [cell(run.records[-1]) for _, cell in columns]
-        for at, run in enumerate(runs)
+        [f"{at}: {run.name}", run.records[-1]["stage"]] + [cell(run.records[-1]) for _, cell in columns]
+        for at, run in enumerate(runs, 1)
     ]
     caption = "The last stage of each run. Latencies can be compared only within a run, and are not shown here."
-    parts = [tag("h2", "Comparison"), table(["run", "stage", *(name for name, _ in columns)], rows, caption)]
-    if len({("acc" in run.records[0]["metrics"], run.records[0]["task"]) for run in runs}) == 1:
-        found = [scores([run.records[0], run.records[-1]], f"{at}: {run.name}") for at, run in enumerate(runs, 1)]
-        points = [row for rows, _ in found for row in rows]
-        where = " / ".join(dict.fromkeys(run.measured_on for run in runs))
-        draw_front(folder / "runs", points, found[0][1], f"{runs[0].scored_on}; {where}.")
-        alt = "Scores of each run's dense model and last stage against the bytes of their cache."
-        parts.append(_figure(Picture(folder / "runs", "From dense to the last stage", alt)))
-    return tag("section", *parts)
+    table = PageTable(caption, ["run", "stage", *(name for name, _ in columns)], rows, links=True)
+    if len({("acc" in run.records[0]["metrics"], run.records[0]["task"]) for run in runs}) > 1:
+        return {"last_stages": table, "pictures": []}
+    found = [scores([run.records[0], run.records[-1]], f"{at}: {run.name}") for at, run in enumerate(runs, 1)]
+    points = [row for rows, _ in found for row in rows]
+    where = " / ".join(dict.fromkeys(run.measured_on for run in runs))
+    draw_front(folder / "runs", points, found[0][1], f"{runs[0].scored_on}; {where}.")
+    alt = "Scores of each run's dense model and last stage against the bytes of their cache."
+    return {
+        "last_stages": table,
+        "pictures": [_embedded(Picture(folder / "runs", "From dense to the last stage", alt))],
+    }

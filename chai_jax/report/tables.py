@@ -23,6 +23,11 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
+def with_percentiles(values: Record, digits: int = 2) -> str:
+    """A median with its 10th and 90th percentile, as in `1.00 [0.50, 6.25]`."""
+    return f"{values['median']:,.{digits}f} [{values['p10']:,.{digits}f}, {values['p90']:,.{digits}f}]"
+
+
 def score(record: Record) -> str:
     """Accuracy or perplexity with its standard error."""
     metrics = record["metrics"]

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from chai_jax.report.bench import spread
-from chai_jax.report.tables import Column, percent
+from chai_jax.report.tables import Column, percent, with_percentiles
 from lab.options import Record
 
 DENSE, SMALL, PEER = "dense", "compressed", "transformers"
@@ -46,7 +45,7 @@ class Goal:
         if judged["met"] is None:
             return f"{asked}: {judged['why']}"
         ends = "p10" in judged
-        number = spread(judged, self.digits) if ends else f"{judged['median']:,.{self.digits}f}"
+        number = with_percentiles(judged, self.digits) if ends else f"{judged['median']:,.{self.digits}f}"
         return f"{asked}: {number} ({judged['cache']}, batch {judged['batch']})"
 
 
@@ -100,7 +99,7 @@ def _note(row: Record) -> str:
 
 
 def _times(row: Record) -> str:
-    return ", ".join(f"{spread(ratio)} {other}" for other, ratio in row["times"].items()) or "-"
+    return ", ".join(f"{with_percentiles(ratio)} {other}" for other, ratio in row["times"].items()) or "-"
 
 
 def _floor(row: Record) -> str:
@@ -112,8 +111,8 @@ COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"].rstrip("/").split("/")[-1]),
     ("cache", lambda row: row["cache"]),
     ("batch", _when("batch", lambda row: f"{row['batch']:,}")),
-    ("ms a step, a batch of prompts, or a question", _when("ms", lambda row: spread(row["ms"], 3))),
-    ("tokens/s, or inferences/s", _when("rate", lambda row: spread(row["rate"], 0))),
+    ("ms a step, a batch of prompts, or a question", _when("ms", lambda row: with_percentiles(row["ms"], 3))),
+    ("tokens/s, or inferences/s", _when("rate", lambda row: with_percentiles(row["rate"], 0))),
     ("times", _when("times", _times)),
     ("floor, ms (reached, bound by)", _when("floor", _floor)),
     ("cache bytes", _when("bytes", lambda row: f"{row['bytes']['kv']:,}" if "kv" in row["bytes"] else "-")),

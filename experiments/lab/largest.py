@@ -7,7 +7,7 @@ import jax
 
 from chai_jax.aot import gpu
 from chai_jax.aot.compiled import GIB, largest_batch
-from chai_jax.aot.programs import Job, Shapes, lower, spec_of
+from chai_jax.aot.programs import AbstractModel, Job, lower, spec_of
 from chai_jax.bench.race import Shape
 from chai_jax.console import console
 from chai_jax.files.published import architecture_of
@@ -35,12 +35,12 @@ def searched(shape: str, choices: dict[str, Any], end: int, first: int, limit: i
         first: batch to begin with.
     """
     config, on_gpu = architecture_of(shape), jax.default_backend() == "gpu"
-    shapes = Shapes(config, spec_of(config, **choices), Layout(make_mesh(1)))
+    abstract = AbstractModel(config, spec_of(config, **choices), Layout(make_mesh(1)))
     attention = resolved("auto", jax.devices()[:1])
 
     def account(batch: int) -> Record:
         with console.status(f"compiling batch {batch}"):
-            lowered = lower(Job("decode", batch, end, attention=attention), shapes)
+            lowered = lower(Job("decode", batch, end, attention=attention), abstract)
             needed = program_bytes(lowered.compile(compiler_options=gpu.OPTIONS if on_gpu else None))
         return {"fits": needed <= limit, "hbm": {"at_most": needed}, "hbm_needed": needed, "hbm_limit": limit}
 

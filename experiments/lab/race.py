@@ -3,8 +3,8 @@
 from dataclasses import asdict
 from typing import Any
 
-from chai_jax.bench.floor import Rates, works
-from chai_jax.bench.race import interleaved, spread
+from chai_jax.bench.floor import Rates, least_work
+from chai_jax.bench.race import interleaved, percentiles
 from chai_jax.bench.sweep import throughput
 from chai_jax.model.model import Model
 from lab.options import Record
@@ -18,7 +18,7 @@ def in_turn(ready: dict[str, Any], count: int) -> dict[str, Any]:
 
 def row_of(name: str, one: Any, model: Model, rounds: dict[str, Any], measure: str, rates: Rates, each: int) -> Record:
     """What was timed of one, beside its floor and the others; `each` of the unit were made in a lap's milliseconds."""
-    floor, ms = works(model, one.shape)[measure].floor(rates), spread(rounds[name])
+    floor, ms = least_work(model, one.shape)[measure].floor(rates), percentiles(rounds[name])
     return {
         "cache": name,
         "framework": one.framework,
@@ -26,7 +26,7 @@ def row_of(name: str, one: Any, model: Model, rounds: dict[str, Any], measure: s
         "n": len(rounds[name]),
         "ms": ms,
         "rate": throughput(each, ms),
-        "times": {other: spread(laps / rounds[name]) for other, laps in rounds.items() if other != name},
+        "times": {other: percentiles(laps / rounds[name]) for other, laps in rounds.items() if other != name},
         "floor": floor,
         "floor_fraction": floor["ms"] / ms["median"],
         "bytes": one.bytes,

@@ -7,7 +7,7 @@ import pytest
 
 from chai_jax.aot import gpu
 from chai_jax.aot.compiled import largest_batch, measure
-from chai_jax.aot.programs import Job, Shapes, dense_spec, spec_of
+from chai_jax.aot.programs import AbstractModel, Job, dense_spec, spec_of
 from chai_jax.aot.tpu import mesh_of
 from chai_jax.cli import main
 from chai_jax.errors import InputError
@@ -21,8 +21,8 @@ SMALL = Architecture(4096, 256, 1, 4, 512, 256, 256)
 needs_plugin = pytest.mark.skipif(gpu.compiler() is None, reason="jax's CUDA plugin is not installed")
 
 
-def shapes(spec: Spec | None = None) -> Shapes:
-    return Shapes(SMALL, spec or dense_spec(SMALL), Layout(mesh_of(gpu.topology("h100"))))
+def abstract(spec: Spec | None = None) -> AbstractModel:
+    return AbstractModel(SMALL, spec or dense_spec(SMALL), Layout(mesh_of(gpu.topology("h100"))))
 
 
 @needs_plugin
@@ -31,7 +31,7 @@ def test_a_token_of_decoding(attention: str) -> None:
     """The compiler's bytes are those of weights and cache; the cache is updated in place; the kernel is accepted."""
     moved, caches = [], []
     for spec in (dense_spec(SMALL), spec_of(SMALL, None, "qkv", 0.5, "int8")):
-        record = measure(Job("decode", 256, 256, attention=attention), shapes(spec))
+        record = measure(Job("decode", 256, 256, attention=attention), abstract(spec))
         cache = 256 * 256 * bytes_per_token(spec)
         entries = 4096 * 256 + (4 if spec.is_dense else 2) * 256 * 256 + 2 * 256 * 512
         assert record["fits"]
@@ -49,7 +49,7 @@ def test_a_token_of_decoding(attention: str) -> None:
 def test_a_prompt() -> None:
     """With cuDNN no scores of pairs go to memory and back; the last layer has none for the newest token alone."""
     config = dataclasses.replace(SMALL, num_layers=2)
-    two = Shapes(config, dense_spec(config), shapes().layout)
+    two = AbstractModel(config, dense_spec(config), abstract().layout)
     moved = [measure(Job("prefill", 8, 256, attention=how), two)["hbm_bytes"] for how in ("xla", "pallas")]
     pairs = 8 * SMALL.num_heads * 256 * 256
     assert moved[0] - moved[1] > 4 * pairs
@@ -59,7 +59,7 @@ def test_a_prompt() -> None:
 def test_what_does_not_fit_is_refused_and_the_search_ends_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     most = 60 * 2**20
     monkeypatch.setattr(gpu, "limit", lambda device: most)
-    found = largest_batch(lambda batch: measure(Job("decode", batch, 256), shapes()), 1, 64, tell=lambda line: None)
+    found = largest_batch(lambda batch: measure(Job("decode", batch, 256), abstract()), 1, 64, tell=lambda line: None)
     fits, does_not, sequence = found["fitting"], found["failing"], 256 * bytes_per_token(dense_spec(SMALL))
     assert fits["hbm"]["at_most"] <= most < does_not["hbm_needed"] < most + 1.1 * sequence
     assert found["too_large"] == found["largest"] + 1

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from chai_jax.aot.cost import Collective, cost
+from chai_jax.aot.cost import Collective, program_cost
 from chai_jax.aot.hlo import group_size, nbytes
 
 # Five times two iterations of an 8 x 8 x 8 product, an all-reduce in the inner loop and an all-gather after it all.
@@ -68,7 +68,7 @@ PRODUCT = 2 * 8**3
 
 
 def test_loops_count_as_often_as_they_run() -> None:
-    found = cost(NESTED.replace("BOUND", "constant(5)"))
+    found = program_cost(NESTED.replace("BOUND", "constant(5)"))
     assert {one.kind: (one.nbytes, one.group, one.times) for one in found.collectives} == {
         "all-reduce": (MATRIX, 4, 10),
         "all-gather": (MATRIX, 8, 1),
@@ -83,22 +83,22 @@ def test_loops_count_as_often_as_they_run() -> None:
 
 
 def test_a_loop_without_a_bound_counts_once_and_is_reported() -> None:
-    found = cost(NESTED.replace("BOUND", "get-tuple-element(%p.3), index=0"))
+    found = program_cost(NESTED.replace("BOUND", "get-tuple-element(%p.3), index=0"))
     assert found.open_loops == 1
     assert found.collective_bytes == 3 * MATRIX
     assert 2 * PRODUCT <= found.flops <= 2 * (PRODUCT + 100)
     # The outer loop's body alone: the all-gather behind it is left out.
-    iteration = cost(NESTED.replace("BOUND", "get-tuple-element(%p.3), index=0"), per_iteration=True)
+    iteration = program_cost(NESTED.replace("BOUND", "get-tuple-element(%p.3), index=0"), per_iteration=True)
     assert iteration.collective_bytes == 2 * MATRIX
     assert 2 * PRODUCT <= iteration.flops <= found.flops
     with pytest.raises(ValueError, match="no loop"):
-        cost(NESTED.replace("BOUND", "constant(5)"), per_iteration=True)
+        program_cost(NESTED.replace("BOUND", "constant(5)"), per_iteration=True)
 
 
 def test_agrees_with_xla_where_there_is_no_loop() -> None:
     compiled = jax.jit(lambda x: (x @ x).sum()).lower(jax.ShapeDtypeStruct((16, 16), "float32")).compile()
     analysis = compiled.cost_analysis()
-    found = cost(compiled.as_text())
+    found = program_cost(compiled.as_text())
     assert (found.flops, found.hbm_bytes) == (analysis["flops"], analysis["bytes accessed"])
     assert found.collectives == ()
 
@@ -143,7 +143,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   ROOT %done = f32[8]{0} collective-permute-done(%start)
 }
 """
-    assert cost(text).collectives == (Collective("collective-permute", 32, 1, 1),)
+    assert program_cost(text).collectives == (Collective("collective-permute", 32, 1, 1),)
 
 
 # A table in HBM of which a fusion reads one row, a cache into which another writes one, and a product in fast memory.
@@ -180,9 +180,9 @@ ENTRY %main (table.2: f32[1000,128], cache.2: f32[1000,128], at.2: s32[]) -> f32
 def test_bytes_are_those_of_hbm_and_of_what_is_touched() -> None:
     row, at = 128 * 4, 4
     # One row is read into fast memory, where it is doubled; from there one row is written. The tables stay.
-    assert cost(IN_PLACE).hbm_bytes == (row + at) + (row + at)
+    assert program_cost(IN_PLACE).hbm_bytes == (row + at) + (row + at)
     everywhere = IN_PLACE.replace(":T(1,128)S(1)", "")
-    assert cost(everywhere).hbm_bytes == (2 * row + at) + 3 * row + (2 * row + at)
+    assert program_cost(everywhere).hbm_bytes == (2 * row + at) + 3 * row + (2 * row + at)
 
 
 def test_a_copy_into_fast_memory_is_read_once() -> None:
@@ -196,7 +196,7 @@ ENTRY %main (x: f32[256]) -> f32[256] {
   ROOT %out = f32[256]{0} negate(%here)
 }
 """
-    assert cost(text).hbm_bytes == 1024 + 1024
+    assert program_cost(text).hbm_bytes == 1024 + 1024
 
 
 def test_a_collective_that_is_spread_over_fusions_counts_once() -> None:
@@ -224,6 +224,6 @@ ENTRY %main (p.2: f32[64], x.2: f32[32]) -> f32[32] {
   ROOT %y.2 = f32[32]{0} get-tuple-element(%next), index=1
 }
 """
-    found = cost(text)
+    found = program_cost(text)
     assert found.collectives == (Collective("all-gather", 256, 8, 1),)
     assert found.hbm_bytes == (256 + 2048) + (128 + 128)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from chai_jax.bench import floor
-from chai_jax.bench.floor import Rates, Work, probe_rates, weights_read, works
+from chai_jax.bench.floor import LeastWork, Rates, least_work, probe_rates, weights_read
 from chai_jax.bench.race import MEASURES, Shape
 from chai_jax.compress.quantize import store_weights, with_storage
 from chai_jax.model.execution import Execution
@@ -36,7 +36,7 @@ def model() -> Model:
 
 def test_work_is_what_a_count_by_hand_gives(model: Model) -> None:
     """A step reads P + i columns at step i: 11 ... 15 here, 13 in the mean. Positions are looked up, row by row."""
-    found = works(model, SHAPE)
+    found = least_work(model, SHAPE)
     token, column = 2 * 2 * LAYER, 2 * 2 * 16 * 4  # FLOPs; keys and values of two layers in float32
     pair, head = 2 * 2 * (16 + 16), 2 * 64 * 16
     row = 16 * 4  # of the position table
@@ -57,7 +57,7 @@ def test_work_is_what_a_count_by_hand_gives(model: Model) -> None:
 def test_int8_caches_and_half_precision_move_less(model: Model) -> None:
     in_half = model.replace(execution=Execution.choose("bfloat16"))
     dense, half, small = (
-        works(one, SHAPE)["decode_ms_per_token"] for one in (model, in_half, with_storage(model, "int8"))
+        least_work(one, SHAPE)["decode_ms_per_token"] for one in (model, in_half, with_storage(model, "int8"))
     )
     vectors = 2 * (VECTORS - 3 * 16) + 2 * 16  # stay float32; biases [H, K] count as matrices
     assert dense.bytes - half.bytes == 2 * (WEIGHTS - vectors) + 3 * 16 * 2
@@ -86,8 +86,8 @@ def test_an_untied_embedding_is_looked_up() -> None:
 
 def test_the_floor_is_the_slower_of_two_and_says_which() -> None:
     rates = Rates(bytes_per_second=100.0, flops_per_second=1000.0, dtype="float32")
-    assert Work(50, 100).floor(rates) == {"ms": 500.0, "bound": "memory", "bytes": 50, "flops": 100}
-    assert Work(50, 2000).floor(rates) == {"ms": 2000.0, "bound": "compute", "bytes": 50, "flops": 2000}
+    assert LeastWork(50, 100).floor(rates) == {"ms": 500.0, "bound": "memory", "bytes": 50, "flops": 100}
+    assert LeastWork(50, 2000).floor(rates) == {"ms": 2000.0, "bound": "compute", "bytes": 50, "flops": 2000}
     other = Rates(200.0, 10.0, "float32")
     assert rates.best(other) == Rates(200.0, 1000.0, "float32")
     assert Rates.typical([rates, other, Rates(150.0, 20.0, "float32")]) == Rates(150.0, 20.0, "float32")

@@ -1,5 +1,6 @@
 """What is timed in other frameworks is the same computation: equal tokens, equal log-probabilities."""
 
+import dataclasses
 import importlib.util
 from types import ModuleType
 
@@ -108,6 +109,18 @@ def test_ctranslate2_wants_a_vocabulary_of_eights(torch: ModuleType) -> None:
     pytest.importorskip("ctranslate2")
     with pytest.raises(InputError, match="has 60 tokens"):
         PEERS["ctranslate2"](random_model(Architecture(60, 32, 2, 4, 64, 48, 32)), 1)
+
+
+@pytest.mark.parametrize(
+    ("begin", "end", "expected"), [(2, 3, ("2", "3")), (None, (5, 7), ("1", "5")), (0, None, ("0", "1"))]
+)
+def test_special_tokens_are_tokens_of_the_vocabulary(
+    begin: int | None, end: int | tuple[int, ...] | None, expected: tuple[str, str]
+) -> None:
+    config = dataclasses.replace(PRE, bos_token_id=begin, eos_token_id=end)
+    tokenizer = peers.Numbers(random_model(config))
+    assert (tokenizer.bos_token, tokenizer.eos_token) == expected
+    assert {*expected, tokenizer.unk_token} <= tokenizer.get_vocab().keys()
 
 
 def test_a_peer_is_set_against_what_it_computes(torch: ModuleType) -> None:

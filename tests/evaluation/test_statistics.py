@@ -38,10 +38,25 @@ def test_standard_error_of_one_value_is_unknown() -> None:
     assert np.isnan(standard_error(np.ones(1)))
 
 
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_is_the_published_interval(successes: int, n: int, low: float, high: float) -> None:
+    """Newcombe 1998 (Statistics in Medicine 17:857), table I, method 3."""
+    assert wilson(successes, n) == pytest.approx((low, high), abs=5e-5)
+
+
 @pytest.mark.parametrize(("successes", "n"), [(0, 10), (10, 10), (1, 1), (0, 1), (436, 872), (700, 872), (3, 277)])
-def test_wilson_is_scipy_s(successes: int, n: int) -> None:
-    expected = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
-    assert wilson(successes, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+def test_wilson_ends_where_the_score_test_rejects(successes: int, n: int) -> None:
+    """At each end p, the found proportion is z standard errors of p away; but for an end at 0 or 1, which is exact."""
+    found = wilson(successes, n)
+    assert all(type(end) is float for end in found)
+    for end in found:
+        if end not in (0.0, 1.0):
+            assert abs(successes / n - end) == pytest.approx(Z95 * np.sqrt(end * (1 - end) / n), rel=1e-9)
+    assert (found[0] == 0.0) == (successes == 0)
+    assert (found[1] == 1.0) == (successes == n)
 
 
 def loop_calibration_error(confidence: np.ndarray, right: np.ndarray, bins: int) -> float:

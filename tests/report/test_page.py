@@ -11,6 +11,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from jinja2 import UndefinedError
 
 from chai_jax.cli import main
 from chai_jax.report import gallery, page
@@ -101,6 +102,19 @@ def test_text_stays_text(written: tuple[Path, Path], labelled_run: Path) -> None
     assert hostile.startswith("<script>")
     assert f"{hostile} on {hostile}" in found.text
     assert text.index("&lt;script&gt;") > 0
+
+
+def test_every_value_is_escaped_and_can_be_shown() -> None:
+    """In text and in attributes; but for a picture's base64, the template takes nothing for HTML."""
+    hostile = "</p><script>\"'&\n"
+    text = page.PAGES.from_string('<p title="{{ it }}">{{ it }}</p>').render(it=hostile + "\x00\ud800")
+    found = Reader(text)
+    assert found.tags == [("p", {"title": hostile + "  "})]
+    assert found.text == hostile + "  "
+    template = Path(page.__file__).with_name("page.html").read_text(encoding="utf-8")
+    assert template.count("| safe") == template.count("{{ picture.source | safe }}") == 1
+    with pytest.raises(UndefinedError):
+        page.PAGES.from_string("{{ misspelt }}").render()
 
 
 def test_the_page_is_all_there_is(written: tuple[Path, Path]) -> None:

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from chai_jax.files.atomic import new_file, write_text
-from chai_jax.report.markup import printable
+from chai_jax.report.text import printable
 
 DPI = 200
 # Okabe and Ito's palette: told apart by colour-blind eyes too.
