@@ -26,7 +26,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import declare
 from chai_jax.model.quantized import dequantize, is_leaf
 from chai_jax.model.sharding import Layout, make_mesh
-from chai_jax.score.loglikelihood import loglikelihood as score
+from chai_jax.score import loglikelihood as score
 
 Build = Callable[..., Model]
 SHORT = TrainConfig(lr=1e-3, batch=8, accumulation=2, epochs=3)

@@ -15,7 +15,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
-from chai_jax.score.loglikelihood import loglikelihood as score
+from chai_jax.score import loglikelihood as score
 from chai_jax.score.questions import Questions, padded_length
 
 CONFIG = Architecture(
