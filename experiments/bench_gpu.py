@@ -40,7 +40,7 @@ from chai_jax.console import console
 from chai_jax.errors import InputError
 from chai_jax.files.published import architecture_of, random_model
 from chai_jax.model.execution import Execution
-from chai_jax.model.kernels import resolved
+from chai_jax.model.kernels import choose_kernels
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import one_device
 from chai_jax.run.devices import require_backend
@@ -126,7 +126,7 @@ class GpuOptions:
 def model_of(shape: str, cache: str, options: GpuOptions) -> Model:
     """Random weights in the dtype they are multiplied in; dense with a bfloat16 cache, or compressed."""
     dense = with_storage(random_model(shape, options.seed), "bfloat16")
-    how = Execution.choose(layout=one_device(), kernels=resolved("auto", jax.devices()[:1]))
+    how = Execution.choose(layout=one_device(), kernels=choose_kernels("auto", jax.devices()[:1]))
     dense = dense.replace(params=cast(dense.params, how), execution=how)
     if cache == DENSE:
         return dense

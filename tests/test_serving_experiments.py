@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params, init
-from chai_jax.model.sharding import Layout, make_mesh, use
+from chai_jax.model.sharding import one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
@@ -35,7 +36,7 @@ def tiny(seed: int) -> Model:
     spec = Spec.dense(1, 2, 8)
     shapes = jax.eval_shape(lambda key: init(CONFIG, spec, key), jax.random.key(0))
     params: Params = jax.tree.map(lambda x: jax.numpy.asarray(0.5 * random.standard_normal(x.shape), x.dtype), shapes)
-    return Model(CONFIG, spec, params)
+    return Model(CONFIG, spec, params, execution=Execution.choose(layout=one_device()))
 
 
 @pytest.mark.slow
@@ -50,26 +51,24 @@ def test_programs_are_compiled_for_new_shapes_alone(monkeypatch: pytest.MonkeyPa
             compiled.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(heard)
-    with use(Layout(make_mesh(1, 1))):
-        model = tiny(0)
-        first, second = (list(steady.serve(model, options, number, 0, compiled)) for number in (1, 2))
-        assert [(row["first"], row["last"]) for row in first] == [(1, 6), (7, 12)]
-        assert first[0]["compiled"] > 0
-        assert [row["compiled"] for row in second] == [0, 0]
-        assert len({row["live_bytes"] for row in second}) == 1
-        longer = steady.SteadyOptions(("tiny",), requests=12, longest=20, new_tokens=3)
-        before = steady.warm(model, longer, compiled)
-        assert before["compiled"] > 0
-        assert [row["compiled"] for row in steady.serve(model, longer, 1, 0, compiled)] == [0, 0]
+    model = tiny(0)
+    first, second = (list(steady.serve(model, options, number, 0, compiled)) for number in (1, 2))
+    assert [(row["first"], row["last"]) for row in first] == [(1, 6), (7, 12)]
+    assert first[0]["compiled"] > 0
+    assert [row["compiled"] for row in second] == [0, 0]
+    assert len({row["live_bytes"] for row in second}) == 1
+    longer = steady.SteadyOptions(("tiny",), requests=12, longest=20, new_tokens=3)
+    before = steady.warm(model, longer, compiled)
+    assert before["compiled"] > 0
+    assert [row["compiled"] for row in steady.serve(model, longer, 1, 0, compiled)] == [0, 0]
 
 
 def test_a_model_keeps_all_that_itself_has_proposed() -> None:
     speculation = script("speculation")
     options = speculation.SpeculationOptions(("tiny",), counts="3", new_tokens=13)
     prompts = [[2, 5, 7], [2, 30, 31]]
-    with use(Layout(make_mesh(1, 1))):
-        model = tiny(0)
-        itself, other = speculation.compare(model, {"itself": model, "other": tiny(1)}, prompts, options)
+    model = tiny(0)
+    itself, other = speculation.compare(model, {"itself": model, "other": tiny(1)}, prompts, options)
     assert (itself["n"], itself["same"], other["same"]) == (2, 2, 2)
     assert itself["acceptance"] == 1
     assert itself["tokens_per_round"] == 4  # three proposals and the model's own

@@ -38,8 +38,7 @@ def target(
     plan.check_model(model.config.num_layers, model.config.num_heads, model.config.hidden_size)
     trainable = layer_mask(model.params, select_layers(plan, config))
     loss = loss_of(model, config.train)
-    kept = {"log": log, "checkpoints": checkpoints}
-    return train(model, examples, loss, config, stage="target", trainable=trainable, **kept)
+    return train(model, examples, loss, config, stage="target", trainable=trainable, log=log, checkpoints=checkpoints)
 
 
 def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:

@@ -102,7 +102,7 @@ class BenchCommand:
         from chai_jax.bench.sweep import sweep
         from chai_jax.files.atomic import claim_folder
         from chai_jax.model.execution import Execution
-        from chai_jax.model.kernels import resolved
+        from chai_jax.model.kernels import choose_kernels
         from chai_jax.model.sharding import one_device
         from chai_jax.report.bench import note, write
         from chai_jax.report.tables import terminal
@@ -110,7 +110,7 @@ class BenchCommand:
         from chai_jax.run.environment import versions, where_computed
 
         asked, options = start(self.devices), self._checked()
-        execution = Execution(asked.dtype, one_device(), resolved(self.attention, jax.devices()[:1]))
+        execution = Execution(asked.dtype, one_device(), choose_kernels(self.attention, jax.devices()[:1]))
         if self.peer:
             check_peer(self.peer)
         libraries = PEERS[self.peer].libraries if self.peer else ()

@@ -67,7 +67,7 @@ class AotCommand:
         from chai_jax.aot.programs import AbstractModel, Job, spec_of
         from chai_jax.aot.tpu import mesh_of, topology
         from chai_jax.files.published import architecture_of
-        from chai_jax.model.kernels import resolved
+        from chai_jax.model.kernels import choose_kernels
         from chai_jax.model.sharding import Layout
         from chai_jax.plans.plan import Plan
 
@@ -77,7 +77,7 @@ class AotCommand:
         mesh = mesh_of(devices, self.mesh)
         abstract = AbstractModel(config, spec, Layout(mesh, self.fsdp))
         sizes = self.batch, self.seq, self.targets, self.accumulation
-        attention = resolved(self.attention, mesh.devices.flatten())
+        attention = choose_kernels(self.attention, mesh.devices.flatten())
         job = Job(self.job, *sizes, self.weights, self.cache_teacher, self.moments, self.remat, attention)
         given = {"model": self.model, "topology": self.topology, "fsdp": self.fsdp}
         if not self.largest_batch:

@@ -11,8 +11,7 @@ from chai_jax.compress.slice import reorder
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
-from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4
-from chai_jax.model.quantized import quantize as quantize_array
+from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4, quantize_int8
 from chai_jax.plans.plan import LayerPlan, Plan
 from chai_jax.plans.planned import cluster_order
 from chai_jax.plans.spec import STORAGES, LayerSpec, Spec
@@ -22,7 +21,7 @@ from chai_jax.plans.spec import STORAGES, LayerSpec, Spec
 CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
 GROUP = 64
 
-_quantize = jax.jit(quantize_array, static_argnums=(1, 2))  # one program a shape instead of one per operation
+_quantize = jax.jit(quantize_int8, static_argnums=(1, 2))  # one program a shape instead of one per operation
 
 
 def quantize(model: Model, plan: Plan) -> Model:

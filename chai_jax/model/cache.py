@@ -27,7 +27,7 @@ from chai_jax.model.int4_store import (
 )
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
-from chai_jax.model.quantized import Leaf, dequantize, quantize
+from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -37,7 +37,7 @@ SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)
 def store(x: Float[Array, "B heads S R"], storage: str) -> Leaf:
     """Keys or values as the cache holds them token by token: float32, bfloat16, or int8 with a bfloat16 scale each."""
     if storage == "int8":
-        return quantize(x, axes=(-1,))
+        return quantize_int8(x, axes=(-1,))
     return x.astype(jnp.dtype(storage))
 
 

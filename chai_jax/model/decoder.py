@@ -256,9 +256,10 @@ def forward(
     for index, layer in enumerate(spec.layers):
         with jax.named_scope(f"layer_{index}"):
             run = partial(block, config, layer, params["layers"][str(index)], how=how, plain=branch is not None)
-            run = jax.checkpoint(run) if remat else run
             past = None if cache is None else cache.layers[index]
-            x, stored, _ = run(x, allowed, past, start, wanted if index == last else None)
+            x, stored, _ = (jax.checkpoint(run) if remat else run)(
+                x, allowed, past, start, wanted if index == last else None
+            )
         layers.append(stored)
     after = Cache(tuple(layers), all_mask, start + tokens.shape[1])
     return Output(final_norm(config, params, x), after)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from chai_jax.model.kernels import resolved
+from chai_jax.model.kernels import choose_kernels
 from chai_jax.model.sharding import Layout, make_mesh
 
 
@@ -48,7 +48,7 @@ class Execution:
         if dtype is None:
             dtype = jnp.float32 if layout.platform == "cpu" else jnp.bfloat16
         devices = jax.devices() if kernels == "auto" else layout.mesh.devices.flatten()
-        return cls(jnp.dtype(dtype), layout, resolved(kernels, devices))
+        return cls(jnp.dtype(dtype), layout, choose_kernels(kernels, devices))
 
     def replace(self, **changes: Any) -> "Execution":
         """The same but for some attributes."""

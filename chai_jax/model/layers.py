@@ -7,14 +7,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.model.params import Params
-from chai_jax.model.quantized import dequantize, einsum
+from chai_jax.model.quantized import dequantize, multiply
 
 NORM_EPSILON = 1e-5
 
 
 def project(equation: str, params: Params, x: Array, kernels: str) -> Array:
     """A linear map in x's dtype, its `kernel` contracted as the equation says; the `bias` is added if there is one."""
-    y = einsum(equation, x, params["kernel"], kernels)
+    y = multiply(equation, x, params["kernel"], kernels)
     return y + dequantize(params["bias"], x.dtype) if "bias" in params else y
 
 

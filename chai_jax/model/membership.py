@@ -86,7 +86,7 @@ def farthest_points(points: Float[Array, "H F"], count: int) -> Float[Array, "C 
     return jax.lax.fori_loop(1, count, add, start)[0]
 
 
-def assign(points: Float[Array, "H F"], centres: Float[Array, "C F"]) -> Int32[Array, " H"]:
+def assign_points(points: Float[Array, "H F"], centres: Float[Array, "C F"]) -> Int32[Array, " H"]:
     """The nearest centre of each point (the first of equally near ones), but no cluster is empty (if C <= H).
 
     A centre that is nearest to no point takes a point of another cluster: the one farthest from its centre. The point
@@ -111,7 +111,7 @@ def kmeans(points: Float[Array, "H F"], centres: Float[Array, "C F"]) -> Int32[A
     """Labels after `ITERATIONS` of Lloyd's algorithm from the given centres; no cluster is ever empty."""
 
     def step(_: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
-        labels = assign(points, state[0])
+        labels = assign_points(points, state[0])
         mine = (labels[:, None] == jnp.arange(len(centres), dtype=jnp.int32)).astype(points.dtype)
         sums = jnp.einsum("hc,hf->cf", mine, points, precision="highest")
         return sums / mine.sum(axis=0)[:, None], labels

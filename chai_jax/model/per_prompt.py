@@ -54,7 +54,7 @@ def mix_assigned(
     return jnp.moveaxis(jax.lax.map(mix, one_by_one), 0, 1)
 
 
-def warm_up(
+def attend_warmup(
     query: Float[Array, "B H T K"],
     keys: Array | Windowed,
     values: Array | Windowed,
@@ -113,7 +113,7 @@ def attend_per_prompt(
         real = jnp.diagonal(allowed, axis1=1, axis2=2)
         number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         long_enough = number[:, -1] + 1 >= layer.warmup
-        first, attention = warm_up(query, keys, values, real, scale, min(layer.warmup, real.shape[1]))
+        first, attention = attend_warmup(query, keys, values, real, scale, min(layer.warmup, real.shape[1]))
         membership = decide(layer, attention, long_enough)
     new, keys, values = store(membership.keep(key), value)
     scores = scores_of(membership.keep(query)[:, :, None], keys, allowed, scale)[:, :, 0]

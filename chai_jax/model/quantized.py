@@ -1,4 +1,4 @@
-"""Quantized arrays as types, int8 by slices and int4 by groups, and the einsum that reads any kind of weight."""
+"""Quantized arrays as types, int8 by slices and int4 by groups, and the product that reads any kind of weight."""
 
 import dataclasses
 import math
@@ -85,7 +85,9 @@ def is_leaf(value: object) -> bool:
     return isinstance(value, Quantized)
 
 
-def quantize(x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLike = jnp.bfloat16) -> QuantizedArray:
+def quantize_int8(
+    x: Float[Array, "..."], axes: tuple[int, ...], scale_dtype: DTypeLike = jnp.bfloat16
+) -> QuantizedArray:
     """Quantize to int8, one scale per slice along `axes` (negative).
 
     The scale is absmax / 127, rounded up in `scale_dtype` before it is used, so that no entry can exceed 127. No
@@ -144,10 +146,10 @@ def _dequantize_int4(x: Int4Array) -> Float[Array, "..."]:
     pairs = jnp.stack([x.packed & 15, x.packed >> 4], axis=at + 1)
     numbers = pairs.reshape(*x.packed.shape[:at], 2 * x.packed.shape[at], *x.packed.shape[at + 1 :])
 
-    def spread(each: Array) -> Array:
+    def per_entry(each: Array) -> Array:
         return jnp.repeat(each.astype(jnp.float32), x.group, axis=at, total_repeat_length=each.shape[at] * x.group)
 
-    scale, low = (jax.lax.slice_in_dim(spread(each), 0, size, axis=at) for each in (x.scale, x.low))
+    scale, low = (jax.lax.slice_in_dim(per_entry(each), 0, size, axis=at) for each in (x.scale, x.low))
     return jax.lax.slice_in_dim(numbers, 0, size, axis=at).astype(jnp.float32) * scale + low
 
 
@@ -155,7 +157,7 @@ def quantize_like(x: Float[Array, "..."], like: Quantized) -> Quantized:
     """Quantize in the format of `like`, of which only structure and dtypes are read."""
     if isinstance(like, Int4Array):
         return quantize_int4(x, like.axis, like.group)
-    return quantize(x, like.axes, like.scale.dtype)
+    return quantize_int8(x, like.axes, like.scale.dtype)
 
 
 def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
@@ -166,7 +168,7 @@ def dequantize(x: Leaf, dtype: DTypeLike = jnp.float32) -> Float[Array, "..."]:
     return (_dequantize_int4(x) if isinstance(x, Int4Array) else x).astype(dtype)
 
 
-def einsum(equation: str, x: Float[Array, "..."], weights: Leaf, kernels: str) -> Float[Array, "..."]:
+def multiply(equation: str, x: Float[Array, "..."], weights: Leaf, kernels: str) -> Float[Array, "..."]:
     """`jnp.einsum(equation, x, weights)` in x's dtype, accumulated in float32, for plain or quantized weights.
 
     The scales of int8 weights run over their output axes only (the last ones of the result), so they scale the result.

@@ -12,7 +12,7 @@ from chai_jax.bench.race import Shape
 from chai_jax.console import console
 from chai_jax.files.published import architecture_of
 from chai_jax.machine.memory import program_bytes
-from chai_jax.model.kernels import resolved
+from chai_jax.model.kernels import choose_kernels
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import Layout, make_mesh
 from lab.decoding import Held, Ours, exhausted, random_layers
@@ -36,7 +36,7 @@ def searched(shape: str, choices: dict[str, Any], end: int, first: int, limit: i
     """
     config, on_gpu = architecture_of(shape), jax.default_backend() == "gpu"
     abstract = AbstractModel(config, spec_of(config, **choices), Layout(make_mesh(1)))
-    attention = resolved("auto", jax.devices()[:1])
+    attention = choose_kernels("auto", jax.devices()[:1])
 
     def account(batch: int) -> Record:
         with console.status(f"compiling batch {batch}"):

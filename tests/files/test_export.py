@@ -16,7 +16,7 @@ from chai_jax.errors import InputError
 from chai_jax.files.export import export
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.model.quantized import quantize
+from chai_jax.model.quantized import quantize_int8
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Group, LayerSpec
 
@@ -83,7 +83,7 @@ def test_shards(torch: ModuleType, tmp_path: Path, random_model: Any) -> None:
 def test_int8_weights_are_written_as_what_they_stand_for(tmp_path: Path, random_model: Any) -> None:
     model = random_model(PRE, "float16")
     layer = model.params["layers"]["0"]
-    out = quantize(layer["output"]["kernel"], (-3, -2))
+    out = quantize_int8(layer["output"]["kernel"], (-3, -2))
     layers = {**model.params["layers"], "0": {**layer, "output": {**layer["output"], "kernel": out}}}
     export(model.replace(params={**model.params, "layers": layers}), tmp_path / "out")
     assert "1 quantized tensors are written as the float32 numbers" in (tmp_path / "out/README.md").read_text()

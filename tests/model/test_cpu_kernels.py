@@ -126,8 +126,8 @@ def test_greedy_text_is_the_same_with_and_without_a_compiler(small_model: Path) 
 
 def test_one_cpu_uses_its_kernels_unless_told_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
     here = jax.devices("cpu")[:1]
-    assert kernels.resolved("auto", here) == "native"
-    assert kernels.resolved("auto", jax.devices("cpu")) == "xla"
+    assert kernels.choose_kernels("auto", here) == "native"
+    assert kernels.choose_kernels("auto", jax.devices("cpu")) == "xla"
     eight = jax.devices("cpu")
     assert Execution.choose().kernels == "xla"
     monkeypatch.setattr(jax, "devices", lambda: here)

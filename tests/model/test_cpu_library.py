@@ -67,7 +67,7 @@ def stub(anew: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_without_a_compiler_xla_decodes(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     here = jax.devices("cpu")[:1]
-    assert kernels.resolved("auto", here) == "xla"
+    assert kernels.choose_kernels("auto", here) == "xla"
     with pytest.raises(InputError, match=r"no kernels: no C\+\+ compiler was found .*; expected auto or xla"):
         kernels.check("native", here)
     assert not list(anew.rglob("*.so"))

@@ -11,7 +11,7 @@ import pytest
 from chai_jax.model.execution import Execution
 from chai_jax.model.kernels import cpu, products_cpu
 from chai_jax.model.products import product
-from chai_jax.model.quantized import QuantizedArray, dequantize, einsum, quantize, quantize_int4
+from chai_jax.model.quantized import QuantizedArray, dequantize, multiply, quantize_int4, quantize_int8
 from chai_jax.serve import decode as serve
 
 pytestmark = [
@@ -87,13 +87,13 @@ def test_the_gradient_of_rows_times_int8(normal: Normal) -> None:
 def test_int8_weights_are_read_as_they_are_stored_where_there_are_kernels(normal: Normal, native: Execution) -> None:
     """By few rows and by many; int4 is expanded, and without kernels so is int8."""
     x, few = normal(2, 3, 32), slice(0, 1)
-    weights = {"int8": quantize(normal(32, 64), (-2,), jnp.float32), "int4": quantize_int4(normal(32, 64), -2, 8)}
+    weights = {"int8": quantize_int8(normal(32, 64), (-2,), jnp.float32), "int4": quantize_int4(normal(32, 64), -2, 8)}
     plain = native.replace(kernels="xla")
     assert all(isinstance(leaf, jax.Array) for leaf in serve.cast(weights, plain).values())
     kept = serve.cast(weights, native)
     assert isinstance(kept["int8"], QuantizedArray)
     assert isinstance(kept["int4"], jax.Array)
-    run = jax.jit(partial(einsum, "btd,df->btf", kernels="native"))
+    run = jax.jit(partial(multiply, "btd,df->btf", kernels="native"))
     assert "chai_jax_few_rows" in str(run.trace(x[:, few], kept["int8"]).jaxpr)
     many = jnp.concatenate([x] * 4, axis=1)
     expected = x @ dequantize(weights["int8"])

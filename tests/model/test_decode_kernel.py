@@ -17,7 +17,7 @@ from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
 from chai_jax.model.decoder import forward
 from chai_jax.model.execution import Execution
-from chai_jax.model.kernels import check, cpu, decode_gpu, decode_tpu, one_gpu, resolved
+from chai_jax.model.kernels import check, choose_kernels, cpu, decode_gpu, decode_tpu, one_gpu
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.params import init
 from chai_jax.model.sharding import one_device
@@ -247,8 +247,8 @@ def test_where_kernels_are_chosen(devices: list[Device], chosen: bool, monkeypat
 def test_devices_without_a_kernel_are_refused() -> None:
     here = [Device("cpu", "cpu")]
     for devices in ([Device("tpu", "TPU v5 lite")], [Device("gpu", "NVIDIA L4", "8.9")]):
-        assert resolved("pallas", devices) == "pallas"
-        assert resolved("auto", devices) == ("pallas" if devices[0].platform == "gpu" else "xla")
+        assert choose_kernels("pallas", devices) == "pallas"
+        assert choose_kernels("auto", devices) == ("pallas" if devices[0].platform == "gpu" else "xla")
     others = Device("gpu", "NVIDIA V100", "7.0"), Device("gpu", "AMD Instinct MI300X", "gfx942")
     for device in (*here, Device("tpu", "TPU v3"), Device("tpu", "TPU v2"), *others):
         with pytest.raises(InputError, match=f"no kernel for {device.device_kind}; expected auto or xla, or one"):

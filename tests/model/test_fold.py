@@ -12,7 +12,7 @@ import pytest
 from chai_jax.model.decoder import forward
 from chai_jax.model.execution import Execution
 from chai_jax.model.params import Params, fold_projections
-from chai_jax.model.quantized import QuantizedArray, quantize, quantize_int4
+from chai_jax.model.quantized import QuantizedArray, quantize_int4, quantize_int8
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
@@ -55,7 +55,7 @@ def test_folded_equals_apart(random_params: Draw, bias: bool, kernel: str) -> No
     config = dataclasses.replace(CONFIG, bias=bias)
     params = random_params(config, SPEC, 0.2)
     if kernel == "int8":
-        params = with_kernels(params, lambda x: quantize(x, axes=(-3,), scale_dtype=jnp.float32))
+        params = with_kernels(params, lambda x: quantize_int8(x, axes=(-3,), scale_dtype=jnp.float32))
     folded = fold_projections(params)
     for index, each in folded["layers"].items():
         assert {"query", "key", "value"}.isdisjoint(each), index

@@ -17,7 +17,7 @@ from chai_jax.files.store import load
 from chai_jax.model.decoder import Seen
 from chai_jax.model.membership import (
     Membership,
-    assign,
+    assign_points,
     calibrated,
     cluster_heads,
     farthest_points,
@@ -110,7 +110,7 @@ def test_no_cluster_is_ever_empty(count: int) -> None:
 def test_an_empty_cluster_takes_the_farthest_point_that_is_not_its_clusters_last() -> None:
     points = jnp.asarray([[0.0], [1.0], [5.0], [20.0]])
     # 20 is farther from its centre than 5, but the last of its cluster.
-    assert assign(points, jnp.asarray([[0.0], [99.0], [39.0], [99.0]])).tolist() == [0, 3, 1, 2]
+    assert assign_points(points, jnp.asarray([[0.0], [99.0], [39.0], [99.0]])).tolist() == [0, 3, 1, 2]
 
 
 @pytest.mark.parametrize(("heads", "size", "count"), SHAPES)

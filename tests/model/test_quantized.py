@@ -1,4 +1,4 @@
-"""Laws of symmetric int8, of int4 by groups, and of the einsum that reads them."""
+"""Laws of symmetric int8, of int4 by groups, and of the product that reads them."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,10 @@ from chai_jax.model.quantized import (
     Int4Array,
     QuantizedArray,
     dequantize,
-    einsum,
     is_leaf,
-    quantize,
+    multiply,
     quantize_int4,
+    quantize_int8,
     quantize_like,
 )
 
@@ -43,7 +43,7 @@ def reference(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def test_equals_a_loop_over_slices_in_float64() -> None:
     x = np.random.default_rng(0).standard_normal((7, 5, 64), dtype=np.float32)
     x[3, 2] = 0
-    found = quantize(jnp.asarray(x), (-1,))
+    found = quantize_int8(jnp.asarray(x), (-1,))
     values, scales = reference(x)
     np.testing.assert_array_equal(found.scale, scales)
     np.testing.assert_array_equal(found.values, values)
@@ -53,7 +53,7 @@ def test_equals_a_loop_over_slices_in_float64() -> None:
 @given(arrays(np.float32, (2, 6), elements=FINITE))
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 def test_laws_of_any_finite_array(x: np.ndarray) -> None:
-    found = quantize(jnp.asarray(x), (-1,))
+    found = quantize_int8(jnp.asarray(x), (-1,))
     scale = np.asarray(found.scale, np.float64)[:, None]
     error = np.abs(np.asarray(found.values) * scale - x)
     assert (scale > 0).all()
@@ -65,19 +65,19 @@ def test_laws_of_any_finite_array(x: np.ndarray) -> None:
 @pytest.mark.parametrize("magnitude", MAGNITUDES)
 def test_no_entry_leaves_the_symmetric_range_at_any_magnitude(magnitude: float) -> None:
     x = (magnitude * np.random.default_rng(1).uniform(-1, 1, (500, 8))).astype(np.float32)
-    found = quantize(jnp.asarray(x), (-1,))
+    found = quantize_int8(jnp.asarray(x), (-1,))
     assert np.abs(np.asarray(found.values, np.int32)).max() <= 127
     assert (np.abs(np.asarray(dequantize(found)) - x) <= 0.5001 * np.asarray(found.scale, np.float32)[:, None]).all()
 
 
 def test_a_slice_of_zeros_has_scale_1_and_comes_back_as_zeros() -> None:
-    found = quantize(jnp.zeros((2, 4)), (-1,))
+    found = quantize_int8(jnp.zeros((2, 4)), (-1,))
     np.testing.assert_array_equal(found.scale, jnp.ones(2, jnp.bfloat16))
     np.testing.assert_array_equal(dequantize(found), np.zeros((2, 4)))
 
 
 def test_what_was_stored_reads_back_to_the_same_values_under_its_scale() -> None:
-    found = quantize(jax.random.normal(jax.random.key(2), (100, 32)), (-1,))
+    found = quantize_int8(jax.random.normal(jax.random.key(2), (100, 32)), (-1,))
     again = np.round(np.asarray(dequantize(found)) / np.asarray(found.scale, np.float32)[:, None])
     np.testing.assert_array_equal(again, found.values)
 
@@ -85,7 +85,7 @@ def test_what_was_stored_reads_back_to_the_same_values_under_its_scale() -> None
 def test_golden_errors_of_a_seeded_array() -> None:
     """Rounding a normal slice of 64 to steps of about max / 127 costs some 0.5 % of its standard deviation."""
     x = np.random.default_rng(0).standard_normal((100, 64), dtype=np.float32)
-    error = np.abs(np.asarray(dequantize(quantize(jnp.asarray(x), (-1,)))) - x)
+    error = np.abs(np.asarray(dequantize(quantize_int8(jnp.asarray(x), (-1,)))) - x)
     assert error.mean() == pytest.approx(0.0051341, rel=1e-4)
     assert error.max() == pytest.approx(0.0137264, rel=1e-4)
 
@@ -143,13 +143,13 @@ def test_int4_zeros_and_a_span_of_just_fifteen_steps_come_back() -> None:
     np.testing.assert_array_equal(dequantize(found), steps)
 
 
-LIKE = [quantize(jnp.ones((4, 6)), (-2,), jnp.float32), quantize_int4(jnp.ones((4, 6)), -2, 4)]
+LIKE = [quantize_int8(jnp.ones((4, 6)), (-2,), jnp.float32), quantize_int4(jnp.ones((4, 6)), -2, 4)]
 
 
 @pytest.mark.parametrize("like", LIKE)
 def test_quantized_like_another(like: QuantizedArray | Int4Array) -> None:
     x = jax.random.normal(jax.random.key(0), (4, 6))
-    expected = quantize(x, (-2,), jnp.float32) if isinstance(like, QuantizedArray) else quantize_int4(x, -2, 4)
+    expected = quantize_int8(x, (-2,), jnp.float32) if isinstance(like, QuantizedArray) else quantize_int4(x, -2, 4)
     found = quantize_like(x, like)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert jax.tree.structure(found) == jax.tree.structure(like)
@@ -178,13 +178,13 @@ def test_einsum_of_a_quantized_kernel_equals_that_of_what_it_stands_for(
     equation: str, kernel: tuple[int, ...], axes: tuple[int, ...], x: tuple[int, ...]
 ) -> None:
     weights, inputs = jax.random.normal(jax.random.key(0), kernel), jax.random.normal(jax.random.key(1), x)
-    for quantized in (quantize(weights, axes, jnp.float32), quantize_int4(weights, axes[-1], 8)):
+    for quantized in (quantize_int8(weights, axes, jnp.float32), quantize_int4(weights, axes[-1], 8)):
         expected = np.einsum(equation, np.float64(inputs), np.float64(dequantize(quantized)))
-        np.testing.assert_allclose(einsum(equation, inputs, quantized), expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(multiply(equation, inputs, quantized, "xla"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_is_one_leaf_or_two_arrays_and_counts_its_scale() -> None:
-    found = quantize(jnp.ones((3, 4, 8)), (-1,))
+    found = quantize_int8(jnp.ones((3, 4, 8)), (-1,))
     assert found.nbytes == 3 * 4 * 8 + 3 * 4 * 2
     assert (found.shape, found.size) == ((3, 4, 8), 96)
     assert [leaf.shape for leaf in jax.tree.leaves({"kernel": found})] == [(3, 4, 8), (3, 4)]

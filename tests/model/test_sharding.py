@@ -10,7 +10,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.decoder import forward
 from chai_jax.model.execution import Execution
 from chai_jax.model.params import Declared, declare
-from chai_jax.model.quantized import QuantizedArray, dequantize, quantize, quantize_int4
+from chai_jax.model.quantized import QuantizedArray, dequantize, quantize_int4, quantize_int8
 from chai_jax.model.sharding import (
     FSDP,
     TABLE,
@@ -117,7 +117,7 @@ def test_a_process_alone_has_every_row() -> None:
     [((16, 4, 4), (-3,), P(None, "model"), P("model", None)), ((4, 4, 16), (-3, -2), P("model"), P(None))],
 )
 def test_a_scale_is_split_with_its_values(shape: tuple[int, ...], axes: tuple[int, ...], spec: P, scale: P) -> None:
-    array = quantize(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32), axes)
+    array = quantize_int8(jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32), axes)
     mesh = make_mesh(model=4)
     placed = place({"kernel": array}, {"kernel": jax.NamedSharding(mesh, spec)})["kernel"]
     assert isinstance(placed, QuantizedArray)
@@ -151,7 +151,7 @@ def test_forward_is_the_same_on_eight_devices(model: int) -> None:
         declared,
         is_leaf=lambda x: isinstance(x, Declared),
     )
-    params["layers"]["0"]["up"]["kernel"] = quantize(params["layers"]["0"]["up"]["kernel"], (-2,))
+    params["layers"]["0"]["up"]["kernel"] = quantize_int8(params["layers"]["0"]["up"]["kernel"], (-2,))
     tokens = jnp.asarray(random.integers(4, 48, (8, 9)), jnp.int32)
     mask = jnp.ones((8, 9), bool)
 

@@ -22,7 +22,7 @@ from chai_jax.files.store import load
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import fold_projections, init
-from chai_jax.model.quantized import quantize
+from chai_jax.model.quantized import quantize_int8
 from chai_jax.model.sharding import Layout, make_mesh, one_device
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
@@ -154,8 +154,8 @@ def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
 @pytest.mark.as_user
 def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(model: Model) -> None:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float16), model.params)
-    params["layers"]["0"]["up"]["kernel"] = quantize(params["layers"]["0"]["up"]["kernel"], (-2,))
-    params["layers"]["1"]["output"]["kernel"] = quantize(params["layers"]["1"]["output"]["kernel"], (-3, -2))
+    params["layers"]["0"]["up"]["kernel"] = quantize_int8(params["layers"]["0"]["up"]["kernel"], (-2,))
+    params["layers"]["1"]["output"]["kernel"] = quantize_int8(params["layers"]["1"]["output"]["kernel"], (-3, -2))
     small = model.replace(params=params)
     assert generate_tokens(small, PROMPTS[:1], 12, stop=False) == [naive(small, PROMPTS[0], 12)]
 

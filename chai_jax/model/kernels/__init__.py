@@ -27,7 +27,7 @@ def one_cpu(devices: Any) -> bool:
     return len(devices) == 1 and devices[0].platform == "cpu"
 
 
-def resolved(attention: str, devices: Any) -> str:
+def choose_kernels(attention: str, devices: Any) -> str:
     """Which kernels programs of these devices have: what was asked for; or for "auto" those that were timed, or "xla".
 
     Raises:

@@ -94,7 +94,7 @@ def _body(
         dimensions = (((2,), (contracted,)), ((0,), (0,)))
         return jax.lax.dot_general(x, stored.astype(x.dtype), dimensions, preferred_element_type=jnp.float32)
 
-    def spread(x: Array) -> Array:
+    def for_values(x: Array) -> Array:
         """[C, q, n] -> [C * v, q, n]"""
         return x if value_heads == 1 else jnp.repeat(x, value_heads, axis=0)
 
@@ -105,7 +105,7 @@ def _body(
     scores = masked(scores, mask[...][None] != 0, inside)
     highest[...], total[...], kept, weights = _fold(highest[...], total[...], scores)
 
-    weights, read = spread(weights), values[...]
+    weights, read = for_values(weights), values[...]
     if value_scale is not None:
         weights = weights * value_scale[...].astype(jnp.float32)[:, None]
     if columns % block:  # what lies behind the last column may be anything, and 0 * nan is nan
@@ -113,11 +113,11 @@ def _body(
         at = step * block + jax.lax.broadcasted_iota(jnp.int32, read.shape, 2 if minor[1] else 1)
         read = jnp.where(at < columns, read, jnp.zeros_like(read))
     mixed = product(weights.astype(query.dtype), read, 2 if minor[1] else 1)
-    sums[...] = sums[...] * spread(kept) + mixed
+    sums[...] = sums[...] * for_values(kept) + mixed
 
     @pl.when(step == pl.num_programs(1) - 1)
     def _finish() -> None:
-        output[...] = (sums[...] / spread(total[...])).astype(output.dtype)
+        output[...] = (sums[...] / for_values(total[...])).astype(output.dtype)
 
 
 def _fold(highest: Array, total: Array, scores: Array) -> tuple[Array, Array, Array, Array]:
