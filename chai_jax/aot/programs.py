@@ -210,7 +210,7 @@ def _beside(masters: Any, moments: Any, whole: NamedSharding) -> Any:
 
 
 def _batch(job: Job, train: TrainConfig, model: AbstractModel) -> Batch:
-    """One update's batch, padded as a stage pads it (see `chai_jax.adapt.updates.pack`)."""
+    """One update's batch, padded as a stage pads it (see `chai_jax.adapt.updates.pack_update`)."""
     count, rows = microbatches(train, model.layout.ways)
     length = min(max(SHORTEST_EXAMPLE, padded(job.seq)), model.config.max_positions)
     width = padded(job.targets if job.targets <= SHORT_ANSWER else length)

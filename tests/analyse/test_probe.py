@@ -242,6 +242,8 @@ def test_unusable_input_is_refused(make: Make, windows: list[list[int]]) -> None
     model = make().replace(tokenizer=Letters())
     with pytest.raises(InputError, match="one string"):
         probe(model, "a text")
+    with pytest.raises(InputError, match="has no tokenizer, which text needs"):
+        probe(make(), ["some text"])
     with pytest.raises(InputError, match="no window of three tokens"):
         probe(model, ["", "a"])
     with pytest.raises(InputError, match="16 tokens is longer than 8"):
