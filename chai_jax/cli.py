@@ -20,7 +20,7 @@ from chai_jax.commands.options import one_of, read
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
 from chai_jax.commands.reports import ReportCommand
 from chai_jax.commands.run import RunCommand
-from chai_jax.commands.terminal import adapt_to_terminal, complain, finish_stdout, nobody_reads
+from chai_jax.commands.streams import adapt_to_terminal, complain, finish_stdout, nobody_reads
 from chai_jax.console import console
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.files.atomic import finite

@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from chai_jax.adapt.finetune import finetune
 from chai_jax.commands.options import read
-from chai_jax.commands.terminal import complain
+from chai_jax.commands.streams import complain
 from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
 from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded, encode

@@ -18,7 +18,6 @@ from chai_jax.errors import InputError
 from chai_jax.machine.processes import once
 
 Options = dict[str, Any]
-Record = dict[str, Any]
 UNTOLD = ("devices", "out")  # options that decide no number
 BOUNDS = {
     "new-tokens": (1, 2**20),
@@ -29,10 +28,10 @@ BOUNDS = {
 }
 
 
-def _times(name: str) -> Callable[[Record], str]:
+def _times(name: str) -> Callable[[dict[str, Any]], str]:
     """A median with its 10th and 90th percentile, to three digits."""
 
-    def cell(row: Record) -> str:
+    def cell(row: dict[str, Any]) -> str:
         values = row[name]
         digits = max(0, 2 - math.floor(math.log10(max(values["median"], 1e-3))))
         middle, low, high = (f"{values[part]:,.{digits}f}" for part in ("median", "p10", "p90"))
@@ -43,7 +42,7 @@ def _times(name: str) -> Callable[[Record], str]:
 
 # Of the table on the terminal; bench.json has everything. The floor is the least time that this machine allows.
 COLUMNS = (
-    ("model", lambda row: re.sub(r"\S*[/:]", "", row["model"])),
+    ("model", lambda row: re.sub(r"\S*[/:](?=\S)", "", row["model"])),
     ("batch", lambda row: str(row["batch"])),
     ("prompt, tokens", lambda row: str(row["prompt"])),
     ("first token, ms", _times("prefill_ms")),

@@ -70,7 +70,7 @@ def read(kind: Any, argv: Sequence[str] | None, *, unknown: bool = False, **abou
     """
     look: dict[str, Any] = {"config": (OmitArgPrefixes, DisallowNone, PositionalMetavarFromFieldName), **about}
     try:
-        return tyro.cli(kind, args=argv, return_unknown_args=unknown, registry=RULES, **look)
+        return tyro.cli(kind, args=argv, registry=RULES, return_unknown_args=unknown, **look)  # type: ignore[call-overload]
     except Refused as error:
         raise error.args[0] from None
 

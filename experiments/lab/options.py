@@ -11,7 +11,7 @@ import jax
 from tyro.conf import Positional, arg
 
 from chai_jax.commands.options import OutFolder, read
-from chai_jax.commands.terminal import complain
+from chai_jax.commands.streams import complain
 from chai_jax.config import PlanConfig, RunConfig, TrainOverrides
 from chai_jax.console import console
 from chai_jax.data.tasks import TASKS
