@@ -73,7 +73,7 @@ class Module:
                     yield from self.walk(name, times)
 
     def trips(self, loop: Instruction) -> int | None:
-        """N of a while loop whose condition is nothing but `counter < N`, as that of a scan, which counts from 0 by 1.
+        """How often a while loop runs whose condition is nothing but `counter < N`, as that of a scan, from 0 on.
 
         None where the data decide.
         """
@@ -83,7 +83,24 @@ class Module:
         ]
         compares = [one for one in condition if one.opcode == "compare" and "direction=LT" in one.rest]
         plain = {one.opcode for one in condition} <= {"compare", "constant", "get-tuple-element", "parameter", "copy"}
-        return bounds[0] if plain and len(bounds) == 1 and len(compares) == 1 else None
+        if not (plain and len(bounds) == 1 and len(compares) == 1):
+            return None
+        return -(-bounds[0] // self._step(loop, compares[0]))
+
+    def _step(self, loop: Instruction, compare: Instruction) -> int:
+        """The constant that a loop's body adds to the counter that `compare` reads: 2 where XLA unrolled it once."""
+        counter = self._copied(compare.operands[0])
+        (root,) = (one for one in self.computations[loop.attribute("body")] if one.root)
+        if counter.opcode != "get-tuple-element" or root.opcode != "tuple":
+            return 1
+        added = self._copied(root.operands[int(counter.attribute("index"))])
+        steps = [one for one in map(self._copied, added.operands) if one.opcode == "constant"]
+        return int(steps[0].operands[0]) if added.opcode == "add" and len(steps) == 1 else 1
+
+    def _copied(self, name: str) -> Instruction:
+        """What an instruction is a copy of."""
+        one = self.instructions[name]
+        return self._copied(one.operands[0]) if one.opcode == "copy" else one
 
     def open_loop(self) -> str:
         """The body of the first loop that the data end.

@@ -82,6 +82,18 @@ def test_loops_count_as_often_as_they_run() -> None:
     assert 10 * PRODUCT <= found.flops <= 10 * (PRODUCT + 100)
 
 
+def test_a_loop_that_was_unrolled_once_runs_half_as_often() -> None:
+    """Its counter goes on by two: the ten runs of the inner loop become five; of three runs, two are left."""
+    for bound, runs in ((2, 5), (3, 10)):
+        text = NESTED.replace("%one = s32[] constant(1)", "%one = s32[] constant(2)")
+        text = text.replace("%n.1 = s32[] constant(2)", f"%n.1 = s32[] constant({bound})")
+        found = program_cost(text.replace("BOUND", "constant(5)"))
+        assert {one.kind: one.times for one in found.collectives} == {"all-reduce": runs, "all-gather": 1}
+        assert runs * PRODUCT <= found.flops <= runs * (PRODUCT + 100)
+    copied = NESTED.replace("%next = s32[] add(%i, %one)", "%j = s32[] copy(%i)\n  %next = s32[] add(%j, %one)")
+    assert program_cost(copied.replace("BOUND", "constant(5)")).collectives[0].times == 10
+
+
 def test_a_loop_without_a_bound_counts_once_and_is_reported() -> None:
     found = program_cost(NESTED.replace("BOUND", "get-tuple-element(%p.3), index=0"))
     assert found.open_loops == 1
@@ -183,6 +195,28 @@ def test_bytes_are_those_of_hbm_and_of_what_is_touched() -> None:
     assert program_cost(IN_PLACE).hbm_bytes == (row + at) + (row + at)
     everywhere = IN_PLACE.replace(":T(1,128)S(1)", "")
     assert program_cost(everywhere).hbm_bytes == (2 * row + at) + 3 * row + (2 * row + at)
+
+
+def test_what_a_fusion_within_a_fusion_touches_is_a_part_too() -> None:
+    """A scan's product takes its slice of a stack of weights through a fusion of its own."""
+    wrapped = """\
+%outer (table.3: f32[1000,128], at.3: s32[]) -> f32[1,128] {
+  %table.3 = f32[1000,128]{1,0} parameter(0)
+  %at.3 = s32[] parameter(1)
+  %inner.3 = f32[1,128]{1,0} fusion(%table.3, %at.3), kind=kLoop, calls=%row
+  ROOT %doubled.3 = f32[1,128]{1,0} add(%inner.3, %inner.3)
+}
+
+%outer_put (cache.4: f32[1000,128], new.4: f32[1,128], at.4: s32[]) -> f32[1000,128] {
+  %cache.4 = f32[1000,128]{1,0} parameter(0)
+  %new.4 = f32[1,128]{1,0} parameter(1)
+  %at.4 = s32[] parameter(2)
+  ROOT %inner.4 = f32[1000,128]{1,0} fusion(%cache.4, %new.4, %at.4), kind=kLoop, calls=%put
+}
+
+ENTRY"""
+    nested = IN_PLACE.replace("calls=%row", "calls=%outer").replace("calls=%put", "calls=%outer_put")
+    assert program_cost(nested.replace("ENTRY", wrapped)).hbm_bytes == program_cost(IN_PLACE).hbm_bytes
 
 
 def test_a_copy_into_fast_memory_is_read_once() -> None:
