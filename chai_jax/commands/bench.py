@@ -124,7 +124,7 @@ class BenchCommand:
         found = sweep(entrants, over, self.trials, self.seed, self.tokens)
         record = {
             "options": options,
-            **where_computed(asked),
+            **where_computed(asked.replace(kernels=execution.kernels)),
             "devices_used": 1,
             "attention": execution.kernels,
             "threads": threads | ({name: os.environ.get(name) for name in AWAKE} if self.peer else {}),
