@@ -115,7 +115,7 @@ def test_interrupted_anywhere_it_ends_the_same(
     """Stop before every write of a stage and of the results, then repeat the command: file by file the same folder."""
     out = tmp_path / "run"
     wanted = job(small_model, data, out)
-    for place, method in (("RunFolder", "finish"), ("Job", "report")):
+    for place, method in (("RunFolder", "finish"), ("Pipeline", "report")):
         kind = getattr(pipeline, place)
         real = getattr(kind, method)
         calls = 0
