@@ -84,7 +84,8 @@ class SavedRun:
         words = ["chai-jax", "run", str(self.config.get("model", RunConfig.model))]
         for name, value in asked.items():
             if value != usual.get(name):
-                words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+                option = name.replace("_", "-")
+                words += [f"--{'no-' * (value is False)}{option}", *([] if isinstance(value, bool) else [str(value)])]
         return shlex.join(words)
 
     @property

@@ -18,7 +18,7 @@ from chai_jax.sources import source_of
 
 CONFIGS = (
     RunConfig(),
-    RunConfig("facebook/opt-125m", task="sst2", seed=3),
+    RunConfig("facebook/opt-125m", task="sst2", seed=3, planning=PlanConfig(kv_budget=0.5, ranks=False)),
     RunConfig("my models/it's", task="rte", data_dir=Path("some data"), order="", select="accuracy", limit=20),
     RunConfig(
         "m", text=Path("$(rm -rf).txt"), finetune="never", gate=0.25, planning=PlanConfig(kv_budget=0.25, pin="0,1")
