@@ -71,7 +71,7 @@ def measure(job: Job, model: AbstractModel, plan: Plan | None = None) -> Record:
         record["roofline"] = roofline(found, device)
         record |= {name: getattr(found, name) for name in ("flops", "hbm_bytes", "open_loops")}
         record |= {"collective_bytes": found.collective_bytes, "sent_bytes": found.sent_bytes}
-    compiler = (gpu.compiler() if device.platform == "gpu" else None) or "libtpu"
+    compiler = (gpu.compiler_package() if device.platform == "gpu" else None) or "libtpu"
     versions = {name: metadata.version(name) for name in ("jax", compiler)}
     return record | {"compile_seconds": round(time.perf_counter() - began, 1), "versions": versions}
 

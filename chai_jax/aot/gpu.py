@@ -40,7 +40,7 @@ DESCRIPTIONS: Mapping[str, str] = {
 }
 
 
-def compiler() -> str | None:
+def compiler_package() -> str | None:
     """The package with jax's compiler for NVIDIA's GPUs, such as jax-cuda12-pjrt; None if there is none."""
     names = [entry.name for entry in entry_points(group="jax_plugins") if entry.name.startswith("xla_cuda")]
     return f"jax-{names[0].removeprefix('xla_')}-pjrt" if names else None
@@ -52,7 +52,7 @@ def topology(name: str) -> tuple[Any, ...]:
     Raises:
         InputError: jax has no compiler for NVIDIA's GPUs here, or it does not load.
     """
-    if compiler() is None:
+    if compiler_package() is None:
         raise InputError(
             "jax has no compiler for NVIDIA's GPUs here; expected the one that fits this jax: pip install "
             "'chai_jax[cuda]'"
@@ -63,8 +63,8 @@ def topology(name: str) -> tuple[Any, ...]:
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"jax's compiler for NVIDIA's GPUs does not load or knows no {name} ({reason}); expected {compiler()} as "
-            "this jax needs it: pip install 'chai_jax[cuda]'"
+            f"jax's compiler for NVIDIA's GPUs does not load or knows no {name} ({reason}); expected "
+            f"{compiler_package()} as this jax needs it: pip install 'chai_jax[cuda]'"
         ) from None
 
 

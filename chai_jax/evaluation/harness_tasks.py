@@ -10,7 +10,7 @@ from chai_jax.data.text import pages, read_text_file
 from chai_jax.errors import InputError
 
 # The harness's own definitions of what can be run on local rows.
-SOURCES = {
+HARNESS_FILES = {
     "sst2": "glue/sst2/default.yaml",
     "rte": "glue/rte/default.yaml",
     "piqa": "piqa/piqa.yaml",
@@ -57,15 +57,15 @@ def write_tasks(folder: Path, rows: Mapping[str, Mapping[str, Sequence[Row]]]) -
         raise InputError("the lm-evaluation-harness is not there: pip install 'chai_jax[eval]'")
     built_in = Path(harness.origin).parent / "tasks"
     for name, splits in rows.items():
-        if name not in SOURCES:
+        if name not in HARNESS_FILES:
             raise InputError(
-                f"the task {name!r} has no counterpart in the harness; expected one of {', '.join(SOURCES)}"
+                f"the task {name!r} has no counterpart in the harness; expected one of {', '.join(HARNESS_FILES)}"
             )
         files = {split: (folder / f"{name}_{split}.jsonl").absolute() for split in splits}
         for split, path in files.items():
             path.write_text("".join(json.dumps(row) + "\n" for row in splits[split]), encoding="utf-8")
         local = {
-            "include": str(built_in / SOURCES[name]),
+            "include": str(built_in / HARNESS_FILES[name]),
             "task": name,
             "dataset_path": "json",
             "dataset_name": None,

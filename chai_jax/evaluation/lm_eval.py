@@ -19,7 +19,7 @@ from chai_jax.data.batches import Encoded
 from chai_jax.data.tokens import bare_tokens, prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
 from chai_jax.evaluation.harness_requests import check_template, conversation, generation_settings, sequences
-from chai_jax.evaluation.harness_tasks import SOURCES, local_rows, write_tasks
+from chai_jax.evaluation.harness_tasks import HARNESS_FILES, local_rows, write_tasks
 from chai_jax.evaluation.tasks import BATCH_SIZE
 from chai_jax.files.atomic import check_writable
 from chai_jax.inputs.reading import Record
@@ -206,7 +206,7 @@ def run(
     Args:
         model: folder, hub id, or `toy`.
         arguments: the harness's own (`--tasks`, `--include_path`, `--output_path`, ...).
-        data_dir: read those of `SOURCES` that are among the tasks from this folder, not from the hub.
+        data_dir: read those of `HARNESS_FILES` that are among the tasks from this folder, not from the hub.
         revision: of a hub model.
         execution: how the model is run; as suits the devices here, if not given.
 
@@ -237,9 +237,9 @@ def run(
 
 def _use_local_rows(namespace: argparse.Namespace, data_dir: Path, folder: Path) -> None:
     """Let the harness's parsed options find, before all others, tasks that read `data_dir`; they go into `folder`."""
-    names = [name for name in SOURCES if name in (namespace.tasks or ())]
+    names = [name for name in HARNESS_FILES if name in (namespace.tasks or ())]
     if not names:
-        raise InputError(f"--data-dir holds rows for {', '.join(SOURCES)}; expected one of them among --tasks")
+        raise InputError(f"--data-dir holds rows for {', '.join(HARNESS_FILES)}; expected one of them among --tasks")
     write_tasks(folder, {name: local_rows(name, data_dir, few_shot=bool(namespace.num_fewshot)) for name in names})
     namespace.include_path = [path for path in (namespace.include_path, str(folder)) if path]
 
@@ -266,8 +266,8 @@ def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
     except (ConnectionError, DatasetNotFoundError) as error:
         reason = " ".join(str(error).split())[:160]
         raise InputError(
-            f"cannot fetch a task's data ({reason}); give local rows with --data-dir (for {', '.join(SOURCES)}) or "
-            "tasks that read local files with --include_path"
+            f"cannot fetch a task's data ({reason}); give local rows with --data-dir (for {', '.join(HARNESS_FILES)}) "
+            "or tasks that read local files with --include_path"
         ) from None
     except (ValueError, TypeError, OSError) as error:
         if passed or isinstance(error, InputError):

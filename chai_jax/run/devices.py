@@ -110,8 +110,9 @@ def _check_place(coordinator: str | None, count: int | None, index: int | None) 
 def tpu_hosts() -> int:
     """How many hosts share this machine's TPU: 1 where there is none.
 
-    Read from the environment (GKE, Kaggle) or the metadata server (TPU VMs), as JAX does; not asked of JAX, which could
-    no longer join the others once it had looked at its devices.
+    Read from the environment (GKE, Kaggle) or the metadata server (TPU VMs), as JAX does. JAX cannot be asked: once it
+    has looked at its devices, it can join nobody. And `jax.distributed.initialize()` raises the same ValueError where
+    there is no cluster and where one cannot be made out; a pod's host must not go on alone for that.
     """
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES")
     if hosts is None and (Path("/dev/accel0").exists() or Path("/dev/vfio/0").exists()):

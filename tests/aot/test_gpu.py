@@ -18,7 +18,7 @@ from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 
 SMALL = Architecture(4096, 256, 1, 4, 512, 256, 256)
-needs_plugin = pytest.mark.skipif(gpu.compiler() is None, reason="jax's CUDA plugin is not installed")
+needs_plugin = pytest.mark.skipif(gpu.compiler_package() is None, reason="jax's CUDA plugin is not installed")
 
 
 def abstract(spec: Spec | None = None) -> AbstractModel:
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused_and_the_search_ends_beside_it(monkeypatch:
 
 def test_without_the_plugin_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(gpu, "entry_points", lambda group: [])
-    assert gpu.compiler() is None
+    assert gpu.compiler_package() is None
     with pytest.raises(InputError, match=r"no compiler for NVIDIA's GPUs here; expected .*: pip install"):
         gpu.topology("h100")
     assert main(["aot", "facebook/opt-125m", "--topology", "h100"]) == 2
@@ -87,7 +87,7 @@ def test_a_compiler_that_does_not_load_is_one_line(error: Exception, monkeypatch
     def refuse(*args: Any, **options: Any) -> None:
         raise error
 
-    monkeypatch.setattr(gpu, "compiler", lambda: "jax-cuda12-pjrt")
+    monkeypatch.setattr(gpu, "compiler_package", lambda: "jax-cuda12-pjrt")
     monkeypatch.setattr(gpu.topologies, "get_topology_desc", refuse)
     with pytest.raises(InputError, match=r"knows no h100 \(no[a-z ]+\); expected jax-cuda12-pjrt as this jax needs it"):
         gpu.topology("h100")

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from chai_jax.report.figures.draw import TRADEOFF, Measure, Row, plain, save, write_caption
+from chai_jax.report.figures.draw import TRADEOFF, Measure, Row, plain, write_caption, write_picture
 
 
 def heatmap(
@@ -44,7 +44,7 @@ def heatmap(
     bar = figure.colorbar(image, ax=axes, ticks=(-1, 0, 1))
     bar.ax.set_yticklabels(["better", plain(f"as {rows[0]['label']}"), "worse"], fontsize=8)
     write_caption(figure, f"Colour: change from the first row, as a share of the column's largest. {caption}")
-    return save(figure, path, [_drawn(row, line, measures) for row, line in zip(rows, worse, strict=True)])
+    return write_picture(figure, path, [_drawn(row, line, measures) for row, line in zip(rows, worse, strict=True)])
 
 
 def worsening(values: Float[np.ndarray, "N M"], lower: Sequence[bool]) -> Float[np.ndarray, "N M"]:

@@ -7,7 +7,16 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from chai_jax.report.figures.draw import COLOURS, Row, errorbars, plain, save, series_of, ticks_at, write_caption
+from chai_jax.report.figures.draw import (
+    COLOURS,
+    Row,
+    errorbars,
+    plain,
+    series_of,
+    ticks_at,
+    write_caption,
+    write_picture,
+)
 
 
 def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
@@ -40,7 +49,7 @@ def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
             for s, x, m in zip(step, loss.tolist(), mean.tolist(), strict=True)
         ]
     write_caption(figure, caption)
-    return save(figure, path, drawn)
+    return write_picture(figure, path, drawn)
 
 
 def running_mean(values: Float[np.ndarray, " N"], width: int) -> Float[np.ndarray, " N"]:
@@ -85,4 +94,4 @@ def cost_against(
     every[0].set_ylabel(plain(y_label))
     every[0].legend(fontsize=8)
     write_caption(figure, caption)
-    return save(figure, path, rows)
+    return write_picture(figure, path, rows)

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from chai_jax.report.figures.draw import COLOURS, Row, plain, save, write_caption
+from chai_jax.report.figures.draw import COLOURS, Row, plain, write_caption, write_picture
 
 HIGH, GAP = 0.74, 0.3  # inches: a box, and the arrow to the next
 NAME, COLUMN = 2.9, 1.45  # inches: room for the stage's name and for each figure
@@ -35,7 +35,7 @@ def pipeline_diagram(path: Path, rows: Sequence[Row], caption: str) -> list[Path
                 FancyArrowPatch((0.6, top + GAP), (0.6, top), arrowstyle="-|>", mutation_scale=14, color="#444444")
             )
     write_caption(figure, caption)
-    return save(figure, path, rows)
+    return write_picture(figure, path, rows)
 
 
 def _box(axes: Axes, row: Row, columns: Sequence[str], top: float, width: float, colour: str) -> None:

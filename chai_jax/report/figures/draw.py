@@ -53,7 +53,7 @@ TRADEOFF = (
 )
 
 
-def save(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
+def write_picture(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
     """Write `path`.png, .svg and .csv (the rows); returns the three paths. The same picture gives the same bytes."""
     written = []
     with mpl.rc_context({"svg.hashsalt": "chai_jax"}), warnings.catch_warnings():

@@ -12,10 +12,10 @@ from matplotlib.patches import Rectangle
 from chai_jax.analyse.explain import explain
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import Plan
-from chai_jax.report.figures.draw import COLOURS, Row, plain, save, series_of, write_caption
+from chai_jax.report.figures.draw import COLOURS, Row, plain, series_of, write_caption, write_picture
 
 # Colour and hatch of each tier: told apart in print without colours too.
-TIERS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (COLOURS[0], "")}
+TIER_LOOKS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (COLOURS[0], "")}
 
 
 def head_maps(
@@ -56,7 +56,7 @@ def head_maps(
         empty.set_axis_off()
     figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of attention", shrink=0.8)
     write_caption(figure, f"Heads, ordered by cluster (boxes). {caption}")
-    return save(figure, path, rows)
+    return write_picture(figure, path, rows)
 
 
 def _square(edge: float, size: int) -> Rectangle:
@@ -76,7 +76,7 @@ def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sen
     longest = max(map(len, panels.values()))
     figure = Figure(figsize=(max(5.0, 0.32 * longest + 2), 2.9 * len(panels) + 0.4), layout="constrained")
     for axes, (name, members) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
-        for tier, (colour, hatch) in TIERS.items():
+        for tier, (colour, hatch) in TIER_LOOKS.items():
             chosen = [row for row in members if row["tier"] == tier]
             bars = axes.bar(
                 [row["layer"] for row in chosen],
@@ -97,7 +97,7 @@ def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sen
     figure.axes[-1].set_xlabel("layer")
     figure.axes[0].legend(title="tier", fontsize=8, title_fontsize=8)
     write_caption(figure, caption)
-    return save(figure, path, rows)
+    return write_picture(figure, path, rows)
 
 
 def spectrum(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
@@ -128,4 +128,4 @@ def spectrum(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
     if len(layers) <= 16:
         figure.axes[-1].legend(fontsize=7)
     write_caption(figure, caption)
-    return save(figure, path, rows)
+    return write_picture(figure, path, rows)

@@ -19,11 +19,11 @@ from chai_jax.report.figures.draw import (
     Row,
     errorbars,
     plain,
-    save,
     series_of,
     style,
     ticks_at,
     write_caption,
+    write_picture,
 )
 from chai_jax.report.figures.labels import label_points
 
@@ -59,7 +59,7 @@ def radar(path: Path, rows: Sequence[Row], caption: str, measures: Sequence[Meas
         {**row, **{f"{name}_of_best": round(float(share[at]), 6) for name, share in named.items()}}
         for at, row in enumerate(rows)
     ]
-    return save(figure, path, drawn)
+    return write_picture(figure, path, drawn)
 
 
 def _share_of_best(values: np.ndarray, lower: bool) -> np.ndarray:
@@ -117,7 +117,7 @@ def scatter3d(
     label_points(space, seen, names, size=9.0, radius=9.0)
     for axes, (x, y) in zip(flat, combinations(range(3), 2), strict=True):
         label_points(axes, points[:, [x, y]], names, size=7.0, radius=5.0)
-    return save(
+    return write_picture(
         figure, path, [{"label": row["label"], **{one.name: row[one.name] for one in measures}} for row in rows]
     )
 
@@ -171,7 +171,7 @@ def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     write_caption(figure, caption)
-    return save(figure, path, rows)
+    return write_picture(figure, path, rows)
 
 
 def unbeaten(costs: Float[np.ndarray, " N"], losses: Float[np.ndarray, " N"]) -> Int[np.ndarray, " M"]:
