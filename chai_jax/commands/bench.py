@@ -40,9 +40,14 @@ def _times(name: str) -> Callable[[dict[str, Any]], str]:
     return cell
 
 
+def short_names(text: str) -> str:
+    """Without the folders that paths in it begin with; of runs/a/model, which is a run's, `a/model` stays."""
+    return re.sub(r"\S*[/:](?=\S)(?!model(?:\s|$))", "", text)
+
+
 # Of the table on the terminal; bench.json has everything. The floor is the least time that this machine allows.
 COLUMNS = (
-    ("model", lambda row: re.sub(r"\S*[/:](?=\S)", "", row["model"])),
+    ("model", lambda row: short_names(row["model"])),
     ("batch", lambda row: str(row["batch"])),
     ("prompt, tokens", lambda row: str(row["prompt"])),
     ("first token, ms", _times("prefill_ms")),

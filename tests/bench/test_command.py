@@ -13,7 +13,7 @@ from chai_jax.bench.floor import Rates
 from chai_jax.bench.race import MEASURES, Shape, long_run
 from chai_jax.bench.sweep import shapes, throughput, variants
 from chai_jax.cli import main
-from chai_jax.commands.bench import COLUMNS, numbers
+from chai_jax.commands.bench import COLUMNS, numbers, short_names
 from chai_jax.console import print_table
 from chai_jax.errors import InputError
 from chai_jax.files.published import random_model
@@ -73,16 +73,47 @@ def test_rates_floors_and_bytes_follow_from_the_rest(done: tuple[Record, Path], 
         assert row["long_run"]["decode_ms_per_token"] > 0
 
 
-def test_the_table_fits_a_laptop(done: tuple[Record, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    """One line a model and shape, however long the names and large the numbers; all else is in bench.json."""
-    record, _ = done
-    large = {"median": 12345.6, "p10": 12000.1, "p90": 13000.9}
-    rows = [row | {"prefill_ms": large, "tokens_per_second": large} for row in record["rows"]]
-    print_table(terminal(rows, "title", COLUMNS))
-    _, *lines = capsys.readouterr().out.splitlines()
+def test_the_table_fits_a_laptop(capsys: pytest.CaptureFixture[str]) -> None:
+    """One line a model and shape."""
+
+    def times(median: float) -> Record:
+        return {"median": median, "p10": 0.97 * median, "p90": 1.06 * median}
+
+    row = {
+        "batch": 1024,
+        "prompt": 2048,
+        "prefill_ms": times(12345.6),
+        "decode_ms_per_token": times(61.53),
+        "ratio_to_first": {"decode_ms_per_token": times(0.5)},
+        "floor_fraction": {"decode_ms_per_token": 0.789},
+        "tokens_per_second": times(16642.3),
+        "inferences_per_second": times(20123.4),
+    }
+    names = ["random:facebook/opt-125m", "random:facebook/opt-125m qkv 0.25 int8"]
+    print_table(terminal([{**row, "model": name} for name in names], "title", COLUMNS))
+    lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 120
-    assert sum("12,346 [12,000, 13,001]" in line for line in lines) == len(rows) == 4
-    assert sum(" qkv 0.5 int8 " in line for line in lines) == 2
+    for name in ("opt-125m", "opt-125m qkv 0.25 int8"):
+        (line,) = [line for line in lines if line.startswith(f" {name}  ")]
+        numbers = line.removeprefix(f" {name}").split("  ")
+        assert [cell.strip() for cell in numbers if cell.strip()] == [
+            *("1024", "2048", "12,346 [11,975, 13,086]", "61.5 [59.7, 65.2]", "0.50", "79", "16,642", "20,123.4")
+        ]
+
+
+@pytest.mark.parametrize(
+    ("name", "short"),
+    [
+        ("toy", "toy"),
+        ("random:facebook/opt-125m qkv 0.25 int8", "opt-125m qkv 0.25 int8"),
+        ("hf random:facebook/opt-125m", "hf opt-125m"),
+        ("runs/quarter/model qk 0.5", "quarter/model qk 0.5"),
+        ("models/mine/", "mine/"),
+        ("/a/model-b", "model-b"),
+    ],
+)
+def test_models_are_shown_by_their_last_name(name: str, short: str) -> None:
+    assert short_names(name) == short
 
 
 def test_every_file_is_there_and_holds_the_rows(done: tuple[Record, Path]) -> None:
