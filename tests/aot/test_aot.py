@@ -122,6 +122,7 @@ def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> N
     assert cached + 2 * entries < moved < 1.1 * (cached + 2 * entries)
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_the_kernel_of_prompts_leaves_no_scores_in_memory() -> None:
     """One kernel a layer but the last, which attends for the newest token alone; all pairs' scores never are in HBM."""
