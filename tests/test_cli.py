@@ -267,7 +267,7 @@ def test_a_run_that_is_terminated_exits_with_a_status_of_its_own(
 ) -> None:
     """Outside of training, where SIGTERM need not wait for an update to end."""
 
-    def terminated(config: object) -> None:
+    def terminated(config: object, execution: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(pipeline, "run", terminated)
@@ -283,7 +283,7 @@ def test_a_run_that_is_terminated_exits_with_a_status_of_its_own(
 def test_a_full_disk_is_one_line(
     model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(config: object) -> None:
+    def full(config: object, execution: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(pipeline, "run", full)

@@ -162,7 +162,7 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_the_machine_refuses_is_one_line(
     failure: Exception, message: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(config: object) -> None:
+    def fail(config: object, execution: object) -> None:
         raise failure
 
     monkeypatch.setattr(pipeline, "run", fail)
@@ -173,7 +173,9 @@ def test_what_the_machine_refuses_is_one_line(
 
 def test_results_are_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Numbers that JSON has not are null."""
-    monkeypatch.setattr(pipeline, "run", lambda config: {"x": [math.inf, -math.inf, math.nan, 1.5], "y": (1, "\udcff")})
+    monkeypatch.setattr(
+        pipeline, "run", lambda config, execution: {"x": [math.inf, -math.inf, math.nan, 1.5], "y": (1, "\udcff")}
+    )
     assert main(["run"]) == 0
     out = capsys.readouterr().out
     assert json.loads(out, parse_constant=pytest.fail) == {"x": [None, None, None, 1.5], "y": [1, "\udcff"]}

@@ -9,6 +9,7 @@ import pytest
 from chai_jax.adapt import toy
 from chai_jax.files import lock
 from chai_jax.files.store import load
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 
 
@@ -17,7 +18,7 @@ def trainings(small_model: Path, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The seeds that were trained with; training is replaced by a short wait."""
     seeds: list[int] = []
 
-    def train(seed: int) -> Model:
+    def train(seed: int, execution: Execution | None) -> Model:
         seeds.append(seed)
         time.sleep(0.5)
         return load(small_model)

@@ -158,7 +158,7 @@ def test_lengths_fall_into_few_sizes() -> None:
 def test_logits_of_all_positions_never_exist(model: Model) -> None:
     tokens, targets = jnp.zeros((8, 48), jnp.int32), jnp.zeros((8, 48, 1), jnp.int32)
     questions = Questions(tokens, jnp.full(8, 48, jnp.int32), jnp.zeros(8, jnp.int32), targets)
-    compute = partial(score.target_logprobs, CONFIG, model.spec, jnp.float32)
+    compute = partial(score.target_logprobs, CONFIG, model.spec, model.how)
     program = str(jax.make_jaxpr(compute)(model.params, questions))
     assert "f32[8,32,97]" in program  # HEAD_ROWS / 8 positions of each row
     assert "48,97]" not in program
