@@ -122,6 +122,7 @@ def written(out: Path, name: str) -> dict[str, Any]:
     return whole
 
 
+@pytest.mark.slow
 def test_configurations_share_their_prefixes(small_model: Path, data: Path, out: Path, steps: Counting) -> None:
     wanted = options(small_model, data, out)
     module = script("configurations")

@@ -136,7 +136,6 @@ def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> No
     assert generate_tokens(stored, PROMPTS[:2], 12, stop=False) == [naive(stored, p, 12) for p in PROMPTS[:2]]
 
 
-@pytest.mark.as_user
 def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
     """Blocks are of columns: the uncached model, padded on the left alike, says the same token by token."""
     stored = with_storage(model, "int4")
