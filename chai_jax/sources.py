@@ -7,9 +7,10 @@ from chai_jax.adapt.toy import toy_model
 from chai_jax.config import PlanConfig, TrainOverrides
 from chai_jax.errors import InputError
 from chai_jax.files.published import random_model
-from chai_jax.files.store import load
+from chai_jax.files.store import load, read_architecture
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
+from chai_jax.plans.architecture import Architecture
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,8 @@ def open_model(model: str, revision: str | None = None, seed: int = 0, execution
     if revision is not None and source is not PRETRAINED:
         raise InputError(f"{model} has no revision {revision!r}; expected one of a hub id only: leave it out")
     return source.open(model, revision, seed, execution)
+
+
+def shape_of(model: str) -> Architecture:
+    """The shape of what `open_model` opens; the weights of a folder or a hub id are not read for it."""
+    return read_architecture(model) if source_of(model) is PRETRAINED else open_model(model).config

@@ -1,6 +1,7 @@
 """What a person may give as MODEL, and the defaults that come with it."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from chai_jax.config import PlanConfig, TrainConfig
 from chai_jax.errors import InputError
 from chai_jax.files.published import random_model
 from chai_jax.files.store import load
-from chai_jax.sources import open_model, source_of
+from chai_jax.sources import open_model, shape_of, source_of
 
 
 @pytest.mark.parametrize(
@@ -30,6 +31,13 @@ def test_the_kind_of_a_model(model: str, source: sources.Source) -> None:
 def test_a_folder_is_loaded(small_model: Path) -> None:
     found, expected = open_model(str(small_model)), load(small_model)
     np.testing.assert_array_equal(found.params["embed"]["tokens"], expected.params["embed"]["tokens"])
+
+
+def test_a_shape_is_known_without_weights(small_model: Path, tmp_path: Path) -> None:
+    shutil.copy(small_model / "config.json", tmp_path)
+    assert shape_of(str(tmp_path)) == shape_of(f"random:{tmp_path}") == load(small_model).config
+    with pytest.raises(InputError, match="no weights"):
+        open_model(str(tmp_path))
 
 
 def test_random_weights_come_from_the_seed(small_model: Path) -> None:

@@ -116,6 +116,8 @@ def test_what_the_caller_ignores_stays_ignored() -> None:
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGINT)
             safe_point()
+            heard = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+        assert heard == [signal.SIG_IGN] * 2
     finally:
         for number, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(number, handler)

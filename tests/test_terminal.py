@@ -96,6 +96,8 @@ def test_work_goes_on_after_a_table_that_nobody_reads() -> None:
     with nobody_reads():
         print_table(terminal([], "title"))
         print_table(terminal([], "title"))
+        assert sys.stdout.write("goes nowhere") == len("goes nowhere")
+        assert sys.stdout.flush() is None
 
 
 def test_help_that_nobody_reads() -> None:

@@ -69,10 +69,10 @@ class ExplainCommand:
     def run(self) -> Any:
         from chai_jax.analyse.explain import explain_table
         from chai_jax.plans.plan import Plan
-        from chai_jax.sources import open_model
+        from chai_jax.sources import shape_of
 
         plan = Plan.read(self.plan)
-        config = None if self.model is None else open_model(self.model).config
+        config = None if self.model is None else shape_of(self.model)
         print_table(explain_table(plan, config))
         return explained(plan, config)
 

@@ -43,13 +43,13 @@ def write_compressed(folder: Path, model: Model) -> None:
 
 def write_spec(folder: Path, model: Model) -> None:
     """Write spec.json."""
-    how: dict[str, Any] = {}
+    quantized: dict[str, Any] = {}
     for path, leaf in flatten(model.params)[0]:
         if isinstance(leaf, Int4Array):
-            how[".".join(path)] = {"axis": leaf.axis, "group": leaf.group}
+            quantized[".".join(path)] = {"axis": leaf.axis, "group": leaf.group}
         elif isinstance(leaf, QuantizedArray):
-            how[".".join(path)] = leaf.axes
-    write_json(folder / "spec.json", {**model.spec.to_json(), "quantized": how})
+            quantized[".".join(path)] = leaf.axes
+    write_json(folder / "spec.json", {**model.spec.to_json(), "quantized": quantized})
 
 
 def _to_stored(params: Params) -> dict[str, Stored]:
@@ -92,13 +92,13 @@ def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
             raise InputError(f"{path} layer {index} is called dense and is not: save the model again")
         if max(layer.key_rank, layer.value_rank) > config.hidden_size:
             raise InputError(f"{path} layer {index} has a rank above {config.hidden_size}, the width: save it again")
-    how = value.get("quantized", {})
-    if not isinstance(how, dict):
-        raise InputError(f"{path} has quantized {how!r:.80}; expected names with axes: save the model again")
-    return spec, how
+    quantized = value.get("quantized", {})
+    if not isinstance(quantized, dict):
+        raise InputError(f"{path} has quantized {quantized!r:.80}; expected names with axes: save the model again")
+    return spec, quantized
 
 
-def read_params(config: Architecture, spec: Spec, tensors: dict[str, Stored], how: dict[str, Any]) -> Params:
+def read_params(config: Architecture, spec: Spec, tensors: dict[str, Stored], quantized: dict[str, Any]) -> Params:
     """Read our own weights, each checked against what configuration and spec demand; `tensors` is emptied on the way.
 
     Raises:
@@ -108,13 +108,13 @@ def read_params(config: Architecture, spec: Spec, tensors: dict[str, Stored], ho
     leaves = []
     for path, what in track(declared, "reading weights"):
         name = ".".join(path)
-        if name in how:
-            read = _read_int4 if isinstance(how[name], dict) else _read_int8
-            leaf: Any = read(name, what, tensors, how[name])
+        if name in quantized:
+            read = _read_int4 if isinstance(quantized[name], dict) else _read_int8
+            leaf: Any = read(name, what, tensors, quantized[name])
         else:
             leaf = jnp.array(read_finite(name, _take(name, what.shape, tensors)))
         leaves.append(leaf)
-    unknown = sorted(tensors.keys() | how.keys() - {".".join(path) for path, _ in declared})
+    unknown = sorted(tensors.keys() | quantized.keys() - {".".join(path) for path, _ in declared})
     if unknown:
         raise InputError(
             f"spec.json has no place for {unknown[0]!r:.100}, which the folder holds: save the model again"
@@ -145,12 +145,12 @@ def _read_int8(name: str, what: Declared, tensors: dict[str, Stored], axes: Any)
     return QuantizedArray(values, _take_scale(name, left, tensors), tuple(axes))
 
 
-def _read_int4(name: str, what: Declared, tensors: dict[str, Stored], how: Any) -> Int4Array:
-    axis, group = how.get("axis"), how.get("group")
+def _read_int4(name: str, what: Declared, tensors: dict[str, Stored], entry: Any) -> Int4Array:
+    axis, group = entry.get("axis"), entry.get("group")
     fits = type(axis) is int and type(group) is int and -len(what.shape) <= axis < 0 < group
-    if what.kind != "kernel" or not fits or len(how) != 2:
+    if what.kind != "kernel" or not fits or len(entry) != 2:
         raise InputError(
-            f"spec.json quantizes {name} by {how!r:.80}; expected a kernel, one of its own axes, and the size of a "
+            f"spec.json quantizes {name} by {entry!r:.80}; expected a kernel, one of its own axes, and the size of a "
             "group: save the model again"
         )
 

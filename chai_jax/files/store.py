@@ -65,17 +65,30 @@ def load(
             f"{folder} holds a compressed model, which keeps the formats it was saved in: leave out dtype and storage"
         )
     config = family.parse_config(fields, str(folder / "config.json"))
-    spec, how = _read_spec(folder, config, ordinary, storage)
+    spec, quantized = _read_spec(folder, config, ordinary, storage)
     if wanted:
         spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
     plan = Plan.read(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if plan is not None:
         plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
     tensors = open_weights(folder)
-    params = to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, how)
+    params = (
+        to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, quantized)
+    )
     compressed.check_formats(spec, params)
     generation, words = read_generation(folder, fields), load_tokenizer(folder, config) if tokenizer else None
     return Model(config, spec, params, words, str(source), plan, generation, execution)
+
+
+def read_architecture(source: str | Path, revision: str | None = None) -> Architecture:
+    """The shape of the model that `load` would read, from its config.json alone.
+
+    Raises:
+        InputError: as `load`, of that file.
+    """
+    folder = resolve(source, revision)
+    fields, family, _ = _read_kind(folder)
+    return family.parse_config(fields, str(folder / "config.json"))
 
 
 def _read_kind(folder: Path) -> tuple[Record, Family, bool]:
@@ -93,11 +106,11 @@ def _read_spec(folder: Path, config: Architecture, ordinary: bool, storage: str 
     """The folder's spec.json, which an ordinary model need not have, and how its arrays are quantized, by name."""
     if ordinary and (storage is not None or not (folder / "spec.json").is_file()):
         return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage or "float32"), {}
-    spec, how = compressed.read_spec(folder / "spec.json", config)
+    spec, quantized = compressed.read_spec(folder / "spec.json", config)
     if ordinary and not spec.is_dense:
         name = family_of(config).name
         raise InputError(f"{folder} has an ordinary {name} in config.json, a clustered one in spec.json: save it again")
-    return spec, how
+    return spec, quantized
 
 
 def _dtype_name(dtype: Any) -> str:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Int, Int32
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 
-CPU_TOKENS = 1536  # of a batch on a CPU, at most: its kernel packs so many at once; XLA is as fast with 1,024
+CPU_TOKENS = 1536  # of a batch on a CPU, at most: larger ones leave its caches; XLA was as fast with 1,024
 PAIRS = 2**21  # B T^2 of one device's batch, at most: 8 MB of float32 scores a head
 SHORTEST_ROW = 16  # the smallest padded length
 MEMBERS = 64  # examples of a row, at most: every row has room for as many alternatives as the largest row has
