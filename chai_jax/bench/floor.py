@@ -31,7 +31,6 @@ from chai_jax.bench.race import Shape
 from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.flops import count_flops, spared
 from chai_jax.model.model import Model
-from chai_jax.model.products import product
 from chai_jax.serve.decode import cast
 
 
@@ -62,13 +61,12 @@ def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float
     """The best rates of a short probe of the first device: those of the machine when nothing else disturbs it.
 
     Bytes are read by a square matrix times a vector, or by the matrix's sum, whichever is faster. FLOPs are those of
-    the product of two squares, by XLA or as models are multiplied by default (`chai_jax.model.products`), whichever is
-    faster. The squares hold random numbers rounded to float16, as published weights are.
+    the product of two squares, which hold random numbers rounded to float16, as published weights are.
 
     Args:
         sides: of the two kinds of squares; the first must be too large for any cache. Not given, 8,192 (268 MB of
             float32) and 1,024 on CPUs, four and eight times as much elsewhere.
-        seconds: for which each of the four is repeated.
+        seconds: for which each of the three is repeated.
     """
     cpu = jax.default_backend() == "cpu"
     large, small = sides or ((8192, 1024) if cpu else (32768, 8192))
@@ -77,8 +75,7 @@ def probe_rates(dtype: Any, sides: tuple[int, int] | None = None, seconds: float
     vector = jnp.ones((large,), dtype)
     times = partial(jax.lax.dot, preferred_element_type=jnp.float32)
     reading = min(_best(times, seconds, wide, vector), _best(jnp.sum, seconds, wide))
-    ways = times, partial(product, "mk,kn->mn", row="m")
-    multiplying = min(_best(way, seconds, square, square) for way in ways)
+    multiplying = _best(times, seconds, square, square)
     return Rates(wide.nbytes / reading, 2 * small**3 / multiplying, np.dtype(dtype).name)
 
 

@@ -91,7 +91,7 @@ def latency(
     shape = (shape or Shape()).fit(min(model.config.max_positions for model in models.values()))
     dtype, *others = {model.how.dtype.name for model in models.values()}
     if others:
-        raise InputError("the models compute in float32 and in bfloat16; expected one dtype to time them side by side")
+        raise InputError("the models compute in two dtypes; expected one: load them with the same execution")
     return race({name: partial(Timed, model) for name, model in models.items()}, shape, dtype, trials, seed)
 
 

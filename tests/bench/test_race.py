@@ -15,6 +15,7 @@ from chai_jax.compress.quantize import with_storage
 from chai_jax.data.batches import Encoded
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
@@ -134,5 +135,8 @@ def test_refuses_what_cannot_be_compared(model: Model) -> None:
     for models in ({}, {"a": model, "b": other}):
         with pytest.raises(InputError, match="one vocabulary"):
             latency(models)
+    halves = model.replace(execution=Execution.choose("bfloat16"))
+    with pytest.raises(InputError, match="two dtypes"):
+        latency({"a": model, "b": halves})
     with pytest.raises(InputError, match="trials is 0"):
         latency({"a": model}, trials=0)
