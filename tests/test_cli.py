@@ -167,6 +167,7 @@ def test_bad_run_arguments(model: Path, data: Path, capsys: pytest.CaptureFixtur
     assert "--rank is 1.5" in refused(capsys, *job, "--rank", "1.5")
     budget = (*job, "--kv-budget")
     assert "--kv-budget is -0.5" in refused(capsys, *budget, "-0.5")
+    assert "--kv-budget is 25.0; expected a fraction of" in refused(capsys, *budget, "25")
     assert "--storages is 'int5'" in refused(capsys, *budget, "0.5", "--storages", "int5")
     assert "layer 7 is pinned; expected layers from 0 to 1" in refused(capsys, *budget, "0.5", "--pin", "0,7")
     assert "expected layer numbers" in refused(capsys, *budget, "0.5", "--pin", "first")

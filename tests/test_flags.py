@@ -94,7 +94,7 @@ NUMBERS = {
     if takes(hint, int, float)
 }
 ZERO = {"seed", "gate", "layers"}
-ANY_SIZE = {"gate", "kv_budget", "model_budget", "checkpoint_minutes", "max_minutes"}
+ANY_SIZE = {"gate", "model_budget", "checkpoint_minutes", "max_minutes"}
 
 
 @pytest.mark.parametrize("name", NUMBERS)

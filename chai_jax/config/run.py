@@ -142,7 +142,8 @@ class PlanConfig:
         """Raise InputError where a number is out of its range, whichever model it is for."""
         require(self.layers is None or 0 <= self.layers <= 1, "--layers", self.layers, "a fraction from 0 to 1")
         require(0 < self.rank <= 1, "--rank", self.rank, "a fraction above 0, up to 1")
-        require_positive("--kv-budget", self.kv_budget)
+        budget, whole = self.kv_budget, "a fraction of the dense bfloat16 cache, above 0 and up to 1"
+        require(budget is None or 0 < budget <= 1, "--kv-budget", budget, whole)
         require_positive("--model-budget", self.model_budget)
         require_count("--warmup-tokens", self.warmup_tokens)
         require_count("--calibration", self.calibration)

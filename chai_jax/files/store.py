@@ -96,6 +96,8 @@ def _read_kind(folder: Path) -> tuple[Record, Family, bool]:
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder} has no config.json; expected a model folder: check the path")
     fields = read_json(folder / "config.json")
+    if "model_type" not in fields and (folder / "model" / "config.json").is_file():
+        raise InputError(f"{folder} is the folder of a run; expected a model: give {folder / 'model'}")
     family, ordinary = find_family(fields.get("model_type"), folder)
     if ordinary and fields.get("quantization_config"):
         raise InputError(f"{folder} holds quantized weights; expected float ones: load the model it was made from")

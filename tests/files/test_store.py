@@ -188,6 +188,10 @@ def test_other_folders(tmp_path: Path, random_model: Any) -> None:
     with pytest.raises(InputError, match=r"has no config\.json; expected a model folder"):
         load(tmp_path)
     save(random_model(PRE), tmp_path / "out")
+    save(random_model(PRE), tmp_path / "run/model")
+    (tmp_path / "run/config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"run is the folder of a run; expected a model: give .*run/model"):
+        load(tmp_path / "run")
     edit(tmp_path / "out/config.json", model_type="llama")
     with pytest.raises(InputError, match="holds a model of type 'llama'; expected one of opt, chai_opt"):
         load(tmp_path / "out")
