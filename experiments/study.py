@@ -228,7 +228,7 @@ def do(bench: Bench, rows: Rows, variant: Variant, updates: int) -> None:
 def describe(bench: Bench, model: Model, plan: Plan | None, trained: bool) -> Record:
     """What a row's model costs, and what its plan promised."""
     config = bench.model.config
-    whole = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
+    whole = bytes_per_token(Spec.of(config, "bfloat16"))
     return {
         "kv_bytes_per_token": model.kv_bytes_per_token,
         "kv_bytes_per_token_formula": bytes_per_token(model.spec),

@@ -118,15 +118,16 @@ def layers_seen() -> Callable[..., list[Any]]:
     """`layers_seen(config, spec, params, tokens, mask, how)`: what each layer's attention did, `Seen` by layer."""
     import jax
 
-    from chai_jax.model.decoder import embed, visible
+    from chai_jax.model.decoder import embed
     from chai_jax.model.execution import Execution
     from chai_jax.model.layerwise import seen_through
+    from chai_jax.model.place import locate
 
     def look(config: Any, spec: Any, params: Any, tokens: Any, mask: Any, how: Any = None) -> list[Any]:
         how = how or Execution.choose("float32")
 
         def run(params: Any, tokens: Any, mask: Any) -> list[Any]:
-            x, found = embed(params, tokens, visible(mask, None)[0], how), []
+            x, found = embed(config, params, tokens, locate(mask).positions, how), []
             for index, layer in enumerate(spec.layers):
                 x, seen = seen_through(config, layer, how, params["layers"][str(index)], x, mask)
                 found.append(seen)

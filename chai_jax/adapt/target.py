@@ -35,7 +35,7 @@ def target(
         InputError: the plan does not fit the model or chooses no layer; and see `chai_jax.adapt.train.train`.
     """
     config = config or TargetConfig()
-    plan.check_model(model.config.num_layers, model.config.num_heads, model.config.hidden_size)
+    plan.check_model(model.config)
     trainable = layer_mask(model.params, select_layers(plan, config))
     loss = loss_of(model, config.train)
     return train(model, examples, loss, config, stage="target", trainable=trainable, log=log, checkpoints=checkpoints)

@@ -62,7 +62,7 @@ def _trained(seed: int, execution: Execution | None) -> Model:
     tokenizer = toy_tokenizer()
     vocabulary = -(-len(tokenizer) // 8) * 8
     config = Architecture(vocabulary, WIDTH, LAYERS, HEADS, 4 * WIDTH, POSITIONS, WIDTH)
-    spec = Spec.dense(LAYERS, HEADS, config.head_dim)
+    spec = Spec.of(config)
     untrained = Model(
         config, spec, init(config, spec, jax.random.key(seed), std=STD), tokenizer, "toy", execution=execution
     )

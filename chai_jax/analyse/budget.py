@@ -128,7 +128,7 @@ def plan_within(
         list(_pinned(config) if index in budget.pinned else _choices(config, costs, budget, index, find))
         for index, costs in enumerate(measured)
     ]
-    dense = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
+    dense = bytes_per_token(Spec.of(config, "bfloat16"))
     chosen = allocate(choices, budget.cache * dense)
     layers, predicted = [one.what for one in chosen], sum(one.cost for one in chosen)
     if budget.model is not None:

@@ -14,7 +14,7 @@ from chai_jax.plans.spec import STORAGES, Spec
 
 def cache_fraction(plan: Plan, config: Architecture) -> float:
     """Cache bytes of a plan's model over those of the dense bfloat16 cache, by formula."""
-    dense = Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16")
+    dense = Spec.of(config, "bfloat16")
     return bytes_per_token(planned_spec(plan, config)) / bytes_per_token(dense)
 
 

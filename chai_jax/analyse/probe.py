@@ -27,12 +27,12 @@ from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import new_file
 from chai_jax.inputs.reading import open_regular, reason, shown
-from chai_jax.model.decoder import Seen
 from chai_jax.model.execution import Execution
 from chai_jax.model.layerwise import anonymous, embed_text, how_in_float32, seen_through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
+from chai_jax.model.self_attention import Seen
 from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec

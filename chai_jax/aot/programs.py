@@ -232,7 +232,7 @@ def _batch(job: Job, train: TrainConfig, model: AbstractModel) -> Batch:
 
 def dense_spec(config: Architecture, storage: str = "bfloat16") -> Spec:
     """The model before anything was done to it, its cache in one format."""
-    return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
+    return Spec.of(config, storage)
 
 
 def _serving(job: Job, model: AbstractModel, how: Execution) -> tuple[Params, dict[str, Any]]:

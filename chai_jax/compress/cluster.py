@@ -46,7 +46,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
             low-rank merge has no text to fit or no biases to put its constants in.
     """
     plan.check()
-    plan.check_model(model.config.num_layers, model.config.num_heads, model.config.hidden_size)
+    plan.check_model(model.config)
     if plan.needs_text and text is None:
         raise InputError(
             "the plan merges heads by low rank; expected calibration text to fit them to: give cluster() the probe"

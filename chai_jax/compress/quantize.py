@@ -33,7 +33,7 @@ def quantize(model: Model, plan: Plan) -> Model:
         InputError: the plan is for another shape of model, or would store one cached head in two formats.
     """
     plan.check()
-    plan.check_model(model.config.num_layers, model.config.num_heads, model.config.hidden_size)
+    plan.check_model(model.config)
     layers = dict(model.params["layers"])
     spec = model.spec
     for index, wanted in enumerate(plan.layers):

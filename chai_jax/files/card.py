@@ -108,7 +108,7 @@ def _ordinary(model: Model, name: str) -> str:
 
 def _compressed(model: Model, name: str) -> str:
     config = model.config
-    dense = bytes_per_token(Spec.dense(config.num_layers, config.num_heads, config.head_dim, "bfloat16"))
+    dense = bytes_per_token(Spec.of(config, "bfloat16"))
     export = (
         "`chai-jax export` makes a folder that it can"
         if all(layer.membership == "calibrated" for layer in model.spec.layers)

@@ -3,10 +3,11 @@
 The names are the family's (`chai_jax.files.families`), the shapes those that `declare` gives. torch keeps a linear map
 as [out, in] with the heads folded into one axis; ours are [in, ..., out] with heads apart. Of OPT: q_proj.weight
 [H*K, D] -> query.kernel [D, H, K], out_proj.weight [D, H*K] -> output.kernel [H, K, D], fc1.weight [F, D] -> up.kernel
-[D, F]. So a map is transposed and reshaped, all else only reshaped.
+[D, F]. So a map is transposed and reshaped, all else only reshaped. Some families keep several maps in one tensor.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,20 +27,68 @@ from chai_jax.plans.spec import Spec
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A row of the table: a tensor's place in our tree, its name below the prefix, and both shapes."""
+class Part:
+    """A leaf of our tree, and what it is of a checkpoint's tensor.
+
+    Attributes:
+        outputs: rows of it in torch's [out, in].
+        rest: the other axes of what is no map.
+        order: of a rotary head's dimensions, where theirs is another than ours (see `chai_jax.model.rotary`).
+    """
 
     path: tuple[str, ...]
-    name: str
     ours: tuple[int, ...]
-    theirs: tuple[int, ...]
-    transposed: bool
+    outputs: int
+    is_map: bool
+    rest: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
 
     def to_ours(self, x: np.ndarray) -> np.ndarray:
-        return (x.T if self.transposed else x).reshape(self.ours)
+        x = (x.T if self.is_map else x).reshape(self.ours)
+        return x[..., list(self.order)] if self.order else x
 
     def to_theirs(self, x: np.ndarray) -> np.ndarray:
-        return x.reshape(self.theirs[::-1]).T if self.transposed else x.reshape(self.theirs)
+        if self.order:
+            x = x[..., np.argsort(self.order)]
+        return x.reshape(-1, self.outputs).T if self.is_map else x.reshape(self.outputs, *self.rest)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table: a tensor's name below the prefix, its shape, and the leaves that it holds.
+
+    Attributes:
+        layout: `alone` (one leaf), `blocks` (one after the other) or `heads` (in turns, `heads` times).
+        turned: whether it is [in, out].
+    """
+
+    name: str
+    theirs: tuple[int, ...]
+    parts: tuple[Part, ...]
+    layout: str
+    heads: int
+    turned: bool
+
+    def to_ours(self, x: np.ndarray) -> list[np.ndarray]:
+        """The leaves of a tensor."""
+        x = x.T if self.turned else x
+        if self.layout == "heads":
+            turns = x.reshape(self.heads, len(self.parts), -1, *x.shape[1:])
+            pieces = [turns[:, at].reshape(part.outputs, *x.shape[1:]) for at, part in enumerate(self.parts)]
+        else:
+            pieces = np.split(x, np.cumsum([part.outputs for part in self.parts])[:-1])
+        return [part.to_ours(piece) for part, piece in zip(self.parts, pieces, strict=True)]
+
+    def to_theirs(self, leaves: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor of these leaves."""
+        pieces = [part.to_theirs(leaf) for part, leaf in zip(self.parts, leaves, strict=True)]
+        if self.layout == "heads":
+            pieces = [piece.reshape(self.heads, 1, -1, *piece.shape[1:]) for piece in pieces]
+            x = np.concatenate(pieces, axis=1)
+            x = x.reshape(-1, *x.shape[3:])
+        else:
+            x = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+        return x.T if self.turned else x
 
 
 def flatten(tree: Params) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
@@ -50,23 +99,50 @@ def flatten(tree: Params) -> tuple[list[tuple[tuple[str, ...], Any]], Any]:
 
 def tensor_table(config: Architecture) -> list[Entry]:
     """Every tensor that a dense model of this architecture has, no more and no less."""
-    family = family_of(config)
-    return [_entry(path, family.tensor_name(path), declared) for path, declared in flatten(_declare(config))[0]]
+    family, parts = family_of(config), dict[str, list[Part]]()
+    declared, order = dict(flatten(_declare(config))[0]), {name: at for at, name in enumerate(FUSED_ORDER)}
+    for path, what in declared.items():
+        parts.setdefault(family.tensor_name(path), []).append(_part(config, path, what))
+    table = []
+    for name, found in parts.items():
+        mine = sorted(found, key=lambda part: order.get(part.path[-2], 0)) if len(found) > 1 else found
+        first, layout = mine[0], family.layout(name)
+        rest = (math.prod(first.ours) // first.outputs,) if first.is_map else first.rest
+        theirs = (sum(part.outputs for part in mine), *rest)
+        turned = family.turned and first.is_map
+        theirs = theirs[::-1] if turned else theirs
+        table.append(Entry(name, theirs, tuple(mine), layout, config.kv_heads, turned))
+    return table
+
+
+FUSED_ORDER = ("query", "key", "value", "gate", "up")  # in one tensor
 
 
 def _declare(config: Architecture) -> Params:
-    return declare(config, Spec.dense(config.num_layers, config.num_heads, config.head_dim))
+    return declare(config, Spec.of(config))
 
 
-def _entry(path: tuple[str, ...], name: str, declared: Declared) -> Entry:
-    shape = declared.shape
-    if declared.kind != "kernel":
-        theirs = (math.prod(shape),) if declared.kind in ("bias", "scale") else shape
-        return Entry(path, name, shape, theirs, transposed=False)
+def _part(config: Architecture, path: tuple[str, ...], declared: Declared) -> Part:
+    shape, order = declared.shape, tuple[int, ...]()
+    if path[-2] in ("query", "key", "query_norm", "key_norm"):
+        order = _head_order(config)
+    if declared.kind in ("bias", "scale"):
+        return Part(path, shape, math.prod(shape), is_map=False, order=order)
+    if declared.kind == "embedding":
+        return Part(path, shape, shape[0], is_map=False, rest=shape[1:])
     # The input axes come first: heads and rank for the attention's output, else one.
     inputs = 2 if path[-2] == "output" else 1
-    theirs = (math.prod(shape[inputs:]), math.prod(shape[:inputs]))
-    return Entry(path, name, shape, theirs, transposed=True)
+    return Part(path, shape, math.prod(shape[inputs:]), is_map=True, order=order)
+
+
+def _head_order(config: Architecture) -> tuple[int, ...]:
+    """Where the dimensions of our rotary heads are in a checkpoint's, whose turning part is by itself; (): in place."""
+    if config.rotary is None or config.rotary.fraction == 1:
+        return ()
+    size = int(config.head_dim * config.rotary.fraction)
+    turning, rest = np.arange(size), np.arange(size, config.head_dim)
+    halves = zip(np.split(turning, 2), np.split(rest, 2), strict=True)
+    return tuple(np.concatenate([part for pair in halves for part in pair]).tolist())
 
 
 def _canonical(family: Family, tensors: dict[str, Stored]) -> dict[str, tuple[str, Stored]]:
@@ -74,7 +150,7 @@ def _canonical(family: Family, tensors: dict[str, Stored]) -> dict[str, tuple[st
     found: dict[str, tuple[str, Stored]] = {}
     for name, stored in tensors.items():
         short = name.removeprefix(next((prefix for prefix in family.prefixes if name.startswith(prefix)), ""))
-        if short in family.ignored:
+        if family.means_nothing(short):
             continue
         if short in found:
             raise InputError(
@@ -97,11 +173,13 @@ def to_params(config: Architecture, tensors: dict[str, Stored], dtype: str | Non
     found, rows = _canonical(family, tensors), tensor_table(config)
     tensors.clear()
     _check_names(config, family, rows, found)
-    arrays = []
+    arrays: dict[tuple[str, ...], Any] = {}
     for row in track(rows, "reading weights"):
         name, stored = found.pop(row.name)
-        arrays.append(jnp.array(row.to_ours(read_finite(name, stored, dtype))))
-    return jax.tree.unflatten(jax.tree.structure(_declare(config)), arrays)
+        leaves = row.to_ours(read_finite(name, stored, dtype))
+        arrays |= {part.path: jnp.array(leaf) for part, leaf in zip(row.parts, leaves, strict=True)}
+    declared, structure = flatten(_declare(config))
+    return jax.tree.unflatten(structure, [arrays[path] for path, _ in declared])
 
 
 def _check_names(config: Architecture, family: Family, rows: list[Entry], found: dict[str, tuple[str, Stored]]) -> None:
@@ -169,13 +247,18 @@ def to_hf(config: Architecture, params: Params) -> dict[str, Stored]:
     """A dense model's tensors by Hugging Face name, each made when it is read; quantized leaves become float32."""
     tree = dict(flatten(params)[0])
     family = family_of(config)
-    return {family.full_name(row.name): _export(row, tree[row.path]) for row in tensor_table(config)}
+    return {
+        family.full_name(row.name): _export(row, [tree[part.path] for part in row.parts])
+        for row in tensor_table(config)
+    }
 
 
-def _export(row: Entry, leaf: Any) -> Stored:
-    quantized = is_leaf(leaf)
+def _export(row: Entry, leaves: Sequence[Any]) -> Stored:
+    kinds = {"float32" if is_leaf(leaf) else str(leaf.dtype) for leaf in leaves}
+    dtype = kinds.pop() if len(kinds) == 1 else "float32"
 
     def read() -> np.ndarray:
-        return row.to_theirs(np.asarray(dequantize(leaf) if quantized else leaf))
+        arrays = (np.asarray(dequantize(leaf) if is_leaf(leaf) else leaf) for leaf in leaves)
+        return row.to_theirs([array.astype(jnp.dtype(dtype), copy=False) for array in arrays])
 
-    return Stored(row.theirs, "float32" if quantized else str(leaf.dtype), "", read)
+    return Stored(row.theirs, dtype, "", read)

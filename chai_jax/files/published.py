@@ -41,7 +41,7 @@ def random_model(shape: str, seed: int) -> Model:
         InputError: `shape` names neither.
     """
     config = architecture_of(shape)
-    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+    spec = Spec.of(config)
     params = jax.tree.map(_rounded, init(config, spec, jax.random.key(seed)))
     return Model(config, spec, params, source=f"random:{shape}")
 

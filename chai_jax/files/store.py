@@ -70,7 +70,7 @@ def load(
         spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
     plan = Plan.read(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if plan is not None:
-        plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
+        plan.check_model(config)
     tensors = open_weights(folder)
     params = (
         to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, quantized)
@@ -107,7 +107,7 @@ def _read_kind(folder: Path) -> tuple[Record, Family, bool]:
 def _read_spec(folder: Path, config: Architecture, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:
     """The folder's spec.json, which an ordinary model need not have, and how its arrays are quantized, by name."""
     if ordinary and (storage is not None or not (folder / "spec.json").is_file()):
-        return Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage or "float32"), {}
+        return Spec.of(config, storage or "float32"), {}
     spec, quantized = compressed.read_spec(folder / "spec.json", config)
     if ordinary and not spec.is_dense:
         name = family_of(config).name

@@ -21,6 +21,9 @@ INT32_MAX = 2**31 - 1  # of any count: what an int32 of JAX holds
 Count = Annotated[int, range(1, INT32_MAX + 1)]
 Number = Annotated[int, range(INT32_MAX + 1)]  # of a head, from 0
 
+# Metadata of a field that files of earlier versions do not have: it has a default, and is not written where it is that.
+LATER = {"later": True}
+
 NAMES = {str: "a string", int: "a whole number", bool: "true or false", float: "a finite number"}
 
 
@@ -31,7 +34,7 @@ def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
         kind: str, int, bool, float, `X | None`, `tuple[X, ...]`, `dict[X, Y]`, a dataclass of such fields, or
             `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits in JSON.
         where: what messages call the value.
-        whole: whether an object must name all fields, also those that have a default.
+        whole: whether an object must name all fields, also those that have a default (but for `LATER` ones).
 
     Raises:
         InputError: naming the part that is missing, unknown, of another type, or out of range.
@@ -68,20 +71,31 @@ def _record(kind: Any, value: Any, where: str, whole: bool) -> Any:
     for name in value:
         if name not in fields:
             raise InputError(f"{where} has an unknown field {brief(name)}; expected some of {', '.join(fields)}")
-    for name, (_, needed) in fields.items():
-        if name not in value and (needed or whole):
+    for name, (_, needed, later) in fields.items():
+        if name not in value and (needed or (whole and not later)):
             raise InputError(f"{where} has no {name}; expected {', '.join(fields)}")
-    given = {name: hint for name, (hint, _) in fields.items() if name in value}
+    given = {name: hint for name, (hint, *_) in fields.items() if name in value}
     return kind(**{name: parse_as(hint, value[name], f"{where}.{name}", whole) for name, hint in given.items()})
 
 
 @cache
-def _fields(kind: Any) -> dict[str, tuple[Any, bool]]:
-    """The annotation of each field of a dataclass, and whether it has no default."""
+def _fields(kind: Any) -> dict[str, tuple[Any, bool, bool]]:
+    """Of each field of a dataclass its annotation, whether it has no default, and whether it came later."""
     hints = get_type_hints(kind, include_extras=True)
     return {
-        field.name: (hints[field.name], field.default is field.default_factory) for field in dataclasses.fields(kind)
+        field.name: (hints[field.name], field.default is field.default_factory, "later" in field.metadata)
+        for field in dataclasses.fields(kind)
     }
+
+
+def without_defaults(value: Any) -> dict[str, Any]:
+    """A dataclass as a dict for JSON, without its `LATER` fields that are at their defaults."""
+    skipped = [
+        field.name
+        for field in dataclasses.fields(value)
+        if "later" in field.metadata and getattr(value, field.name) == field.default
+    ]
+    return {name: part for name, part in dataclasses.asdict(value).items() if name not in skipped}
 
 
 def _finite(value: Any, where: str) -> float:

@@ -121,15 +121,15 @@ def remember(
     value: Float[Array, "B heads T Rv"],
     storage: str,
     start: Int32[Array, ""],
-    allowed: Bool[Array, "B T S"],
+    real: Bool[Array, "B S"],
 ) -> tuple[GroupCache, Any, Any]:
     """Store T tokens in columns `start`...: the group's cache after them, and the keys and values that they read.
 
-    Without a past (`start` is 0 then) the gradient passes straight through what is read.
+    `real` says which columns hold tokens, these among them. Without a past (`start` is 0 then) the gradient passes
+    straight through what is read.
     """
     if storage == "int4":
         stores = (None, None) if past is None else (past.keys, past.values)
-        real = allowed[:, -1]  # the last row may read every real column
         keys, read_keys = _remember_blocks(stores[0], key, start, real, BY_CHANNEL)
         values, read_values = _remember_blocks(stores[1], value, start, real, BY_TOKEN)
         return GroupCache(keys, values), read_keys, read_values

@@ -9,8 +9,6 @@ from jaxtyping import Array, Float, Int32
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize, multiply
 
-NORM_EPSILON = 1e-5
-
 
 def project(equation: str, params: Params, x: Array, kernels: str) -> Array:
     """A linear map in x's dtype, its `kernel` contracted as the equation says; the `bias` is added if there is one."""
@@ -23,11 +21,15 @@ def project_to_heads(params: Params, x: Float[Array, "B T D"], kernels: str) -> 
     return jnp.swapaxes(project("btd,dhr->bthr", params, x, kernels), 1, 2)
 
 
-def layer_norm(params: Params, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """Layer norm over the width, computed in float32; without parameters it neither scales nor shifts."""
+def norm(params: Params, x: Float[Array, "*rows D"], kind: str, epsilon: float) -> Float[Array, "*rows D"]:
+    """Layer norm (`layer`) or root mean square norm (`rms`) over the last axis, computed in float32.
+
+    Without parameters it neither scales nor shifts.
+    """
     y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + NORM_EPSILON)
+    if kind == "layer":
+        y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
     if "scale" in params:
         y = y * dequantize(params["scale"])
     if "bias" in params:

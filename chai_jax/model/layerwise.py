@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from chai_jax.model.decoder import Seen, block, embed, visible
+from chai_jax.model.decoder import block, embed
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
+from chai_jax.model.place import locate
+from chai_jax.model.self_attention import Seen
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec
 
@@ -44,7 +46,7 @@ def how_in_float32(model: Model) -> Execution:
 
 def embed_text(model: Model, tokens: Any, mask: Any) -> Float[Array, "N W D"]:
     """What enters the first layer, in float32."""
-    return _embed(how_in_float32(model), rest_of(model.params), tokens, mask)
+    return _embed(model.config, how_in_float32(model), rest_of(model.params), tokens, mask)
 
 
 def through(model: Model, index: int, x: Float[Array, "N W D"], mask: Any) -> Float[Array, "N W D"]:
@@ -71,14 +73,13 @@ def seen_through(
     config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Float[Array, "N W D"], mask: Array
 ) -> tuple[Float[Array, "N W D"], Seen]:
     """What leaves a layer when `x` enters it, and what its attention sees and does; to be called inside jit."""
-    _, allowed, start, _ = visible(mask, None)
-    after, _, seen = block(config, layer, params, x, allowed, None, start, how=how, plain=True)
+    after, _, seen = block(config, layer, params, x, locate(mask), None, how=how, plain=True)
     return after, seen
 
 
-@partial(jax.jit, static_argnums=0)
-def _embed(how: Execution, params: Params, tokens: Array, mask: Array) -> Float[Array, "N W D"]:
-    return embed(params, tokens, visible(mask, None)[0], how)
+@partial(jax.jit, static_argnums=(0, 1))
+def _embed(config: Architecture, how: Execution, params: Params, tokens: Array, mask: Array) -> Float[Array, "N W D"]:
+    return embed(config, params, tokens, locate(mask).positions, how)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -1,4 +1,4 @@
-"""The parameters of an OPT: the shape of the model, and the tree that shape and spec demand."""
+"""The parameters of a decoder: the tree that its architecture and its spec demand."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,8 +12,6 @@ from jaxtyping import Array
 from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec
-
-POSITION_OFFSET = 2  # the position table's first two rows are padding's
 
 Params = dict[str, Any]
 
@@ -31,41 +29,45 @@ def declare(config: Architecture, spec: Spec) -> Params:
     """The parameter tree of a model as `Declared` leaves: one source for initialising, loading and sharding."""
     width, table = config.hidden_size, (config.vocab_size, config.embed_dim)
 
-    def norm() -> Params:
-        if not config.norm_affine:
-            return {}
-        return {"scale": Declared((width,), ("width",), "scale"), "bias": Declared((width,), ("width",), "bias")}
+    def norm(size: int = width, axis: str = "width") -> Params:
+        kinds = ("scale", "bias") if config.norm == "layer" else ("scale",)
+        return {kind: Declared((size,), (axis,), kind) for kind in kinds if config.norm_affine}
 
-    def linear(shape: tuple[int, ...], axes: tuple[str, ...], outputs: int, bias: bool = config.bias) -> Params:
+    def linear(shape: tuple[int, ...], axes: tuple[str, ...], outputs: int, bias: bool) -> Params:
         leaves = {"kernel": Declared(shape, axes)}
         if bias:
             leaves["bias"] = Declared(shape[-outputs:], axes[-outputs:], "bias")
         return leaves
 
     def block(layer: LayerSpec) -> Params:
-        def heads(count: int, rank: int) -> Params:
-            return linear((width, count, rank), ("width", "heads", "rank"), 2)
+        def heads(name: str, count: int, rank: int) -> Params:
+            return linear((width, count, rank), ("width", "heads", "rank"), 2, config.has_bias(name))
 
-        ffn = config.ffn_dim
+        def wide(name: str) -> Params:
+            return linear((width, config.ffn_dim), ("width", "ffn"), 1, config.has_bias(name))
+
         queries, keys, values, outputs = layer.projected
+        output = ("heads", "rank", "width")
         return {
             "attention_norm": norm(),
-            "query": heads(queries, layer.key_rank),
-            "key": heads(keys, layer.key_rank),
-            "value": heads(values, layer.value_rank),
-            "output": linear((outputs, layer.value_rank, width), ("heads", "rank", "width"), 1),
+            "query": heads("query", queries, layer.key_rank),
+            "key": heads("key", keys, layer.key_rank),
+            **{name: norm(layer.key_rank, "rank") for name in ("query_norm", "key_norm") if config.qk_norm},
+            "value": heads("value", values, layer.value_rank),
+            "output": linear((outputs, layer.value_rank, width), output, 1, config.has_bias("output")),
             "mlp_norm": norm(),
-            "up": linear((width, ffn), ("width", "ffn"), 1),
-            "down": linear((ffn, width), ("ffn", "width"), 1),
+            **({"gate": wide("gate")} if config.gated else {}),
+            "up": wide("up"),
+            "down": linear((config.ffn_dim, width), ("ffn", "width"), 1, config.has_bias("down")),
         }
 
     tree: Params = {
-        "embed": {
-            "tokens": Declared(table, ("vocab", "embed"), "embedding"),
-            "positions": Declared((config.max_positions + POSITION_OFFSET, width), ("position", "width"), "embedding"),
-        },
+        "embed": {"tokens": Declared(table, ("vocab", "embed"), "embedding")},
         "layers": {str(index): block(layer) for index, layer in enumerate(spec.layers)},
     }
+    if config.rotary is None:
+        positions = (config.max_positions + config.position_offset, width)
+        tree["embed"]["positions"] = Declared(positions, ("position", "width"), "embedding")
     if config.embed_dim != width:
         tree["project_in"] = linear((config.embed_dim, width), ("embed", "width"), 1, bias=False)
         tree["project_out"] = linear((width, config.embed_dim), ("width", "embed"), 1, bias=False)
@@ -83,7 +85,7 @@ def _normal(key: Array, std: float, shape: tuple[int, ...]) -> Array:
 
 
 def init(config: Architecture, spec: Spec, key: Array, std: float = 0.02) -> Params:
-    """Random parameters as OPT's: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
+    """Random parameters: normal(0, 0.02) kernels and embeddings, zero biases, unit norms; float32."""
     declared, treedef = jax.tree.flatten(declare(config, spec), is_leaf=lambda leaf: isinstance(leaf, Declared))
     keys = jax.random.split(key, len(declared))
 

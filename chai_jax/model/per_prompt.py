@@ -93,6 +93,7 @@ def attend_per_prompt(
     key: Float[Array, "B H T K"],
     value: Float[Array, "B H T R"],
     allowed: Bool[Array, "B T S"],
+    real: Bool[Array, "B S"],
     past: GroupCache | None,
     start: Int32[Array, ""],
     scale: float,
@@ -100,17 +101,16 @@ def attend_per_prompt(
     """Outputs of all heads, scores and probabilities of the kept ones, and the cache after these tokens.
 
     Args:
+        real: which columns hold tokens.
         past: what is stored of the tokens before; None where the sequences begin here.
         start: the first column written.
     """
     (group,) = layer.groups
-    store = partial(remember, past, storage=group.storage, start=start, allowed=allowed)
+    store = partial(remember, past, storage=group.storage, start=start, real=real)
     if past is not None:
         membership = past.membership
     else:
         _, keys, values = store(key, value)
-        # A token may read itself unless it is padding, so where nothing is past the diagonal is the mask.
-        real = jnp.diagonal(allowed, axis1=1, axis2=2)
         number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         long_enough = number[:, -1] + 1 >= layer.warmup
         first, attention = attend_warmup(query, keys, values, real, scale, min(layer.warmup, real.shape[1]))

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from chai_jax.errors import InputError
 from chai_jax.inputs.fields import Count, Number, brief, parse_as
 from chai_jax.inputs.reading import read_json, shown
+from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import SHARES, MembershipName, StorageName, WeightsName
 
 SCORE_MERGES = ("representative", "low_rank")
@@ -184,8 +185,12 @@ class Plan:
                     "to prompt: give all its clusters one storage"
                 )
 
-    def check_model(self, layers: int, heads: int, width: int) -> None:
-        """Refuse a plan made for a model of another shape, or ranks that are larger than the model's width."""
+    def check_model(self, config: Architecture) -> None:
+        """Refuse a plan made for a model of another shape, or ranks that are larger than the model's width.
+
+        The heads of a plan are key and value heads, of which each takes along the queries that read it.
+        """
+        layers, heads, width = config.num_layers, config.kv_heads, config.hidden_size
         sizes = sorted({sum(len(cluster.heads) for cluster in layer.clusters) for layer in self.layers})
         if len(self.layers) != layers or sizes != [heads]:
             raise InputError(

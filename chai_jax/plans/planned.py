@@ -1,5 +1,6 @@
 """From a plan to the spec of the model that it makes: no weights are needed."""
 
+import dataclasses
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -15,14 +16,17 @@ def planned_spec(plan: Plan, config: Architecture) -> Spec:
     Raises:
         InputError: the plan is for another shape of model.
     """
-    plan.check_model(config.num_layers, config.num_heads, config.hidden_size)
+    plan.check_model(config)
 
-    def layer(wanted: LayerPlan) -> LayerSpec:
+    def layer(wanted: LayerPlan, window: int) -> LayerSpec:
         if plan.membership == "prompt" and wanted.clustered:
-            return prompt_layer(wanted, wanted.clusters[0].storage, config.head_dim, plan.warmup_tokens)
-        return planned_layer(wanted, plan.share, config)
+            made = prompt_layer(wanted, wanted.clusters[0].storage, config.head_dim, plan.warmup_tokens)
+        else:
+            made = planned_layer(wanted, plan.share, config)
+        return dataclasses.replace(made, window=window)
 
-    return Spec(tuple(layer(wanted) for wanted in plan.layers))
+    windows = config.windows or (0,) * config.num_layers
+    return Spec(tuple(layer(*pair) for pair in zip(plan.layers, windows, strict=True)))
 
 
 def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerSpec:
@@ -31,9 +35,9 @@ def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerS
     storages = [one.storage for one in wanted.clusters]
     order = cluster_order(share, [one.heads for one in wanted.clusters], storages)
     clusters = tuple(wanted.clusters[at].heads for at in order)
-    groups = group_clusters(share, clusters, [storages[at] for at in order])
+    groups = group_clusters(share, clusters, [storages[at] for at in order], per_head=config.queries)
     ranks = (wanted.key_rank or config.head_dim, wanted.value_rank or config.head_dim)
-    return LayerSpec(share, clusters, groups, *ranks, wanted.weights)
+    return LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=config.queries)
 
 
 def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str]) -> list[int]:
@@ -65,7 +69,7 @@ def uniform_plan(config: Architecture, share: str, clusters: float, storage: str
     """
     if not 0 < clusters <= 1:
         raise InputError(f"clusters is {clusters}; expected a fraction of the heads above 0, up to 1")
-    heads, count = config.num_heads, max(1, round(clusters * config.num_heads))
+    heads, count = config.kv_heads, max(1, round(clusters * config.kv_heads))
     bounds = [heads * at // count for at in range(count + 1)]
     members = [tuple(range(*pair)) for pair in pairwise(bounds)]
     layer = LayerPlan(tuple(ClusterPlan(each, each[0], storage=storage) for each in members))

@@ -6,11 +6,12 @@ that they can be static under `jax.jit`.
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from chai_jax.errors import InputError
-from chai_jax.inputs.fields import Count, Number, parse_as
+from chai_jax.inputs.fields import LATER, Count, Number, parse_as, without_defaults
+from chai_jax.plans.architecture import Architecture
 
 SHARES = ("dense", "qk", "qkv", "kv")
 STORAGES = ("float32", "bfloat16", "int8", "int4")
@@ -25,8 +26,8 @@ MembershipName = Annotated[str, MEMBERSHIPS]
 class Group:
     """C clusters of one shape whose keys and values are cached in one storage format.
 
-    Each cluster caches one key head, read by `queries` query heads, and `values` value heads:
-    dense (C = H, 1, 1), qk (1 query, m values), qkv (1, 1), kv (m queries, 1 value).
+    Each cluster caches one key head, read by `queries` query heads, and `values` value heads. Of m heads, each a key, a
+    value and the n queries that read it: dense (C = H, n, 1), qk (n queries, m values), qkv (n, 1), kv (m n, 1).
     Where every sequence assigns value heads to clusters by itself, `assigned` counts them and `values` is left at 1.
     """
 
@@ -51,6 +52,7 @@ class Group:
 class LayerSpec:
     """What one layer is: `clusters` lists the original head numbers of each cluster, in the order stored.
 
+    A head is a key, a value and the `queries` that read it. `window`: how many tokens a token reads at most; 0: all.
     With membership `prompt` every sequence finds its own clusters on its first `warmup` tokens. All heads are then
     stored, in their original order, and `clusters` (each led by its representative) are those of shorter sequences.
     """
@@ -63,6 +65,8 @@ class LayerSpec:
     weights: WeightsName = "loaded"
     membership: MembershipName = "calibrated"
     warmup: Number = 0
+    queries: Count = field(default=1, metadata=LATER)
+    window: Number = field(default=0, metadata=LATER)
 
     @property
     def query_heads(self) -> int:
@@ -89,7 +93,7 @@ class LayerSpec:
 
     def stored_as(self, storages: Sequence[str]) -> "LayerSpec":
         """The same layer with each cluster, in the order stored, cached in another format."""
-        groups = group_clusters(self.share, self.clusters, storages, self.membership)
+        groups = group_clusters(self.share, self.clusters, storages, self.membership, self.queries)
         return dataclasses.replace(self, groups=groups)
 
     @property
@@ -99,15 +103,23 @@ class LayerSpec:
 
 
 def group_clusters(
-    share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str], membership: str = "calibrated"
+    share: str,
+    clusters: Sequence[tuple[int, ...]],
+    storages: Sequence[str],
+    membership: str = "calibrated",
+    per_head: int = 1,
 ) -> tuple[Group, ...]:
-    """Fold consecutive clusters of equal shape and storage into groups; clusters found per prompt into one a format."""
+    """Fold consecutive clusters of equal shape and storage into groups; clusters found per prompt into one a format.
+
+    Args:
+        per_head: queries of each head.
+    """
     if membership == "prompt":
         count = sum(map(len, clusters))
         return tuple(Group(len(clusters), storage=storage, assigned=count) for storage in dict.fromkeys(storages))
     groups: list[Group] = []
     for heads, storage in zip(clusters, storages, strict=True):
-        queries = len(heads) if share == "kv" else 1
+        queries = per_head * (len(heads) if share == "kv" else 1)
         values = len(heads) if share == "qk" else 1
         if groups and (groups[-1].queries, groups[-1].values, groups[-1].storage) == (queries, values, storage):
             groups[-1] = dataclasses.replace(groups[-1], clusters=groups[-1].clusters + 1)
@@ -123,11 +135,18 @@ class Spec:
     layers: tuple[LayerSpec, ...]
 
     @classmethod
-    def dense(cls, layers: int, heads: int, head_dim: int, storage: str = "float32") -> "Spec":
-        """L dense layers of H heads whose cache is stored in one format."""
-        clusters = tuple((head,) for head in range(heads))
-        layer = LayerSpec("dense", clusters, (Group(heads, storage=storage),), head_dim, head_dim)
-        return cls((layer,) * layers)
+    def dense(cls, layers: int, heads: int, head_dim: int, storage: str = "float32", queries: int = 1) -> "Spec":
+        """L dense layers of H heads, each read by so many queries, whose cache is stored in one format."""
+        clusters, groups = tuple((head,) for head in range(heads)), (Group(heads, queries, storage=storage),)
+        return cls((LayerSpec("dense", clusters, groups, head_dim, head_dim, queries=queries),) * layers)
+
+    @classmethod
+    def of(cls, config: Architecture, storage: str = "float32") -> "Spec":
+        """The dense model of this architecture, whose cache is stored in one format."""
+        dense = cls.dense(config.num_layers, config.kv_heads, config.head_dim, storage, config.queries)
+        windows = config.windows or (0,) * config.num_layers
+        pairs = zip(dense.layers, windows, strict=True)
+        return cls(tuple(dataclasses.replace(layer, window=window) for layer, window in pairs))
 
     @property
     def is_dense(self) -> bool:
@@ -147,7 +166,8 @@ class Spec:
         return Spec((*self.layers[:index], layer, *self.layers[index + 1 :]))
 
     def to_json(self) -> dict[str, Any]:
-        return {"layers": [dataclasses.asdict(layer) for layer in self.layers]}
+        """Plain JSON; fields that came later are left out where they are at their defaults."""
+        return {"layers": [without_defaults(layer) for layer in self.layers]}
 
     @classmethod
     def from_json(cls, value: Any) -> "Spec":
@@ -169,10 +189,12 @@ class Spec:
 
 def _fits(layer: LayerSpec) -> bool:
     """Whether the fields of a layer agree with one another."""
+    per_prompt = layer.membership == "prompt"
     return (
         bool(layer.clusters and all(layer.clusters))
         # Before anything is counted out: a group may say that it has billions of clusters.
         and layer.key_heads == len(layer.clusters)
-        and layer.groups == group_clusters(layer.share, layer.clusters, layer.storages, layer.membership)
-        and (layer.warmup > 0 and layer.share == "qk" if layer.membership == "prompt" else layer.warmup == 0)
+        and layer == layer.stored_as(layer.storages)
+        and (layer.warmup > 0) == per_prompt
+        and (not per_prompt or (layer.share == "qk" and layer.queries == 1))
     )

@@ -56,7 +56,7 @@ class SavedRun:
         shape = architecture_of(str(model)) if (model / "config.json").is_file() else None
         plan = Plan.read(path / "plan.json")
         if shape is not None:
-            plan.check_model(shape.num_layers, shape.num_heads, shape.hidden_size)
+            plan.check_model(shape)
         return cls(path, config, plan, shape, read_records(path / "results.json"), _updates(path / "metrics.jsonl"))
 
     @property

@@ -79,7 +79,7 @@ def run(config: RunConfig, execution: Execution | None = None) -> Record:
 def check_request(config: RunConfig, source: Model, plan: Plan | None, teacher: Model | None) -> None:
     """Refuse, before the work starts, what a later stage would refuse."""
     if plan is not None:
-        plan.check_model(source.config.num_layers, source.config.num_heads, source.config.hidden_size)
+        plan.check_model(source.config)
         if "target" in parse_order(config.order):
             select_layers(plan, TargetConfig(policy=config.policy))
     else:

@@ -73,8 +73,7 @@ class Stages:
     def record(self, stage: str, model: Model, metrics: Record, seconds: float) -> Record:
         """What is recorded of a stage: metrics, bytes (of real arrays, and by formula), and where it ran."""
         config = model.config
-        shape = config.num_layers, config.num_heads, config.head_dim
-        dense = {storage: bytes_per_token(Spec.dense(*shape, storage)) for storage in ("bfloat16", "float32")}
+        dense = {storage: bytes_per_token(Spec.of(config, storage)) for storage in ("bfloat16", "float32")}
         stored = model.kv_bytes_per_token
         return {
             "stage": stage,

@@ -38,7 +38,7 @@ def tiny(one_device: Layout) -> Callable[..., Model]:
         **changes: Any,
     ) -> Model:
         config = dataclasses.replace(CONFIG, **changes)
-        spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
+        spec = Spec.of(config, storage)
         random = np.random.default_rng(seed)
 
         def leaf(what: Declared) -> jax.Array:

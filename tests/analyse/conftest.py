@@ -26,7 +26,7 @@ def make() -> Callable[..., Model]:
     """`make(config=PRE)`: a random dense model whose biases are not zero."""
 
     def make(config: Architecture = PRE) -> Model:
-        spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+        spec = Spec.of(config)
         params = init(config, spec, jax.random.key(0), std=0.3)
         noise = jax.random.normal(jax.random.key(1), (10_000,))
 

@@ -28,7 +28,7 @@ POST = Architecture(64, 32, 2, 4, 64, 48, embed_dim=16, pre_norm=False)  # as op
 
 
 def random_model(config: Architecture) -> Model:
-    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+    spec = Spec.of(config)
     return Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
 
 

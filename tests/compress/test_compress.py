@@ -28,7 +28,7 @@ PARTITION = ((0, 3, 5), (1,), (2, 4))
 
 
 def random_model(config: Architecture = PRE) -> Model:
-    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim)
+    spec = Spec.of(config)
     params = init(config, spec, jax.random.key(0), std=0.2)
     noise = jax.random.normal(jax.random.key(1), (10_000,))
     # Biases start at zero; give them values, or half of the algebra would go untested.

@@ -119,7 +119,7 @@ FILES = {
 
 def random_model(config: Architecture, dtype: str = "float32", storage: str = "float32", **options: Any) -> Model:
     """A dense model with random parameters, none of them trivial, made by numpy: nothing is compiled."""
-    spec = Spec.dense(config.num_layers, config.num_heads, config.head_dim, storage)
+    spec = Spec.of(config, storage)
     random = np.random.default_rng(1)
 
     def leaf(what: Declared) -> jax.Array:

@@ -12,11 +12,13 @@ import pytest
 from chai_jax.model import attention
 from chai_jax.model.attention import attend
 from chai_jax.model.cache import store
-from chai_jax.model.decoder import Seen, embed, final_norm, forward, unembed, visible
+from chai_jax.model.decoder import embed, final_norm, forward, unembed
 from chai_jax.model.execution import Execution
 from chai_jax.model.layerwise import seen_through
 from chai_jax.model.params import Params
+from chai_jax.model.place import locate
 from chai_jax.model.quantized import dequantize
+from chai_jax.model.self_attention import Seen
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
@@ -145,7 +147,7 @@ def test_rows_in_pieces_are_rows_at_once(
         monkeypatch.setattr(attention, "ROWS", rows)
 
         def total(params: Params) -> tuple[jax.Array, Seen]:
-            x = embed(params, tokens, visible(mask, None)[0], HOW)
+            x = embed(config, params, tokens, locate(mask).positions, HOW)
             x, seen = seen_through(config, spec.layers[0], HOW, params["layers"]["0"], x, mask)
             return jnp.where(mask[..., None], jnp.square(final_norm(config, params, x)), 0.0).sum(), seen
 

@@ -14,7 +14,6 @@ from sklearn.datasets import make_blobs
 from chai_jax.analyse.cluster import medoid
 from chai_jax.evaluation.verify import TEXTS
 from chai_jax.files.store import load
-from chai_jax.model.decoder import Seen
 from chai_jax.model.membership import (
     Membership,
     assign_points,
@@ -25,6 +24,7 @@ from chai_jax.model.membership import (
     find_medoids,
     kmeans,
 )
+from chai_jax.model.self_attention import Seen
 
 SHAPES = [(8, 6, 3), (12, 190, 6), (9, 15, 8)]
 

@@ -16,13 +16,14 @@ from jax.sharding import PartitionSpec as P
 from chai_jax.analyse.probe import head_sums
 from chai_jax.compress.cluster import cluster
 from chai_jax.model import cache
-from chai_jax.model.decoder import Output, Seen, forward
+from chai_jax.model.decoder import Output, forward
 from chai_jax.model.execution import Execution
 from chai_jax.model.membership import features
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params, declare
 from chai_jax.model.per_prompt import mix_assigned
 from chai_jax.model.quantized import dequantize
+from chai_jax.model.self_attention import Seen
 from chai_jax.model.sharding import make_mesh, place, shardings
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan

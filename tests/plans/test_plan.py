@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from chai_jax.errors import InputError
+from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 
 LAYER = LayerPlan((ClusterPlan((0, 2), 2, storage="int8"), ClusterPlan((1,), 1)), tier="medium", weights="bfloat16")
@@ -184,12 +185,16 @@ def test_unreadable_plans(tmp_path: Path) -> None:
         Plan.read(tmp_path / "bad.json")
 
 
+def shape(layers: int, heads: int, width: int) -> Architecture:
+    return Architecture(64, width, layers, heads, 64, 64, width)
+
+
 def test_plan_for_another_model_is_refused() -> None:
-    PLAN.check_model(2, 3, 48)
+    PLAN.check_model(shape(2, 3, 48))
     with pytest.raises(InputError, match="the model has 2 layers of 4 heads"):
-        PLAN.check_model(2, 4, 48)
+        PLAN.check_model(shape(2, 4, 48))
     latent = LayerPlan((ClusterPlan((0, 1, 2), 0),), share="kv", key_rank=48, value_rank=49)
     Plan((latent,)).check()
-    Plan((latent,)).check_model(1, 3, 49)
+    Plan((latent,)).check_model(shape(1, 3, 49))
     with pytest.raises(InputError, match="plan layer 0 has rank 49; expected at most the model's width, 48"):
-        Plan((latent,)).check_model(1, 3, 48)
+        Plan((latent,)).check_model(shape(1, 3, 48))

@@ -1,5 +1,6 @@
 """What has to be known of a family of models, so that its checkpoints can be read and written."""
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -41,7 +42,10 @@ class Family:
         tensors: where a module or leaf of our tree is in a checkpoint, both as dotted names without the last ".weight"
             or ".bias", theirs below the prefix; `{}` is a layer's number.
         prefixes: of tensor names in files; the first is written. The head has none.
-        ignored: tensors that mean nothing.
+        fused: of tensors that hold several modules, how they lie in it: `blocks` (one after the other) or `heads` (in
+            turns, head by head).
+        turned: whether kernels are stored as [in, out] (transformers' Conv1D), not as torch's [out, in].
+        ignored: tensors that mean nothing; `{}` is any number.
         published: the shapes of published models, by hub id.
         licence: of the published models.
     """
@@ -53,6 +57,8 @@ class Family:
     config_fields: Callable[[Architecture], Record]
     tensors: Mapping[str, str]
     prefixes: tuple[str, ...]
+    fused: Mapping[str, str] = field(default_factory=dict)
+    turned: bool = False
     ignored: tuple[str, ...] = ()
     published: Mapping[str, Architecture] = field(default_factory=dict)
     licence: Licence | None = None
@@ -64,6 +70,14 @@ class Family:
         number = module[1] if module[0] == "layers" else ""
         pattern = ".".join(("layers", "{}", *module[2:]) if number else module)
         return f"{self.tensors[pattern].format(number)}.{'bias' if last == 'bias' else 'weight'}"
+
+    def layout(self, name: str) -> str:
+        """How modules lie in a tensor: `alone`, `blocks` or `heads`."""
+        return self.fused.get(re.sub(r"\.\d+\.", ".{}.", name.rpartition(".")[0]), "alone")
+
+    def means_nothing(self, name: str) -> bool:
+        """Whether a tensor is one that other programs left in the file."""
+        return re.sub(r"(^|\.)\d+\.", r"\1{}.", name) in self.ignored
 
     def full_name(self, name: str) -> str:
         """A tensor's name as it is written: with the prefix."""

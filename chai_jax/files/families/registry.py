@@ -3,11 +3,11 @@
 from typing import Any
 
 from chai_jax.errors import InputError
-from chai_jax.files.families import opt
+from chai_jax.files.families import gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3
 from chai_jax.files.families.family import Family
 from chai_jax.plans.architecture import Architecture
 
-FAMILIES = {family.model_type: family for family in (opt.FAMILY,)}
+FAMILIES = {each.FAMILY.model_type: each.FAMILY for each in (opt, llama, mistral, qwen2, qwen3, gpt2, gpt_neox, phi3)}
 COMPRESSED = "chai_"  # stands before the model_type in folders that transformers cannot read
 
 
