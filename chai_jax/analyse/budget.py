@@ -157,7 +157,7 @@ def _choices(
 ) -> Iterator[Choice]:
     """All that a layer could become: every number of clusters and pair of their ranks, every pair of latent ranks, in
     every format."""
-    heads = config.num_heads
+    heads = config.kv_heads
     shapes: list[tuple[LayerPlan, float]] = [(LayerPlan(singletons(heads)), 0.0)]
     for share, sizes in costs.clusters.items():
         for count in range(min(sizes), heads + 1):
@@ -165,7 +165,7 @@ def _choices(
             for key, value, more in _ranks(costs.ranks if budget.ranks and share == "qkv" else {}, config.head_dim):
                 if count < heads or key or value:
                     shapes.append((LayerPlan(clusters, share=share, key_rank=key, value_rank=value), cost + more))
-    for key, value, cost in _ranks(costs.latent, config.hidden_size):
+    for key, value, cost in _ranks(costs.latent, config.kv_width):
         if key and value:
             shapes.append((latent(heads, key, value), cost))
     for layer, cost in shapes:
@@ -187,7 +187,7 @@ def _ranks(measured: dict[str, Sizes], size: int) -> Iterator[tuple[int | None, 
 
 def _pinned(config: Architecture) -> Iterator[Choice]:
     """The one choice of a layer that stays as it is."""
-    layer = LayerPlan(singletons(config.num_heads))
+    layer = LayerPlan(singletons(config.kv_heads))
     yield Choice(_cache_bytes(layer, config), 0.0, layer)
 
 
@@ -233,6 +233,6 @@ def _weight_bytes(declared: Params, weights: str, loaded: Any) -> int:
 def _sensitivity(config: Architecture, costs: LayerCosts) -> float:
     """A layer's score: the cost of half its clusters (or of a latent of an eighth of its width), in nats per token."""
     for sizes in costs.clusters.values():
-        return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.num_heads)))
-    rank = max(1, round(REFERENCE_RANK * config.hidden_size))
+        return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.kv_heads)))
+    rank = max(1, round(REFERENCE_RANK * config.kv_width))
     return sum(interpolate(costs.latent[name], rank) for name in ("key", "value"))

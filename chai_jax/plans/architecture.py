@@ -90,6 +90,15 @@ class Architecture:
         return self.head_size or self.hidden_size // self.num_heads
 
     @property
+    def kv_width(self) -> int:
+        """The largest rank that all keys (or values) of a layer can have together."""
+        return min(self.hidden_size, self.kv_heads * self.head_dim)
+
+    def even(self, rank: int) -> int:
+        """A rank that keys can have: of rotary ones, which are complex numbers, an even one; up to 1 more is taken."""
+        return rank if self.rotary is None else rank + rank % 2
+
+    @property
     def final_norm(self) -> bool:
         """Post-norm models end in their last layer's norm; pre-norm ones have one more, unless it was removed."""
         return self.pre_norm and not self.remove_final_norm

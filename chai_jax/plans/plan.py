@@ -201,6 +201,33 @@ class Plan:
             rank = max(layer.key_rank or 0, layer.value_rank or 0)
             if rank > width:
                 raise InputError(f"plan layer {index} has rank {rank}; expected at most the model's width, {width}")
+            if config.rotary is not None and (layer.key_rank or 0) % 2:
+                raise InputError(
+                    f"plan layer {index} has key_rank {layer.key_rank}; rotary keys are complex numbers: expected an "
+                    "even rank"
+                )
+        self._check_family(config)
+
+    def _check_family(self, config: Architecture) -> None:
+        """Refuse merges that are not defined for such heads."""
+        merged = [index for index, layer in enumerate(self.layers) if layer.merged]
+        shares = {self.share_of(index) for index in merged}
+        keys = "kv" in shares or (bool(shares) and self.score_merge == "low_rank")
+        if config.qk_norm and keys:
+            raise InputError(
+                "the plan merges keys by low rank, the model norms keys after their projection, so that no projection "
+                "makes merged ones: use share 'qk' or 'qkv' with scores 'representative'"
+            )
+        if config.queries > 1 and "qkv" in shares and self.value_merge == "fit":
+            raise InputError(
+                f"the plan fits values to attention, of which each value head of the model has {config.queries}: there "
+                "is no closed form for several; use values 'low_rank'"
+            )
+        if config.queries > 1 and self.membership == "prompt" and merged:
+            raise InputError(
+                f"the plan finds clusters per prompt, the model has {config.queries} queries for each key head; this "
+                "is defined for one: use membership 'calibrated'"
+            )
 
 
 def round_up(fraction: float, count: int) -> int:

@@ -53,7 +53,7 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
     """
     clusters = parse_clusters(wanted.clusters or "elbow")
     if clusters != "elbow":
-        cluster_count(clusters, np.zeros((config.num_heads, 1)))
+        cluster_count(clusters, np.zeros((config.kv_heads, 1)))
     parse_list("--storages", wanted.storages, STORAGES)
     if wanted.kv_budget is not None:
         budget_of(wanted).check_layers(config.num_layers)
