@@ -65,7 +65,13 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpreted 
 @on_cpu
 @pytest.mark.parametrize(
     ("dtype", "length", "clusters", "queries", "value_heads"),
-    [("float32", 300, 3, 2, 1), ("float32", 256, 2, 1, 3), ("bfloat16", 300, 2, 1, 3), ("bfloat16", 256, 3, 2, 1)],
+    [
+        ("float32", 300, 3, 2, 1),
+        ("float32", 256, 2, 1, 3),
+        ("float32", 256, 2, 3, 2),
+        ("bfloat16", 300, 2, 1, 3),
+        ("bfloat16", 256, 3, 2, 1),
+    ],
 )
 def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, queries: int, value_heads: int) -> None:
     """At the rows that are read; those of padding hold something finite."""
@@ -122,7 +128,7 @@ def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     np.testing.assert_array_equal(jax.jit(partial(attend_prefill, **rest))(*given), expected)
 
 
-@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1)])
+@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1), (2, 3, 2)])
 @pytest.mark.parametrize("length", [256, 300])
 def test_cudnn_equals_attention(
     length: int, clusters: int, queries: int, value_heads: int, monkeypatch: pytest.MonkeyPatch
