@@ -27,6 +27,7 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.kernels import cpu
 from chai_jax.model.model import Model
 from chai_jax.model.params import fold_projections, init
+from chai_jax.model.place import locate
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 from chai_jax.serve import decode as serve
