@@ -141,6 +141,7 @@ def plan_within(
     ]
     made = dataclasses.replace(base, layers=tuple(layers), sensitivity=tuple(scores), predicted=predicted)
     made.check()
+    made.check_model(config)
     return made
 
 
@@ -162,10 +163,12 @@ def _choices(
     for share, sizes in costs.clusters.items():
         for count in range(min(sizes), heads + 1):
             clusters, cost = find(index, count), interpolate(sizes, count)
-            for key, value, more in _ranks(costs.ranks if budget.ranks and share == "qkv" else {}, config.head_dim):
+            for key, value, more in _ranks(
+                config, costs.ranks if budget.ranks and share == "qkv" else {}, config.head_dim
+            ):
                 if count < heads or key or value:
                     shapes.append((LayerPlan(clusters, share=share, key_rank=key, value_rank=value), cost + more))
-    for key, value, cost in _ranks(costs.latent, config.kv_width):
+    for key, value, cost in _ranks(config, costs.latent, config.kv_width):
         if key and value:
             shapes.append((latent(heads, key, value), cost))
     for layer, cost in shapes:
@@ -175,11 +178,14 @@ def _choices(
             yield Choice(_cache_bytes(what, config), cost + costs.cache[storage], what)
 
 
-def _ranks(measured: dict[str, Sizes], size: int) -> Iterator[tuple[int | None, int | None, float]]:
+def _ranks(
+    config: Architecture, measured: dict[str, Sizes], size: int
+) -> Iterator[tuple[int | None, int | None, float]]:
     """(rank of keys, of values, what that costs) for every pair of ranks below `size`; None: left whole."""
     options: list[dict[int | None, float]] = []
     for name in ("key", "value"):
-        ranks = sorted({max(1, round(step * size)) for step in RANK_STEPS} - {size}) if name in measured else []
+        possible = {max(1, round(step * size)) for step in RANK_STEPS if name in measured}
+        ranks = sorted(({config.even(rank) for rank in possible} if name == "key" else possible) - {size})
         options.append({None: 0.0} | {rank: interpolate(measured[name], rank) for rank in ranks})
     for (key, one), (value, other) in itertools.product(*(option.items() for option in options)):
         yield key, value, one + other

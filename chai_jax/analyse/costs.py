@@ -132,11 +132,13 @@ class CostMeter:
         spec, whole = merge.made()
         ranks = sorted({max(1, round(part * size)) for part in RANKS})
 
-        def cost(name: str, rank: int) -> float:
+        def costs(name: str) -> Sizes:
             halves = 2 if name == "key" and self.model.config.rotary else 1
-            return self.damage.of(self.stream.index, spec, truncated(whole, name, rank, halves))[0]
+            tried = {self.model.config.even(rank) for rank in ranks} if name == "key" else ranks
+            cuts = {rank: truncated(whole, name, rank, halves) for rank in sorted(tried)}
+            return {rank: self.damage.of(self.stream.index, spec, cut)[0] for rank, cut in cuts.items()} | {size: 0.0}
 
-        return {name: {rank: cost(name, rank) for rank in ranks} | {size: 0.0} for name in names}
+        return {name: costs(name) for name in names}
 
 
 def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:

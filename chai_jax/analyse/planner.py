@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from chai_jax.analyse.cluster import cluster_count, clusters_of, medoid
+from chai_jax.analyse.cluster import balanced_clusters, cluster_count, clusters_of, medoid
 from chai_jax.analyse.probe import Probe, fingerprint
 from chai_jax.analyse.sensitivity import critical, sensitivities, tiers
 from chai_jax.console import track
@@ -87,6 +87,26 @@ def plan(
     made = dataclasses.replace(base, layers=tuple(entries), sensitivity=scores)
     made.check()
     return made
+
+
+def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0) -> Plan:
+    """A plan by which every layer has so many key and value heads, each read by as many queries as any other.
+
+    Heads that attend alike are grouped, and each group reads one key and one value of an ordinary head's dimensions,
+    the best by `chai_jax.compress.merge.latent_scores` or `rotary_latent_scores` and `latent_values`. The result is
+    an ordinary model with grouped queries (Ainslie et al. 2023, arXiv 2305.13245), where its family has such.
+
+    Args:
+        kv_heads: a divisor of the model's.
+    """
+    check_probe(model, probe)
+    layers = []
+    for correlation in probe.correlation:
+        members = balanced_clusters(correlation, kv_heads, seed)
+        layers.append(LayerPlan(tuple(ClusterPlan(heads, medoid(correlation, heads)) for heads in members)))
+    plan = Plan(tuple(layers), "kv")
+    plan.check()
+    return plan
 
 
 def check_probe(model: Model, probe: Probe) -> None:

@@ -51,6 +51,40 @@ def expand(model: Model) -> Model:
     return model.replace(spec=Spec(tuple(spec_layers)), params={**params, "layers": layers}, plan=None)
 
 
+def ordinary(model: Model) -> Model:
+    """The model as an ordinary one of its family: as it is, with fewer key and value heads, or else expanded.
+
+    Raises:
+        InputError: see `expand`.
+    """
+    return model if model.spec.is_dense else grouped(model) or expand(model)
+
+
+def grouped(model: Model) -> Model | None:
+    """A clustered model as a dense one with fewer heads, equal in logits, bytes and speed; None if it is none.
+
+    It is one where all layers have the same number of keys, each with one value and the same number of queries, all of
+    an ordinary head's dimensions, and where the family can say so in its config.json.
+    """
+    first, config, family = model.spec.layers[0].groups[0], model.config, family_of(model.config)
+    counts = {layer.key_heads for layer in model.spec.layers}
+    for layer in model.spec.layers:
+        alike = all((group.queries, group.values) == (first.queries, 1) for group in layer.groups)
+        whole = layer.key_rank == layer.value_rank == config.head_dim and not layer.pairs
+        if not (alike and whole and layer.membership == "calibrated" and len(counts) == 1):
+            return None
+    (count,) = counts
+    smaller = dataclasses.replace(
+        config, num_heads=count * first.queries, num_kv_heads=count, head_size=config.head_dim
+    )
+    if family.parse_config(family.config_fields(smaller), "config.json") != smaller:
+        return None
+    spec = Spec.of(smaller)
+    storages = [layer.storages for layer in model.spec.layers]
+    layers = tuple(layer.stored_as(kinds) for layer, kinds in zip(spec.layers, storages, strict=True))
+    return model.replace(config=smaller, spec=Spec(layers), params=dequantize_weights(model.params), plan=None)
+
+
 def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[LayerSpec, Params]:
     if layer.share == "dense":
         return dataclasses.replace(layer, weights="loaded"), params

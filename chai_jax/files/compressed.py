@@ -104,15 +104,10 @@ def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
 
 
 def _check_pairs(path: Path, index: int, layer: LayerSpec, config: Architecture) -> None:
-    """Rotary keys are as many complex numbers as their rank says, each of a frequency that there is."""
-    if config.rotary is None:
-        fits = not layer.pairs
-    elif layer.pairs:
-        rows = [len(pairs) == layer.key_rank / 2 and max(pairs) < config.head_dim // 2 for pairs in layer.pairs]
-        fits = len(rows) == len(layer.clusters) and all(rows)
-    else:
-        fits = layer.key_rank == config.head_dim
-    if not fits:
+    """Rotary keys have frequencies that there are; other keys have none, nor have ordinary heads."""
+    most = config.head_dim // 2 if config.rotary else 0
+    known = all(pair < most for pairs in layer.pairs for pair in pairs)
+    if not known or (most and not layer.pairs and layer.key_rank != config.head_dim):
         raise InputError(f"{path} layer {index} has pairs that are no frequencies of its keys: save the model again")
 
 

@@ -67,6 +67,12 @@ class Architecture:
     windows: tuple[int, ...] = field(default=(), repr=False)
     family: str = field(default="opt", repr=False)  # decides no number, so it is in no repr
 
+    def __post_init__(self) -> None:
+        """What is as it would be without being said is absent, so that equal shapes are equal."""
+        for name, usual in (("num_kv_heads", self.num_heads), ("head_size", self.hidden_size // self.num_heads)):
+            if getattr(self, name) == usual:
+                object.__setattr__(self, name, None)
+
     def __repr__(self) -> str:
         shown = (
             each

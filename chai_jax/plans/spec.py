@@ -203,4 +203,5 @@ def _fits(layer: LayerSpec) -> bool:
         and layer == layer.stored_as(layer.storages)
         and (layer.warmup > 0) == per_prompt
         and (not per_prompt or (layer.share == "qk" and layer.queries == 1))
+        and (not layer.pairs or [2 * len(pairs) for pairs in layer.pairs] == [layer.key_rank] * len(layer.clusters))
     )
