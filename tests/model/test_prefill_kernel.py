@@ -1,5 +1,6 @@
 """The kernels that read prompts, against attention as XLA computes it: TPUs' interpreted on the CPU; GPUs' on one."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -118,6 +119,16 @@ def test_prompts_have_the_kernel_where_it_is_asked_for() -> None:
     assert kernels_of(256) == 2
     assert kernels_of(256, wanted=newest) == 1
     assert kernels_of(256, branch=jnp.zeros((1, 256), jnp.int32)) == 0
+
+
+@on_cpu
+@pytest.mark.parametrize(("window", "taken"), [(0, True), (256, True), (255, False)])
+def test_windows_that_hide_something_are_left_to_xla(window: int, taken: bool) -> None:
+    """Kernels read every real column up to a row's own."""
+    config = dataclasses.replace(CONFIG, num_layers=1, windows=(window,))
+    params, mask = init(config, Spec.of(config), jax.random.key(0)), jnp.ones((1, 256), bool)
+    run = jax.jit(partial(forward, config, Spec.of(config), params, how=PALLAS))
+    assert ("platform_index" in str(run.trace(mask.astype(jnp.int32), mask).jaxpr)) == taken
 
 
 def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
