@@ -139,7 +139,9 @@ def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     np.testing.assert_array_equal(jax.jit(partial(attend_prefill, **rest))(*given), expected)
 
 
-@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1), (2, 3, 2)])
+@pytest.mark.parametrize(
+    ("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1), (2, 3, 2)]
+)
 @pytest.mark.parametrize("length", [256, 300])
 def test_cudnn_equals_attention(
     length: int, clusters: int, queries: int, value_heads: int, monkeypatch: pytest.MonkeyPatch
