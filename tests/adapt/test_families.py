@@ -14,8 +14,8 @@ import pytest
 
 from chai_jax.adapt import step as steps
 from chai_jax.adapt.distil import distil
-from chai_jax.adapt.fingerprint import training_fingerprint
 from chai_jax.adapt.finetune import completion_loss, finetune, training_execution
+from chai_jax.adapt.fingerprint import training_fingerprint
 from chai_jax.adapt.target import layer_mask, target
 from chai_jax.adapt.updates import pack_update
 from chai_jax.analyse.probe import probe
