@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from chai_jax.adapt.toy import toy_model
 from chai_jax.config import PlanConfig, TrainOverrides
 from chai_jax.errors import InputError
-from chai_jax.files.published import random_model
+from chai_jax.files.published import architecture_of, random_model
 from chai_jax.files.store import load, read_architecture
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
@@ -77,5 +77,8 @@ def open_model(model: str, revision: str | None = None, seed: int = 0, execution
 
 
 def shape_of(model: str) -> Architecture:
-    """The shape of what `open_model` opens; the weights of a folder or a hub id are not read for it."""
-    return read_architecture(model) if source_of(model) is PRETRAINED else open_model(model).config
+    """The shape of what `open_model` opens; no weights are read or made for it, but the toy's."""
+    source = source_of(model)
+    if source is PRETRAINED:
+        return read_architecture(model)
+    return architecture_of(model.partition(":")[2]) if source is RANDOM else open_model(model).config

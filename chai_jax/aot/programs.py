@@ -47,7 +47,7 @@ class Job:
         seq: tokens of a sequence; of decoding, the cache's capacity. Rounded up as the program's callers do.
         targets: predicted tokens of an example (training): 1 for tasks, `seq` for text.
         accumulation: microbatches of an update.
-        weights: dtype of the weights as loaded; facebook/opt-* are float16.
+        weights: dtype of the weights as loaded; of most published models two bytes an entry.
         cached: distillation reads the teacher's log-probabilities (float16) from the batch; no teacher is resident.
         moments: dtype of AdamW's first moment.
         remat: the backward pass computes each layer again.

@@ -11,9 +11,10 @@ and per predicted token h FLOPs:
     scoring B questions weights                                                   B (t Q + p Q (Q + 1) / 2 - s + h)
 
 where s are the FLOPs that the last layer saves: of all tokens but the last one it computes only keys and values
-(`chai_jax.model.flops.spared`). The step is the mean one: step i reads or writes P + i columns. Of an embedding that is
-looked up, not multiplied, the rows that are read count. Weights that fit into the processor's caches can be read faster
-than memory gives them: a tiny model may be faster than its floor.
+(`chai_jax.model.flops.spared`). The step is the mean one: step i reads or writes P + i columns; of a layer with a
+window, and of its pairs, no more than the window's. Of an embedding that is looked up, not multiplied, the rows that
+are read count. Weights that fit into the processor's caches can be read faster than memory gives them: a tiny model may
+be faster than its floor.
 """
 
 import statistics
@@ -28,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chai_jax.bench.race import Shape
-from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
+from chai_jax.model.cache import bytes_per_sequence, bytes_per_token, group_bytes_per_token
 from chai_jax.model.flops import count_flops, spared
 from chai_jax.model.model import Model
 from chai_jax.serve.decode import cast
@@ -109,26 +110,45 @@ def least_work(model: Model, shape: Shape) -> dict[str, LeastWork]:
     """Of each of `MEASURES` the work that is timed: a question, a prefill of the batch, a step of the batch (see the
     module's text for the formulas)."""
     batch, prompt, question = shape.batch, shape.prompt, shape.question
-    filled = prompt + (shape.new_tokens + 1) / 2
     row, fixed = bytes_per_token(model.spec), bytes_per_sequence(model.spec)
     flops, less = (count(model.config, model.spec) for count in (count_flops, spared))
+
+    def filled(window: int) -> float:
+        """Columns that the mean step reads."""
+        return (pairs(prompt + shape.new_tokens, window) - pairs(prompt, window)) / shape.new_tokens
 
     def weights(tokens: int) -> int:
         return weights_read(model, batch * tokens)
 
     def forward(tokens: int) -> int | float:
-        all_pairs = tokens * (tokens + 1) / 2
-        saved = less.token * (tokens - 1) + less.pair * (all_pairs - tokens)
-        return batch * (flops.token * tokens + flops.pair * all_pairs - saved + flops.target)
+        saved = less.token * (tokens - 1) + less.attention(lambda window: pairs(tokens, window) - one(tokens, window))
+        computed = flops.token * tokens + flops.attention(partial(pairs, tokens)) + flops.target
+        return batch * (computed - saved)
 
+    columns = sum(
+        group_bytes_per_token(group, layer) * filled(layer.window)
+        for layer in model.spec.layers
+        for group in layer.groups
+    )
     return {
         "score_ms_per_example": LeastWork(weights(question) / batch, forward(question) / batch),
         "prefill_ms": LeastWork(weights(prompt) + batch * (row * prompt + fixed), forward(prompt)),
         "decode_ms_per_token": LeastWork(
-            weights(1) + batch * (row * filled + fixed),
-            batch * (flops.token + flops.pair * filled + flops.target),
+            weights(1) + batch * (columns + fixed),
+            batch * (flops.token + flops.attention(filled) + flops.target),
         ),
     }
+
+
+def pairs(tokens: int, window: int) -> int:
+    """Of a sequence's tokens with themselves and those before them, as far as the window goes; 0: all."""
+    near = one(tokens, window)
+    return near * (near + 1) // 2 + (tokens - near) * near
+
+
+def one(tokens: int, window: int) -> int:
+    """Of the last token alone."""
+    return min(tokens, window or tokens)
 
 
 def weights_read(model: Model, rows: int) -> int:
@@ -142,6 +162,7 @@ def weights_read(model: Model, rows: int) -> int:
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    looked_up = [resident["embed"]["positions"], *([] if model.config.tied else [resident["embed"]["tokens"]])]
+    # Of rotary models there is no table of positions.
+    looked_up = [x for name, x in resident["embed"].items() if name == "positions" or not model.config.tied]
     parts = sum(size(table) * min(rows, table.shape[0]) // table.shape[0] for table in looked_up)
     return size(resident) - size(looked_up) + parts

@@ -42,14 +42,15 @@ class Entrant:
     framework: str = OURS
 
     def facts(self) -> Record:
-        """What tells it from others. `clusters` is the mean of cached key heads a layer (dense: all heads)."""
+        """What tells it from others. `heads` are those that keys are cached of, `clusters` the mean of them that are
+        left in a layer (dense: all)."""
         layers = self.model.spec.layers
         return {
             "model": self.name,
             "framework": self.framework,
             "layers": len(layers),
             "clustered_layers": sum(layer.share != "dense" for layer in layers),
-            "heads": self.model.config.num_heads,
+            "heads": self.model.config.kv_heads,
             "clusters": sum(layer.key_heads for layer in layers) / len(layers),
             "kv_bytes_per_token": bytes_per_token(self.model.spec),
         }

@@ -65,7 +65,8 @@ class BenchCommand:
 
     models: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL ...")]
     """Hub ids, folders (dense or compressed), `toy`, or random:SHAPE for random weights, where SHAPE is a published
-    one, such as facebook/opt-125m, or a folder with a config.json. Ratios compare with the first MODEL."""
+    one, such as facebook/opt-125m or gpt2 (`chai-jax aot --help` lists them), or a folder with a config.json. Ratios
+    compare with the first MODEL."""
     batch: Annotated[str, arg(metavar="N,...")] = "1,8"
     """Sequences at once."""
     prompt: Annotated[str | None, arg(metavar="N,...")] = None
@@ -79,7 +80,7 @@ class BenchCommand:
     tokens: int = 0
     """Also decode this many tokens with each model and shape, and report the mean (the paper: 100000)."""
     clusters: Annotated[str | None, arg(metavar="FRACTION,...")] = None
-    """Beside each dense MODEL, time variants that keep this fraction of the heads in every layer."""
+    """Beside each dense MODEL, time variants that keep this fraction of the key/value heads in every layer."""
     share: Literal["qk", "qkv"] = "qkv"
     """With --clusters: what the heads of a cluster share."""
     storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None

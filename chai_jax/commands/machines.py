@@ -16,7 +16,10 @@ class AotCommand:
     """Compile a job for TPUs or a GPU that this machine lacks: memory it needs, least time it can take."""
 
     model: Positional[str]
-    """facebook/opt-{125m,350m,1.3b,2.7b,6.7b,13b}, or a folder with a config.json. No weights are read."""
+    """A published shape, with or without its owner: opt-125m, opt-350m, opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, gpt2,
+    gpt2-medium, gpt2-large, gpt2-xl, pythia-160m, pythia-410m, pythia-1.4b, SmolLM2-135M, TinyLlama-1.1B-Chat-v1.0,
+    Llama-2-7b-hf, Llama-3.2-1B, Llama-3.1-8B, Mistral-7B-v0.1, Mistral-7B-v0.3, Qwen2.5-0.5B, Qwen2.5-7B, Qwen3-0.6B,
+    Phi-3-mini-4k-instruct; or a folder with a config.json. No weights are read."""
     topology: Annotated[str, arg(metavar="SLICE")] = "v3:2x2"
     """TPU slice, such as v3:2x2 (a v3-8), v5e:2x4, v6e:2x4, v4:2x2x1; or h100, one GPU (needs jax's CUDA plugin)."""
     job: Literal["distil", "finetune", "target", "prefill", "decode", "score"] = "distil"
@@ -39,11 +42,11 @@ class AotCommand:
     share: Literal["qk", "qkv"] | None = None
     """Without a plan: cluster every layer alike, and let the heads of a cluster share this."""
     clusters: Annotated[float, arg(metavar="FRACTION")] = 0.5
-    """With --share: clusters of a layer, as a fraction of its heads."""
+    """With --share: clusters of a layer, as a fraction of its key/value heads."""
     storage: Literal["float32", "bfloat16", "int8"] = "bfloat16"
     """Without a plan: cache format of all layers."""
     weights: Literal["float16", "bfloat16", "float32"] = "float16"
-    """Dtype of the weights as loaded (facebook/opt-* has float16)."""
+    """Dtype of the weights as loaded; most published ones have two bytes an entry."""
     cache_teacher: bool = False
     """Distil with the teacher's answers read from disk: no teacher is in memory."""
     moments: Literal["float32", "bfloat16"] = "float32"

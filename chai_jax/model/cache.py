@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.layout import Layout, with_layout_constraint
+from jax.experimental import layout as memory
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.int4_store import (
@@ -28,6 +28,7 @@ from chai_jax.model.int4_store import (
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
+from chai_jax.model.sharding import Layout
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -92,15 +93,18 @@ class Cache:
         return self.mask.shape[1]
 
 
-def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""]) -> GroupCache:
-    """Write `new`'s tokens into columns `start`... of `cache`; what was stored before is not touched."""
+def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""], layout: Layout | None = None) -> GroupCache:
+    """Write `new`'s tokens into columns `start`... of `cache`; what was stored before is not touched.
+
+    Args:
+        layout: how the cache is split over devices; None: it is on one.
+    """
 
     def write(old: Array, entry: Array) -> Array:
         # Axis 2 holds the tokens in keys, values and scales alike.
         put = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-        return tokens_minor(
-            jax.lax.platform_dependent(tokens_minor(old), entry, start, cpu=partial(_in_loop, put), default=put)
-        )
+        written = partial(jax.lax.platform_dependent, cpu=partial(_in_loop, put), default=put)
+        return tokens_minor(written(tokens_minor(old, layout), entry, start), layout)
 
     keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     return GroupCache(keys, values, cache.membership)
@@ -122,11 +126,15 @@ def remember(
     storage: str,
     start: Int32[Array, ""],
     real: Bool[Array, "B S"],
+    layout: Layout | None = None,
 ) -> tuple[GroupCache, Any, Any]:
     """Store T tokens in columns `start`...: the group's cache after them, and the keys and values that they read.
 
-    `real` says which columns hold tokens, these among them. Without a past (`start` is 0 then) the gradient passes
-    straight through what is read.
+    Without a past (`start` is 0 then) the gradient passes straight through what is read.
+
+    Args:
+        real: which columns hold tokens, these among them.
+        layout: as of `append`.
     """
     if storage == "int4":
         stores = (None, None) if past is None else (past.keys, past.values)
@@ -136,7 +144,7 @@ def remember(
     new = GroupCache(store(key, storage), store(value, storage))
     if past is None:
         return new, through_storage(key, storage), through_storage(value, storage)
-    new = append(past, new, start)
+    new = append(past, new, start, layout)
     return new, new.keys, new.values
 
 
@@ -149,19 +157,23 @@ def _remember_blocks(past: BlockStore | None, x: Array, start: Array, real: Arra
     return stored, read.recent if rows == 1 else read  # one row has one block of its own
 
 
-def tokens_minor(x: Array) -> Array:
+def tokens_minor(x: Array, layout: Layout | None = None) -> Array:
     """On TPUs, keep the tokens of keys and values along the lanes; elsewhere, and to their values, this does nothing.
 
     A TPU's vectors have 128 lanes. Left alone, XLA puts the head dimension there while it decodes, padded to 128: of
-    heads of 64 it makes a second cache of twice the size, and copies it there and back at every call.
+    heads of 64 it makes a second cache of twice the size, and copies it there and back at every call. Where sequences
+    and heads are both split, XLA would gather all of x for this, so each device does it to its own part.
     """
     if x.ndim != 4 or x.shape[-1] % LANES == 0:
         return x
 
     def pin(x: Array) -> Array:
-        return with_layout_constraint(x, Layout(major_to_minor=(0, 1, 3, 2)))
+        return memory.with_layout_constraint(x, memory.Layout(major_to_minor=(0, 1, 3, 2)))
 
-    return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
+    def pinned(x: Array) -> Array:
+        return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
+
+    return pinned(x) if layout is None or 1 in layout.mesh.shape.values() else layout.by_device(pinned, x)
 
 
 def extend(cache: Cache, capacity: int) -> Cache:

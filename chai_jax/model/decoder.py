@@ -125,8 +125,8 @@ def forward(
 
     Args:
         mask: True where a token is real.
-        how: its dtype is that of the activations; weights are cast to it where they are used. Its layout is not read:
-            the arrays' own decides.
+        how: its dtype is that of the activations; weights are cast to it where they are used. Its layout says how a
+            cache that is given is split; else it is not read, the arrays' own decides.
         remat: keep only each layer's input for a backward pass, which computes the layer again (`jax.checkpoint`).
         branch: of each token, without a cache: it reads those of branch 0 and of its own, so that one row holds several
             continuations of one text. For specs that are `stored_by_token`.

@@ -24,6 +24,7 @@ from chai_jax.model.cache import GroupCache, remember
 from chai_jax.model.int4_store import Windowed
 from chai_jax.model.membership import Membership, calibrated, cluster_heads, features
 from chai_jax.model.quantized import Leaf
+from chai_jax.model.sharding import Layout
 from chai_jax.plans.spec import LayerSpec
 
 
@@ -97,6 +98,7 @@ def attend_per_prompt(
     past: GroupCache | None,
     start: Int32[Array, ""],
     scale: float,
+    layout: Layout | None = None,
 ) -> tuple[Float[Array, "B H T R"], Float[Array, "B C T S"], Float[Array, "B C T S"], GroupCache]:
     """Outputs of all heads, scores and probabilities of the kept ones, and the cache after these tokens.
 
@@ -104,9 +106,10 @@ def attend_per_prompt(
         real: which columns hold tokens.
         past: what is stored of the tokens before; None where the sequences begin here.
         start: the first column written.
+        layout: how the past is split over devices.
     """
     (group,) = layer.groups
-    remembered = partial(remember, past, storage=group.storage, start=start, real=real)
+    remembered = partial(remember, past, storage=group.storage, start=start, real=real, layout=layout)
     if past is not None:
         membership = past.membership
     else:

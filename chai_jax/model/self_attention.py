@@ -105,7 +105,7 @@ def attention(
     if layer.membership == "prompt":
         before = None if past is None else past[0]
         joined, score, probability, new = attend_per_prompt(
-            layer, query, key, value, allowed, place.real, before, place.start, scale
+            layer, query, key, value, allowed, place.real, before, place.start, scale, how.layout
         )
         return output(at_columns(joined, wanted, 2)), (new,), Seen(x, score, probability, allowed, joined)
     readable = at_columns(allowed, wanted, 1)
@@ -116,7 +116,7 @@ def attention(
     heads, scores, probabilities, caches = [], [], [], []
     for index, (group, queries, keys, values) in enumerate(by_group(layer, query, key, value)):
         before = None if past is None else past[index]
-        new, keys, values = remember(before, keys, values, group.storage, place.start, place.real)
+        new, keys, values = remember(before, keys, values, group.storage, place.start, place.real, how.layout)
         caches.append(new)
         queries = at_columns(queries, wanted, 3)
         keys, values = of_rows(keys, wanted), of_rows(values, wanted)

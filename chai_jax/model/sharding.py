@@ -12,7 +12,7 @@ array. Between jobs a model's parameters are whole on every host.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -190,6 +190,11 @@ class Layout:
             return jax.lax.with_sharding_constraint(x, self._sharding(("batch", "heads"), x.shape))
 
         return jax.tree.map(leaf, layers)
+
+    def by_device(self, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+        """Inside jit: what a function that keeps the shape makes of each device's part of one of a cache's arrays."""
+        part = self._sharding(("batch", "heads"), x.shape).spec
+        return jax.shard_map(function, mesh=self.mesh, in_specs=part, out_specs=part)(x)
 
     def _sharding(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(axes, shape[: len(axes)], self.mesh))

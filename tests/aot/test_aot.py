@@ -1,9 +1,12 @@
 """Programs for TPUs against the TPU's own compiler; what needs libtpu is skipped without it."""
 
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +21,8 @@ from chai_jax.aot.cost import program_cost
 from chai_jax.aot.programs import AbstractModel, Job, dense_spec, lower, spec_of
 from chai_jax.aot.tpu import mesh_of, topology
 from chai_jax.cli import main
+from chai_jax.commands.machines import AotCommand
+from chai_jax.commands.options import help_of
 from chai_jax.errors import InputError
 from chai_jax.files.families.opt import config_fields
 from chai_jax.files.published import PUBLISHED, architecture_of
@@ -267,16 +272,59 @@ def test_configs(tmp_path: Any) -> None:
     assert architecture_of(str(tmp_path)) == shape
 
 
-@pytest.mark.parametrize(("name", "millions"), [("125m", 125.2), ("350m", 331.2), ("1.3b", 1315.8), ("6.7b", 6658.5)])
-def test_known_models_have_as_many_weights_as_published(name: str, millions: float) -> None:
-    """Counted by transformers' `OPTForCausalLM.num_parameters()`."""
-    import math
+@pytest.mark.parametrize("model", ["gpt2", "Llama-3.2-1B", "opt-125m"])
+def test_owners_may_be_left_out(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of that name goes first."""
+    (whole,) = [name for name in PUBLISHED if name.endswith(f"/{model}")]
+    assert architecture_of(model) is PUBLISHED[whole]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / model).mkdir()
+    assert architecture_of(model) is PUBLISHED[whole]
+    (tmp_path / model / "config.json").write_text(json.dumps({"model_type": "opt", **config_fields(SMALL)}))
+    assert architecture_of(model) == SMALL
 
-    import jax
 
-    config = PUBLISHED[f"facebook/opt-{name}"]
+@pytest.mark.parametrize(("model", "near"), [("facebook/opt-66b", "opt-"), ("Llama-3-8B", "Llama-3."), ("x" * 200, "")])
+def test_another_shape_is_told_a_near_one(model: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"is no folder with a config.json; expected one, or .* such as .*/.*{near}"):
+        architecture_of(model)
+
+
+def test_help_lists_every_published_shape() -> None:
+    text = help_of(AotCommand)["model"]
+    listed = re.findall(r"[\w.-]+\d[\w.-]*", text.partition(":")[2])
+    assert sorted(listed) == sorted(name.rpartition("/")[2] for name in PUBLISHED)
+
+
+# As transformers counts them (`num_parameters()`, a tied head once), and as the models' cards say.
+MILLIONS = {
+    "facebook/opt-125m": 125.239,
+    "facebook/opt-350m": 331.196,
+    "facebook/opt-1.3b": 1315.758,
+    "facebook/opt-6.7b": 6658.474,
+    "openai-community/gpt2": 124.440,
+    "openai-community/gpt2-xl": 1557.611,
+    "EleutherAI/pythia-160m": 162.323,
+    "EleutherAI/pythia-1.4b": 1414.648,
+    "HuggingFaceTB/SmolLM2-135M": 134.515,
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1100.048,
+    "meta-llama/Llama-2-7b-hf": 6738.416,
+    "meta-llama/Llama-3.2-1B": 1235.814,
+    "meta-llama/Llama-3.1-8B": 8030.261,
+    "mistralai/Mistral-7B-v0.1": 7241.732,
+    "mistralai/Mistral-7B-v0.3": 7248.024,
+    "Qwen/Qwen2.5-0.5B": 494.033,
+    "Qwen/Qwen2.5-7B": 7615.617,
+    "Qwen/Qwen3-0.6B": 596.050,
+    "microsoft/Phi-3-mini-4k-instruct": 3821.080,
+}
+
+
+@pytest.mark.parametrize("name", MILLIONS)
+def test_known_models_have_as_many_weights_as_published(name: str) -> None:
+    config = PUBLISHED[name]
     declared = jax.tree.leaves(declare(config, dense_spec(config)), is_leaf=lambda leaf: hasattr(leaf, "axes"))
-    assert sum(math.prod(leaf.shape) for leaf in declared) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert sum(math.prod(leaf.shape) for leaf in declared) / 1e6 == pytest.approx(MILLIONS[name], abs=0.0006)
 
 
 def test_a_uniform_plan_covers_every_head() -> None:

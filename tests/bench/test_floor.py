@@ -15,7 +15,7 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.model.sharding import Layout
-from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.architecture import Architecture, Rotary
 from chai_jax.plans.spec import Spec
 
 # D = 16, F = 32, V = 64, L = 2, H = 2, K = 8.
@@ -52,6 +52,27 @@ def test_work_is_what_a_count_by_hand_gives(model: Model) -> None:
     scored = found["score_ms_per_example"]
     assert scored.bytes == pytest.approx((4 * WEIGHTS + 18 * row) / 3)
     assert scored.flops == 6 * token - 5 * less + 21 * pair - 15 * last + head
+
+
+def test_grouped_heads_gates_and_windows_by_hand() -> None:
+    """Of four query heads two are cached; the second layer's steps read 11, 12, 12, 12, 12 columns of 11 ... 15."""
+    config = Architecture(
+        *(64, 16, 2, 4, 24, 48, 16), num_kv_heads=2, head_size=8, norm="rms", gated=True, bias=False, tied=False,
+        activation="silu", rotary=Rotary(), position_offset=0, windows=(0, 12), family="llama",
+    )  # fmt: skip
+    spec = Spec.of(config)
+    model = Model(config, spec, init(config, spec, jax.random.key(0)), execution=Execution.choose("float32"))
+    found = least_work(model, SHAPE)
+    layer, column, pair = 16 * (32 + 16 + 16) + 32 * 16 + 3 * 16 * 24, 2 * 2 * 8 * 4, 2 * 4 * (8 + 8)
+    weights, row, head = 2 * (layer + 2 * 16) + 16 + 64 * 16, 16 * 4, 2 * 64 * 16  # no positions; tokens are looked up
+    step = found["decode_ms_per_token"]
+    assert step.bytes == pytest.approx(4 * weights + 3 * row + 3 * (13 + 11.8) * column)
+    assert step.flops == pytest.approx(3 * (2 * 2 * layer + (13 + 11.8) * pair + head))
+    read = least_work(model, Shape(batch=3, prompt=20, new_tokens=5, question=6))["prefill_ms"]
+    assert read.bytes == 4 * weights + 60 * row + 3 * 20 * 2 * column
+    # 20 tokens and those before: 210 pairs, within 12: 78 + 8 x 12; in the last layer the newest token's alone.
+    saved = 19 * 2 * (layer - 2 * 16 * 16)
+    assert read.flops == 3 * (20 * 2 * 2 * layer - saved + (210 + 12) * pair + head)
 
 
 def test_int8_caches_and_half_precision_move_less(model: Model) -> None:
