@@ -1,4 +1,4 @@
-"""What opt-125m to 6.7b need and take on a v3-8 and a v5e-8, by the TPU's own compiler. No TPU, no weights.
+"""What opt-125m to 6.7b and two Llamas need and take on slices of eight TPUs, by the TPU's compiler. No TPU, no weights.
 
     python experiments/aot_table.py --out experiments/results
 
@@ -29,8 +29,11 @@ from chai_jax.files.published import architecture_of
 from chai_jax.model.sharding import Layout
 
 Record = dict[str, Any]
-MODELS = ("125m", "350m", "1.3b", "6.7b")
+OPTS = ("125m", "350m", "1.3b", "6.7b")
+LLAMAS = ("Llama-3.2-1B", "Llama-3.1-8B")
+MODELS = (*OPTS, *LLAMAS)
 SLICES = ("v3:2x2", "v5e:2x4")
+OF_LLAMAS = ("v5e:2x4", "v6e:2x4")
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,8 @@ class TableRow:
 
     Attributes:
         search: the first batch of a search for the largest; None: this batch alone.
-        cache: `dense` bfloat16, or `compressed`: share qkv, C = H / 2, int8.
+        model: of OPT the size alone.
+        cache: `dense` bfloat16, or `compressed`: share qkv, half as many key/value heads, int8.
         option: what was changed to make it fit.
     """
 
@@ -82,31 +86,39 @@ def rescues(row: TableRow) -> Iterator[TableRow]:
 
 
 def decoding(model: str, slice_: str) -> Iterator[TableRow]:
-    """A token at 2,048 columns, dense and compressed: at one batch, and at the largest."""
+    """A token at 2,048 columns (8,192 of Llamas), dense and compressed: at one batch, and at the largest."""
+    columns, weights = (8192, "bfloat16") if model in LLAMAS else (2048, "float16")
+    mesh = "2x4" if model in ("6.7b", "Llama-3.1-8B") else None
     for cache, factor in (("dense", 1), ("compressed", 4)):
-        row = TableRow(
-            model, slice_, Job("decode", FIRST[model], 2048), cache=cache, mesh="2x4" if model == "6.7b" else None
-        )
+        row = TableRow(model, slice_, Job("decode", FIRST[model], columns, weights=weights), cache=cache, mesh=mesh)
         yield row
         yield replace(row, job=replace(row.job, batch=factor * FIRST[model]), search=True)
 
 
-# Batches that a v3-8 holds with the dense cache.
-FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32}
+# Batches that the smallest slice holds with the dense cache.
+FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32, "Llama-3.2-1B": 384, "Llama-3.1-8B": 64}
 
 
 def rows() -> Iterator[TableRow]:
     """Small models first, what takes longest last."""
-    for models in (MODELS[:3], MODELS[3:]):
+    for models in (OPTS[:3], OPTS[3:]):
         pairs = [(model, slice_) for model in models for slice_ in SLICES]
         for model, slice_ in pairs:
             yield from decoding(model, slice_)
         for model, slice_ in pairs:
             yield training(model, slice_)
+    for model in LLAMAS:
+        for slice_ in OF_LLAMAS:
+            yield from decoding(model, slice_)
+
+
+def label(model: str) -> str:
+    """The model's name on the hub, without its owner."""
+    return f"opt-{model}" if model in OPTS else model
 
 
 def compile_row(row: TableRow) -> Record:
-    config = architecture_of(f"facebook/opt-{row.model}")
+    config = architecture_of(label(row.model))
     layout = Layout(mesh_of(topology(row.topology), row.mesh), row.fsdp)
     share = {"share": "qkv", "clusters": 0.5, "storage": "int8"} if row.cache == "compressed" else {}
     abstract = AbstractModel(config, spec_of(config, **share), layout)
@@ -144,7 +156,7 @@ class Book:
 
 
 COLUMNS = {
-    "model": lambda r: f"opt-{r['model']}",
+    "model": lambda r: label(r["model"]),
     "slice": lambda r: r["topology"],
     "job": lambda r: f"{r['kind']} {r['seq']}",
     "what": lambda r: r["option"] or (r["cache"] + " cache" if r["kind"] == "decode" else "teacher and student"),
@@ -178,19 +190,18 @@ def milliseconds(record: Record) -> str:
 
 def headline(records: list[Record]) -> list[list[str]]:
     """Per model and slice: largest batch with the dense and the compressed cache, and the roofline at one batch."""
-    lines = [
-        ["model", "slice", "largest batch, dense", "compressed", "ratio", "ms a token at batch", "dense", "compressed"]
-    ]
+    head = "model,slice,positions,largest batch (dense),compressed,ratio,ms a token at batch,dense,compressed"
+    lines = [head.split(",")]
     for model in MODELS:
-        for slice_ in SLICES:
+        for slice_ in dict.fromkeys((*SLICES, *OF_LLAMAS)):
             mine = [r for r in records if (r["model"], r["topology"], r["kind"]) == (model, slice_, "decode")]
             largest = {r["cache"]: r["largest_batch"] for r in mine if "largest_batch" in r}
             single = {r["cache"]: r for r in mine if "largest_batch" not in r}
             if len(largest) + len(single) == 4:
                 dense, small = largest["dense"], largest["compressed"]
                 times = [milliseconds(single[cache]) for cache in ("dense", "compressed")]
-                batch = str(single["dense"]["batch"])
-                lines.append([f"opt-{model}", slice_, str(dense), str(small), f"{small / dense:.2f}", batch, *times])
+                of, batch = f"{single['dense']['seq']:,}", str(single["dense"]["batch"])
+                lines.append([label(model), slice_, of, str(dense), str(small), f"{small / dense:.2f}", batch, *times])
     return lines
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -21,7 +21,7 @@ from chai_jax.bench.race import ANSWERS, Contender, Shape
 from chai_jax.compress.expand import expand
 from chai_jax.errors import InputError
 from chai_jax.files.convert import to_hf
-from chai_jax.files.families.opt import config_fields
+from chai_jax.files.families.registry import family_of
 from chai_jax.model.model import Model
 
 # GNU's OpenMP lets threads sleep at once where there are more of them than CPUs, as CTranslate2's always are. After so
@@ -53,27 +53,27 @@ def check_peer(name: str) -> None:
 
 
 def torch_model(model: Model) -> Any:
-    """The model as transformers' OPTForCausalLM in float32; a clustered one is expanded to all its heads.
+    """The model as transformers' class of its family in float32; a clustered one is expanded to all its heads.
 
     Raises:
-        InputError: the model has no ordinary OPT form (see `expand`).
+        InputError: the model has no ordinary form (see `expand`).
     """
     import torch
-    from transformers import OPTConfig, OPTForCausalLM
+    import transformers
 
     dense = expand(model)
+    family = family_of(dense.config)
     weights = {
         name: torch.from_numpy(np.array(stored.read(), np.float32))
         for name, stored in to_hf(dense.config, dense.params).items()
     }
-    with torch.device("meta"):  # random weights, which are replaced, would take a minute for opt-1.3b
-        twin = OPTForCausalLM(OPTConfig(**config_fields(dense.config))).eval()
-    left = twin.load_state_dict(weights, strict=False, assign=True)
-    tied = {"lm_head.weight"} if dense.config.tied else set()
-    assert not left.unexpected_keys
-    assert set(left.missing_keys) <= tied
-    twin.tie_weights()
-    return twin
+    config = transformers.AutoConfig.for_model(family.model_type, **family.config_fields(dense.config))
+    transformers.utils.logging.disable_progress_bar()
+    twin, found = getattr(transformers, family.torch_class).from_pretrained(
+        None, config=config, state_dict=weights, dtype=torch.float32, output_loading_info=True
+    )
+    assert not any(found.values()), found
+    return twin.eval()
 
 
 class HuggingFace:
@@ -94,7 +94,7 @@ class HuggingFace:
 
 
 class TorchTimed:
-    """transformers' OPT at one shape: eager torch, a `DynamicCache`, a greedy loop over the model's forward."""
+    """A transformers model at one shape: eager torch, a `DynamicCache`, a greedy loop over the model's forward."""
 
     compile_seconds = 0.0
 
@@ -106,7 +106,7 @@ class TorchTimed:
             torch.from_numpy(tokens.astype(np.int64)) for tokens in shape.inputs(model.config.vocab_size, seed)
         )
         # The cache's name changed within transformers 5.
-        known = inspect.signature(model.model.decoder.forward).parameters
+        known = inspect.signature(model.forward).parameters
         self.cache_name = "cache" if "cache" in known else "past_key_values"
         self.bytes = {"weights": sum(x.numel() * x.element_size() for x in model.parameters())}
 
@@ -140,8 +140,16 @@ class TorchTimed:
         return seen.logits[:, -1].argmax(-1, keepdim=True)
 
 
+NO_WINDOWS = ("qwen2", "qwen3", "phi3")  # of which CTranslate2's converter reads no windows
+NEAR = {"float32": 0.01, "bfloat16": 0.1}  # of log-probabilities that are the same but for rounding: see `_check_same`
+
+
 class CTranslate2:
-    """Builds CTranslate2 contenders of one model, which is converted to a temporary folder and loaded from there."""
+    """Builds CTranslate2 contenders of one model, which is converted to a temporary folder and loaded from there.
+
+    Raises:
+        InputError: it does not take the model, or computes something else.
+    """
 
     libraries = ("ctranslate2", "torch")
     framework = "ctranslate2"
@@ -149,38 +157,69 @@ class CTranslate2:
     def __init__(self, model: Model, threads: int) -> None:
         stay_awake()
         import ctranslate2
-        from ctranslate2.converters.transformers import TransformersConverter
+        import torch
 
-        if model.config.vocab_size % 8:
+        dtype, config = model.how.dtype.name, model.config
+        if config.family == "opt" and config.vocab_size % 8:
             raise InputError(
-                f"the vocabulary has {model.config.vocab_size} tokens, of which CTranslate2's converter expects a "
-                "multiple of 8: leave --peer ctranslate2 out"
+                f"the vocabulary has {config.vocab_size} tokens, of which CTranslate2's converter expects a multiple "
+                "of 8: leave --peer ctranslate2 out"
             )
-        dtype = model.how.dtype.name
         if dtype not in ctranslate2.get_supported_compute_types("cpu"):
             raise InputError(f"CTranslate2 does not compute in {dtype} on this CPU: leave --peer ctranslate2 out")
+        if any(config.windows) and config.family in NO_WINDOWS:
+            _refuse(model, "it knows none of their windows")
         twin = torch_model(model)
-
-        class InMemory(TransformersConverter):  # type: ignore[misc]
-            """Converts a model that is there, its tokens named by their numbers: no tokenizer is needed."""
-
-            def load_model(self, *args: Any, **options: Any) -> Any:
-                return twin
-
-            def load_tokenizer(self, *args: Any, **options: Any) -> Any:
-                return Numbers(model)
-
-        with tempfile.TemporaryDirectory() as folder:
-            twin.config.save_pretrained(folder)
-            converted = InMemory(folder).convert(str(Path(folder) / "converted"), quantization=dtype)
-            self.nbytes = (Path(converted) / "model.bin").stat().st_size
-            self.generator = ctranslate2.Generator(
-                converted, device="cpu", compute_type=dtype, intra_threads=threads, inter_threads=1
-            )
-        self.vocabulary = model.config.vocab_size
+        tokens = np.random.default_rng(0).integers(4, config.vocab_size, (1, min(64, config.max_positions)))
+        with torch.inference_mode():
+            expected = twin(torch.from_numpy(tokens)).logits[0].log_softmax(-1).numpy()
+        self.vocabulary = config.vocab_size
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                converted = _converted(model, twin, folder, dtype)
+                self.nbytes = (Path(converted) / "model.bin").stat().st_size
+                self.generator = ctranslate2.Generator(
+                    converted, device="cpu", compute_type=dtype, intra_threads=threads, inter_threads=1
+                )
+            found = self.generator.forward_batch([list(map(str, tokens[0].tolist()))], return_log_probs=True)
+        # Whatever it stumbles over: a family or an option that it does not know, names of another version.
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            _refuse(model, f"{type(error).__name__}: {error!s:.100}".splitlines()[0])
+        _check_same(model, np.asarray(found.to(ctranslate2.DataType.float32))[0], expected)
 
     def __call__(self, shape: Shape, seed: int) -> Contender:
         return CTranslate2Timed(self, shape, seed)
+
+
+def _converted(model: Model, twin: Any, folder: str, dtype: str) -> str:
+    """The folder that CTranslate2's converter makes of torch's model, within `folder`."""
+    from ctranslate2.converters.transformers import TransformersConverter
+
+    class InMemory(TransformersConverter):  # type: ignore[misc]
+        """Converts a model that is there, its tokens named by their numbers: no tokenizer is needed."""
+
+        def load_model(self, *args: Any, **options: Any) -> Any:
+            return twin
+
+        def load_tokenizer(self, *args: Any, **options: Any) -> Any:
+            return Numbers(model)
+
+    twin.config.save_pretrained(folder)
+    return str(InMemory(folder).convert(str(Path(folder) / "converted"), quantization=dtype))
+
+
+def _check_same(model: Model, found: np.ndarray, expected: np.ndarray) -> None:
+    """Log-probabilities [T, V] of the same tokens: their difference is small beside their spread."""
+    spread = np.linalg.norm(expected - expected.mean(-1, keepdims=True))
+    away = float(np.linalg.norm(found - expected) / spread)
+    if not away <= NEAR[model.how.dtype.name]:
+        _refuse(model, f"its log-probabilities are {away:.0%} away from torch's")
+
+
+def _refuse(model: Model, why: str) -> NoReturn:
+    """Raise the InputError of a model that is not CTranslate2's to compute."""
+    name = family_of(model.config).name
+    raise InputError(f"CTranslate2 does not run such a {name} as we do ({why}): leave --peer ctranslate2 out")
 
 
 class Numbers:
@@ -195,14 +234,14 @@ class Numbers:
         self.size = model.config.vocab_size
         self.bos_token = str(pad if begin is None else begin)
         self.eos_token = str(pad if end is None else end[0] if isinstance(end, tuple) else end)
-        self.unk_token = str(pad)
+        self.unk_token = self.pad_token = str(pad)
 
     def get_vocab(self) -> dict[str, int]:
         return {str(number): number for number in range(self.size)}
 
 
 class CTranslate2Timed:
-    """CTranslate2's OPT at one shape. It tells by a callback when each token is there; its cache it does not tell."""
+    """A CTranslate2 model at one shape. It tells by a callback when each token is there; its cache it does not tell."""
 
     compile_seconds = 0.0
 

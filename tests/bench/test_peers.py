@@ -18,13 +18,26 @@ from chai_jax.errors import InputError
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
-from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.architecture import Architecture, Rotary
 from chai_jax.plans.planned import uniform_plan
 from chai_jax.plans.spec import Spec
 
 SHAPE = Shape(batch=3, prompt=9, new_tokens=6, question=11)
 PRE = Architecture(vocab_size=64, hidden_size=32, num_layers=2, num_heads=4, ffn_dim=64, max_positions=48, embed_dim=32)
 POST = Architecture(64, 32, 2, 4, 64, 48, embed_dim=16, pre_norm=False)  # as opt-350m
+LLAMA = dataclasses.replace(
+    PRE, num_kv_heads=2, norm="rms", gated=True, bias=False, activation="silu", rotary=Rotary(), position_offset=0,
+    family="llama",
+)  # fmt: skip
+MISTRAL = dataclasses.replace(LLAMA, tied=False, windows=(7, 7), family="mistral")
+PYTHIA = dataclasses.replace(
+    PRE, parallel=True, activation="gelu", rotary=Rotary(fraction=0.25), position_offset=0, tied=False,
+    bos_token_id=0, eos_token_id=0, pad_token_id=0, family="gpt_neox",
+)  # fmt: skip
+GPT2 = dataclasses.replace(PRE, vocab_size=61, activation="gelu_new", position_offset=0, family="gpt2")
+CONFIGS = {"pre": PRE, "post": POST, "clustered": PRE, "llama": LLAMA, "gpt2": GPT2, "grouped": LLAMA}
+ONLY_HF = {"mistral": MISTRAL, "pythia": PYTHIA}  # CTranslate2's converter knows no such windows, nor today's names
+CASES = [*((kind, name) for kind in PEERS for name in CONFIGS), *(("hf", name) for name in ONLY_HF)]
 
 
 def random_model(config: Architecture) -> Model:
@@ -33,13 +46,12 @@ def random_model(config: Architecture) -> Model:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
-@pytest.mark.parametrize("kind", PEERS)
-@pytest.mark.parametrize("name", ["pre", "post", "clustered"])
+@pytest.mark.parametrize(("kind", "name"), CASES)
 def test_a_peer_computes_what_we_compute(kind: str, name: str, torch: ModuleType) -> None:
     for library in PEERS[kind].libraries:
         pytest.importorskip(library)
-    model = random_model(POST if name == "post" else PRE)
-    if name == "clustered":
+    model = random_model({**CONFIGS, **ONLY_HF}[name])
+    if name in ("clustered", "grouped"):
         model = cluster(model, uniform_plan(model.config, "qkv", 0.5, "float32"))
     ours, theirs = Timed(model, SHAPE, seed=3), PEERS[kind](model, threads=1)(SHAPE, 3)
     for _ in range(2):  # a second run starts anew
@@ -109,6 +121,33 @@ def test_ctranslate2_wants_a_vocabulary_of_eights(torch: ModuleType) -> None:
     pytest.importorskip("ctranslate2")
     with pytest.raises(InputError, match="has 60 tokens"):
         PEERS["ctranslate2"](random_model(Architecture(60, 32, 2, 4, 64, 48, 32)), 1)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (dataclasses.replace(LLAMA, rotary=Rotary(scaling="dynamic", numbers=(("factor", 2.0),))), "NotImplemented"),
+        (dataclasses.replace(LLAMA, head_size=12), "ValueError"),
+        (
+            dataclasses.replace(MISTRAL, family="qwen2", bias=("query", "key", "value")),
+            "it knows none of their windows",
+        ),
+    ],
+)
+def test_ctranslate2_refuses_what_it_does_not_know(config: Architecture, why: str, torch: ModuleType) -> None:
+    pytest.importorskip("ctranslate2")
+    with pytest.raises(InputError, match=f"CTranslate2 does not run such a .* as we do \\({why}"):
+        PEERS["ctranslate2"](random_model(config), 1)
+
+
+def test_other_log_probabilities_are_another_model() -> None:
+    """Rounding is none; one token's worth is."""
+    model, expected = random_model(PRE), np.random.default_rng(0).standard_normal((8, 64)).astype(np.float32)
+    peers._check_same(model, expected + 1e-4, expected)
+    for wrong in (np.roll(expected, 1, axis=0), np.where(np.arange(8)[:, None] == 7, 0, expected), expected * np.nan):
+        with pytest.raises(InputError, match="away from torch's"):
+            peers._check_same(model, wrong, expected)
 
 
 @pytest.mark.parametrize(
