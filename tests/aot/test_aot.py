@@ -108,7 +108,7 @@ def test_a_token_of_decoding(slice_: str) -> None:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("storage", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> None:
     """One kernel a layer, and a token moves the cache once (read), the weights, and little else: no copy is made.
 
@@ -169,11 +169,12 @@ def test_devices_that_cannot_have_the_kernel(slice_: str, mesh: str | None, reas
 
 
 LEAN = Job("distil", 8, 16, accumulation=1, cached=True, moments="bfloat16", remat=True)
+OTHERS = Job("prefill", 8, 64), Job("score", 8, 64), Job("target", 8, 16, accumulation=1)
 
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    "job", [Job("prefill", 8, 64), Job("score", 8, 64), Job("target", 8, 16, accumulation=1), LEAN]
+    "job", [LEAN, *(pytest.param(job, marks=pytest.mark.slow) for job in OTHERS)], ids=lambda job: job.kind
 )
 def test_the_other_jobs_compile_on_a_mesh_with_sharded_weights(job: Job) -> None:
     record = measure(job, abstract(mesh="2x4", fsdp=True))

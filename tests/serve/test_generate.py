@@ -159,7 +159,6 @@ def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(m
     assert generate_tokens(small, PROMPTS[:1], 12, stop=False) == [naive(small, PROMPTS[0], 12)]
 
 
-@pytest.mark.as_user
 def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path) -> None:
     from transformers import OPTConfig as TorchConfig
     from transformers import OPTForCausalLM
