@@ -96,6 +96,13 @@ class Architecture:
         return self.head_size or self.hidden_size // self.num_heads
 
     @property
+    def context(self) -> int:
+        """Tokens that a sequence may have: the model's positions, or as many as its rotary ones are stretched to."""
+        numbers = dict(self.rotary.numbers) if self.rotary and self.rotary.scaling == "yarn" else {}
+        stretched = numbers.get("factor", 0.0) * numbers.get("original_max_position_embeddings", 0.0)
+        return max(self.max_positions, int(stretched))
+
+    @property
     def kv_width(self) -> int:
         """The largest rank that all keys (or values) of a layer can have together."""
         return min(self.hidden_size, self.kv_heads * self.head_dim)
