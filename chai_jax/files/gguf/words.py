@@ -61,8 +61,7 @@ RULES = {
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), Rule(LLAMA3, whole=True, begins=True)),
     "tekken": Rule(TEKKEN, whole=True, begins=True),
     # llama.cpp composes nothing; Qwen's own tokenizer.json does.
-    "qwen2": Rule(QWEN2, composed=True),
-    "deepseek-r1-qwen": Rule(QWEN2),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), Rule(QWEN2, composed=True)),
 }
 
 
@@ -89,9 +88,10 @@ class Words:
         if not isinstance(types, np.ndarray) or len(types) != len(listed):
             raise _refused(where, "token_type", types, f"{len(listed):,} numbers")
         # llama.cpp gives empty tokens this name.
-        tokens = {token or f"[EMPTY_{at}]": at for at, token in enumerate(listed)}
-        if len(tokens) < len(listed):
-            raise InputError(f"{where} has a token twice among its {KEY}tokens; expected each once: convert it anew")
+        tokens: dict[str, int] = {}
+        for at, token in enumerate(listed):
+            if tokens.setdefault(token or f"[EMPTY_{at}]", at) != at:
+                raise _refused(where, "tokens", token, "each once")
         return cls(where, metadata, tokens, types.tolist())
 
     def setting(self, name: str, usual: bool) -> bool:
