@@ -122,7 +122,9 @@ def config_fields(header: Header, tensors: Mapping[str, Stored]) -> Record:
     Raises:
         InputError: an architecture that is unknown; metadata that is missing or not handled.
     """
-    name = header.metadata.get("general.architecture")
+    name, what = (header.metadata.get(f"general.{key}") for key in ("architecture", "type"))
+    if what not in (None, "model"):
+        raise InputError(f"{shown(header.path)} holds {brief(what)} in general.type; expected a model: choose one")
     if not isinstance(name, str) or name not in KINDS:
         raise InputError(
             f"{shown(header.path)} holds a model of architecture {brief(name)}; expected one of {', '.join(KINDS)}: "
@@ -174,14 +176,13 @@ def _head_size(given: Given, kind: Kind, fields: Record) -> Any:
     """Dimensions of a head: of keys and values alike, and all of them turned."""
     width, heads = (fields[kind.names[name]] for name in ("embedding_length", "attention.head_count"))
     whole = type(width) is int and type(heads) is int and heads > 0
-    usual = width // heads if whole else None
-    size = given.get("attention.key_length")
+    usual, size = width // heads if whole else None, given.get("attention.key_length")
     size = usual if size is None else size
-    if not kind.head_size and size != usual:
-        raise given.refused("attention.key_length", size, "width / heads")
+    if whole and not kind.head_size and size != usual:
+        raise given.refused("attention.key_length", size, f"{usual}, width / heads")
     for name in ("attention.value_length", *(["rope.dimension_count"] if kind.rotary else [])):
         value = given.get(name)
-        if value not in (None, size):
+        if whole and value not in (None, size):  # else the family's reader refuses width or heads
             raise given.refused(name, value, f"{size}, the size of a head")
     return size
 

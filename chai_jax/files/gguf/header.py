@@ -101,14 +101,18 @@ class _Cursor:
     def refused(self, what: str) -> InputError:
         return InputError(f"{shown(self.path)} {what}; expected a whole GGUF file: fetch it again")
 
-    def take(self, count: int) -> bytes:
-        begin, end = self.at, self.at + count
+    def check(self, count: int) -> None:
+        """Raise InputError unless so many bytes follow, and may be read."""
+        end = self.at + count
         if end > len(self.data):
-            raise self.refused(f"is cut short, or no such file: {count:,} bytes at {begin:,} of {len(self.data):,}")
+            raise self.refused(f"is cut short, or no such file: {count:,} bytes at {self.at:,} of {len(self.data):,}")
         if end > SMALL:
             raise self.refused(f"has more than {SMALL:,} bytes of metadata")
-        self.at = end
-        return bytes(self.data[begin:end])
+
+    def take(self, count: int) -> bytes:
+        self.check(count)
+        begin, self.at = self.at, self.at + count
+        return bytes(self.data[begin : self.at])
 
     def number(self, kind: str) -> Any:
         return np.frombuffer(self.take(np.dtype(kind).itemsize), kind)[0].item()
@@ -130,6 +134,7 @@ class _Cursor:
             raise self.refused(f"has {key!r:.80} of type {kind}, which there is not")
         kind, count = self.number("u4"), self.number("u8")
         if kind == STRING:
+            self.check(count * 8)  # the lengths alone
             return [self.text(f"{key!r:.80}") for _ in range(count)]
         if kind not in NUMBERS:
             raise self.refused(f"has an array {key!r:.80} of type {kind}, which is not read")
