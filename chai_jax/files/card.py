@@ -10,7 +10,7 @@ import jax
 
 from chai_jax.files.families.family import Licence
 from chai_jax.files.families.registry import FAMILIES, family_of
-from chai_jax.files.gguf.model import SUFFIX, licence_fields
+from chai_jax.files.gguf.model import is_gguf, licence_fields
 from chai_jax.files.hub import cached
 from chai_jax.inputs.reading import SMALL, read_text
 from chai_jax.model.cache import bytes_per_token
@@ -39,7 +39,7 @@ class Origin:
 def origin(source: str) -> Origin:
     """What is known here, without network, of the model at `source` (a folder, a GGUF file or a hub id)."""
     path = Path(source).expanduser()
-    if path.suffix == SUFFIX and path.is_file():
+    if is_gguf(path):
         return Origin("", licence_fields(path) or UNKNOWN, ())
     folder = path if source and path.is_dir() else cached(source) if source.count("/") == 1 else None
     front = front_matter(folder / "README.md") if folder else {}

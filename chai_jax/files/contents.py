@@ -5,7 +5,7 @@ from typing import Any
 
 from chai_jax.errors import InputError
 from chai_jax.files.export import read_generation
-from chai_jax.files.gguf.model import Gguf
+from chai_jax.files.gguf.model import Gguf, is_gguf
 from chai_jax.files.stored import Stored
 from chai_jax.files.tokenizer import load_tokenizer
 from chai_jax.files.weights import open_weights
@@ -43,4 +43,4 @@ def open_contents(path: Path) -> Folder | Gguf:
     Raises:
         InputError: it is no folder with a config.json, and no GGUF file that can be read.
     """
-    return Gguf(path) if path.is_file() else Folder(path)
+    return Gguf(path) if is_gguf(path) else Folder(path)

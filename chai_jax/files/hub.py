@@ -1,11 +1,10 @@
-"""From what a person calls a model (a folder, a GGUF file, or an id on the Hugging Face hub) to a path on this machine.
-"""
+"""From what a person calls a model (a folder, a GGUF file, an id on the Hugging Face hub) to a path on this machine."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from chai_jax.errors import InputError
-from chai_jax.files.gguf.model import SUFFIX
+from chai_jax.files.gguf.model import SUFFIX, is_gguf
 from chai_jax.files.weights import FORMATS
 from chai_jax.inputs.paths import user_path
 from chai_jax.inputs.reading import shown
@@ -20,11 +19,11 @@ def resolve(source: str | Path, revision: str | None = None) -> Path:
     huggingface_hub (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...) apply. Without network, what is in the cache is used.
 
     Raises:
-        InputError: no such folder or id, or no path that can be; a revision of a folder or a file; the hub out of reach and the
-            id not in the cache.
+        InputError: no such folder or id, or no path that can be; a revision of a folder or a file; the hub out of reach
+            and the id not in the cache.
     """
     path = user_path(source)
-    if path.is_dir() or (path.is_file() and path.suffix == SUFFIX):
+    if path.is_dir() or is_gguf(path):
         if revision is not None:
             kind = "folder" if path.is_dir() else "file"
             raise InputError(

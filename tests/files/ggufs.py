@@ -1,4 +1,4 @@
-"""Small GGUF files, written as llama.cpp's converter writes them (conversion/base.py, llama.py, gpt2.py of July 2026)."""
+"""Small GGUF files, written as llama.cpp's converter does (its conversion/base.py, llama.py and gpt2.py of 2026)."""
 
 import math
 from collections.abc import Callable
@@ -19,8 +19,20 @@ K_BLOCKS = {
     "Q6_K": (210, (208,)),
 }
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefghijk", "\u2581", "ab", "\u2581c", "abc", "\u2581ab"]
-BYTES = ["<s>", "</s>", *"abcdefghijkl", "\u0120", "ab", "\u0120c", "abc", "\u0120ab"]
+BYTES = ["<pad>", "<s>", "</s>", *"abcdefghijk", "\u0120", "ab", "\u0120c", "abc", "\u0120ab"]
 MERGES = ["a b", "\u0120 c", "ab c", "\u0120 ab"]
+
+# convert_hf_to_gguf.py knows a vocabulary's rule by what this text becomes.
+CHECKED = (
+    "\n \n\n \n\n\n \t \t\t \t\n  \n   \n    \n     \n🚀 (normal) 😶\u200d🌫️ (multiple emojis concatenated) ✅ 🦙🦙 "
+    "3 33 333 3333 33333 333333 3333333 33333333 3.3 3..3 3...3 កាន់តែពិសេសអាច😁 ?我想在apple工作1314151天\uff5e "
+    "------======= нещо на Български ''''''```````\"\"\"\"......!!!!!!?????? I've been 'told he's there, 'RE you "
+    "sure? 'M not sure I'll make it, 'D you like some tea? We'Ve a'lL"
+)
+SUMS = {
+    "gpt-2": "3ce83efda5659b07b1ad37ca97ca5797ea4285d9b9ab0dc679e4a720c9da7454",
+    "smollm": "855059429035d75a914d1eda9f10a876752e281a054a7a3d421ef0533e5b6249",
+}
 
 
 def permuted(x: np.ndarray, heads: int) -> np.ndarray:
@@ -121,10 +133,10 @@ def write_bytes(writer: Any, rule: str) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(rule)
     writer.add_token_list(BYTES)
-    writer.add_token_types([3, 3, *[1] * (len(BYTES) - 2)])
+    writer.add_token_types([3, 3, 3, *[1] * (len(BYTES) - 3)])
     writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def write_gguf(

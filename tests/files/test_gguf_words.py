@@ -1,21 +1,24 @@
 """Tokenizers from GGUF metadata give the tokens that llama.cpp's rules say, done here again step by step."""
 
+import gzip
+import hashlib
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import regex
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from chai_jax.errors import InputError
 from chai_jax.files.gguf.header import read_header
 from chai_jax.files.gguf.words import RULES, make_tokenizer
 
 gguf = pytest.importorskip("gguf")
+
+from tests.files.ggufs import CHECKED, SUMS  # noqa: E402 (needs gguf)
 
 CORPUS = [
     "It's the 2nd of 1234 tests; we're told they'll pass, aren't they? THEY'LL   pass.",
@@ -24,9 +27,28 @@ CORPUS = [
 ] * 4
 TEXTS = [
     *("", " ", "a", " a", "a ", "  two  spaces ", "a  2024", "x   7 88", "\n\n5", "tab\t\tbed", "\r\n \r\n\n  \n x"),
-    *("It's IT'S we're WE'LL d'Art", "3.14 1,000,000 12345678", "v1.2.3-rc4 ½ ² Ⅷ ١٢٣", "snake_case CamelCase HTTPServer"),
-    *("naïve café e\u0301 \u212b", "東京 東京都2020年", "🙂 👩‍👩‍👧 \u200b\u00a0\ufeff.", "...!!!??? ---===", "<s>a</s> b<s>", "<s> </s>x <s"),
-    *("    return x+1\n        y", "\x00\x01\x7f", "हिन्दी العربية", "the" * 40, " " * 70 + "9", "pass.pass\n\n\n\npass"),
+    *(
+        "It's IT'S we're WE'LL d'Art",
+        "3.14 1,000,000 12345678",
+        "v1.2.3-rc4 ½ ² Ⅷ ١٢٣",
+        "snake_case CamelCase HTTPServer",
+    ),
+    *(
+        "naïve café e\u0301 \u212b",
+        "東京 東京都2020年",
+        "🙂 👩‍👩‍👧 \u200b\u00a0\ufeff.",
+        "...!!!??? ---===",
+        "<s>a</s> b<s>",
+        "<s> </s>x <s",
+    ),
+    *(
+        "    return x+1\n        y",
+        "\x00\x01\x7f",
+        "हिन्दी العربية",
+        "the" * 40,
+        " " * 70 + "9",
+        "pass.pass\n\n\n\npass",
+    ),
 ]
 QUOTE = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
@@ -65,7 +87,7 @@ def write(path: Path, kind: str, tokens: list[str], types: list[int], **more: An
 def merged(symbols: list[str], rank: Callable[[str, str], float | None]) -> list[str]:
     """Merge the pair of the lowest rank, of equal ones the first, until there is none."""
     while True:
-        ranks = [(rank(*pair), at) for at, pair in enumerate(zip(symbols, symbols[1:], strict=False))]
+        ranks = [(rank(*pair), at) for at, pair in enumerate(pairwise(symbols))]
         best = min(((found, at) for found, at in ranks if found is not None), default=None)
         if best is None:
             return symbols
@@ -100,7 +122,14 @@ def test_byte_level(learned: tuple[list[str], list[str]], tmp_path: Path, rule: 
     ids, ranks = {token: at for at, token in enumerate(tokens)}, {merge: at for at, merge in enumerate(merges)}
     types = [3, 3, *[1] * (len(tokens) - 2)]
     header = write(
-        tmp_path / "x.gguf", "gpt2", tokens, types, tokenizer_pre=rule, token_merges=merges, bos_token_id=0, eos_token_id=1
+        tmp_path / "x.gguf",
+        "gpt2",
+        tokens,
+        types,
+        tokenizer_pre=rule,
+        token_merges=merges,
+        bos_token_id=0,
+        eos_token_id=1,
     )
     tokenizer, spelling = make_tokenizer(header), bytes_to_unicode()
     begins = rule in ("llama-bpe", "llama3", "llama-v3", "tekken")
@@ -163,3 +192,15 @@ def test_sentence_piece(tmp_path: Path, spaced: bool | None) -> None:
         assert tokenizer(text)["input_ids"] == reference(text), text
     assert tokenizer.decode(tokenizer("the  café\n🙂")["input_ids"], skip_special_tokens=True) == "the  café\n🙂"
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def test_gpt2_s_own_vocabulary(shared: Path, tmp_path: Path) -> None:
+    """With its tokens and (OPT's, which are its) merges, the text becomes what llama.cpp's converter expects."""
+    ids = json.loads(gzip.decompress((shared / "data/gpt2_bpe/encoder.json.gz").read_bytes()))
+    merges = (shared / "data/opt_tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()[1:50001]
+    types = [1] * (len(ids) - 1) + [3]
+    header = write(
+        tmp_path / "x.gguf", "gpt2", sorted(ids, key=ids.get), types, tokenizer_pre="gpt-2", token_merges=merges
+    )
+    tokens = make_tokenizer(header)(CHECKED)["input_ids"]
+    assert hashlib.sha256(str(tokens).encode()).hexdigest() == SUMS["gpt-2"]

@@ -158,9 +158,7 @@ def token_ids(metadata: Mapping[str, Any]) -> Record:
     """The special tokens by their names in config.json; of a SentencePiece vocabulary those of Llama, unless others are
     named."""
     usual = {"bos_token_id": 1, "eos_token_id": 2} if metadata.get("tokenizer.ggml.model") == "llama" else {}
-    return {
-        theirs: metadata.get(f"tokenizer.ggml.{ours}", usual.get(theirs)) for theirs, ours in TOKENS.items()
-    }
+    return {theirs: metadata.get(f"tokenizer.ggml.{ours}", usual.get(theirs)) for theirs, ours in TOKENS.items()}
 
 
 def generation_fields(metadata: Mapping[str, Any]) -> Record:

@@ -96,7 +96,7 @@ class _Cursor:
     """Reads one thing after the other; never beyond the file, nor more of it than metadata may be."""
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
-        self.path, self.data, self.at = path, memoryview(data), 0
+        self.path, self.at, self.data = path, 0, memoryview(data.data)
 
     def refused(self, what: str) -> InputError:
         return InputError(f"{shown(self.path)} {what}; expected a whole GGUF file: fetch it again")

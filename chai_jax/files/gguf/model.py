@@ -41,6 +41,11 @@ MODULES = {
 }
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path is taken for a GGUF file: by its name."""
+    return path.suffix == SUFFIX and path.is_file()
+
+
 class Gguf:
     """A GGUF file, of which only metadata is read until weights are asked for.
 
@@ -68,10 +73,7 @@ class Gguf:
             InputError: two tensors have one place.
         """
         kind, family = KINDS[self.fields["model_type"]], FAMILIES[self.fields["model_type"]]
-        heads = {
-            "layers.{}.query": self.fields.get("num_attention_heads"),
-            "layers.{}.key": self.fields.get("num_key_value_heads"),
-        }
+        heads = {"layers.{}.query": "num_attention_heads", "layers.{}.key": "num_key_value_heads"}
         tensors: dict[str, Stored] = {}
         for name, stored in self._tensors.items():
             if name == ROPE_FREQS and kind.rotary:  # which the configuration says
@@ -81,7 +83,7 @@ class Gguf:
             if ours in family.tensors:
                 name = family.full_name(f"{family.tensors[ours].format(number)}.{last}")
             if kind.turned and ours in heads:
-                stored = _in_pairs(stored, heads[ours])
+                stored = _in_pairs(stored, self.fields[heads[ours]])
             # llama.cpp has every map as torch's Linear, [out, in].
             if family.turned and number and len(stored.shape) == 2:
                 stored = _turned(stored)
@@ -101,7 +103,7 @@ class Gguf:
 
 
 def _parsed(name: str) -> tuple[str, str, str]:
-    """The layer's number in a tensor's name ("" if there is none), the module with {} for it, and `weight` or `bias`."""
+    """Of a tensor's name: the layer's number, or ""; the module, with {} for the number; `weight` or `bias`."""
     found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     if found is None:
         return "", "", ""

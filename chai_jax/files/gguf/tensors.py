@@ -50,8 +50,8 @@ def open_tensors(header: Header) -> dict[str, Stored]:
         numbers, size = gguf.GGML_QUANT_SIZES[kind]
         if not place.shape or place.shape[-1] % numbers:
             raise InputError(
-                f"{name!r:.100} in {where} is {list(place.shape)!s:.100} in blocks of {numbers}; expected rows of whole "
-                "blocks: fetch the model again"
+                f"{name!r:.100} in {where} is {list(place.shape)!s:.100} in blocks of {numbers}; expected rows of "
+                "whole blocks: fetch the model again"
             )
         end = place.start + math.prod(place.shape) // numbers * size
         if end > len(header.data) or place.start in ends:

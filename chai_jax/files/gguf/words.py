@@ -108,9 +108,7 @@ class Words:
         texts, usual = list(self.tokens), 0 if self.metadata[f"{KEY}model"] == "llama" else None
         ids = {**token_ids(self.metadata), "unk_token_id": self.metadata.get(f"{KEY}unknown_token_id", usual)}
         return {
-            name.removesuffix("_id"): texts[at]
-            for name, at in ids.items()
-            if type(at) is int and 0 <= at < len(texts)
+            name.removesuffix("_id"): texts[at] for name, at in ids.items() if type(at) is int and 0 <= at < len(texts)
         }
 
 
@@ -179,8 +177,8 @@ def _sentence_piece(words: Words) -> Any:
             byte_fallback=True,
         )
     )
-    spaced, back = [normalizers.Replace(" ", SPACE)], [decoders.Replace(SPACE, " ")]
-    steps = [*back, decoders.ByteFallback(), decoders.Fuse()]
+    spaced: list[Any] = [normalizers.Replace(" ", SPACE)]
+    steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if words.setting("add_space_prefix", True):
         spaced, steps = [normalizers.Prepend(SPACE), *spaced], [*steps, decoders.Strip(" ", 1, 0)]
     backend.normalizer, backend.decoder = normalizers.Sequence(spaced), decoders.Sequence(steps)
@@ -239,9 +237,9 @@ def _halves(token: str, tokens: Mapping[str, int]) -> Iterator[tuple[str, str]]:
 
 
 def _pair(where: str, merge: str) -> tuple[str, str]:
-    left, space, right = merge.partition(" ")
+    left, _, right = merge.partition(" ")
     if not left or not right or " " in right:
-        raise InputError(f"{where} has a merge {merge!r:.80}; expected two tokens with a space between: convert it anew")
+        raise InputError(f"{where} has a merge {merge!r:.80}; expected two tokens and a space between: convert it anew")
     return left, right
 
 
@@ -254,6 +252,6 @@ def _strings(where: str, metadata: Mapping[str, Any], name: str) -> list[str]:
 
 def _refused(where: str, name: str, value: Any, expected: str) -> InputError:
     return InputError(
-        f"{where} has {KEY}{name} {brief(value):.80}; expected {expected}: convert it anew, or use the model's folder in "
-        "Hugging Face's layout"
+        f"{where} has {KEY}{name} {brief(value):.80}; expected {expected}: convert it anew, or use the model's folder "
+        "in Hugging Face's layout"
     )
