@@ -227,6 +227,12 @@ CASES: dict[str, tuple[bytes, str]] = {
         changed(words_token_type=(LIST, (U32, [1]))),
         "has tokenizer.ggml.token_type .* expected 8 numbers",
     ),
+    "special tokens alone": (
+        changed(
+            words_tokens=(LIST, (TEXT, list(map(str, range(70_000))))), words_token_type=(LIST, (U32, [3] * 70_000))
+        ),
+        "expected at most 65,536 special tokens",
+    ),
     "no scores": (changed(words_scores=None), "has tokenizer.ggml.scores None; expected 8 finite numbers"),
     "scores that are not finite": (changed(words_scores=(LIST, (F32, [np.nan] * 8))), "expected 8 finite numbers"),
     "a flag that is a number": (changed(words_add_bos_token=(U32, 1)), "add_bos_token 1; expected true or false"),

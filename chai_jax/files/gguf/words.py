@@ -17,7 +17,8 @@ from chai_jax.files.gguf.header import Header
 from chai_jax.inputs.fields import brief
 from chai_jax.inputs.reading import shown
 
-MOST_WORDS = 1 << 22  # tokens, and merges
+MOST_WORDS = 1 << 20  # tokens, and merges; Gemma has 262,144 and 514,906
+MOST_WHOLE = 1 << 16  # tokens that are found in a text before all else; Gemma has some 6,000
 LONGEST = 128  # characters of a token that pairs are merged to; SentencePiece makes none of more than 16
 CONTROL, USER_DEFINED = 3, 4  # types of tokens: both are found in a text before all else
 KEY = "tokenizer.ggml."
@@ -87,6 +88,8 @@ class Words:
         types = np.ones(len(listed), int) if types is None else types
         if not isinstance(types, np.ndarray) or len(types) != len(listed):
             raise _refused(where, "token_type", types, f"{len(listed):,} numbers")
+        if np.isin(types, (CONTROL, USER_DEFINED)).sum() > MOST_WHOLE:
+            raise _refused(where, "token_type", types, f"at most {MOST_WHOLE:,} special tokens")
         # llama.cpp gives empty tokens this name.
         tokens: dict[str, int] = {}
         for at, token in enumerate(listed):
