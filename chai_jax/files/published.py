@@ -5,9 +5,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from chai_jax.errors import InputError
+from chai_jax.files.contents import open_contents
 from chai_jax.files.families.registry import FAMILIES, find_family
+from chai_jax.files.gguf.model import is_gguf
 from chai_jax.inputs.paths import user_path
-from chai_jax.inputs.reading import read_json
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
@@ -17,19 +18,19 @@ PUBLISHED = {name: shape for family in FAMILIES.values() for name, shape in fami
 
 
 def architecture_of(model: str) -> Architecture:
-    """The shape of a model: of a published one by its hub id, or of a folder with a config.json.
+    """The shape of a model: of a published one by its hub id, or of a folder with a config.json or a GGUF file.
 
     Raises:
         InputError: it is neither, or the folder's model is of no family that we know.
     """
     if model in PUBLISHED:
         return PUBLISHED[model]
-    path = user_path(model) / "config.json"
-    if not path.is_file():
+    path = user_path(model)
+    if not is_gguf(path) and not (path / "config.json").is_file():
         raise InputError(f"{model} is no folder with a config.json; expected one, or one of {', '.join(PUBLISHED)}")
-    fields = read_json(path)
-    family, _ = find_family(fields.get("model_type"), model)
-    return family.parse_config(fields, str(path))
+    contents = open_contents(path)
+    family, _ = find_family(contents.fields.get("model_type"), model)
+    return family.parse_config(contents.fields, contents.where)
 
 
 def random_model(shape: str, seed: int) -> Model:
