@@ -33,7 +33,7 @@ def training_fingerprint(
     record = {
         "stage": stage,
         "settings": dataclasses.asdict(settings),
-        "model": dataclasses.asdict(model.config),
+        "model": {name: part for name, part in dataclasses.asdict(model.config).items() if name in model.config.stated},
         "spec": model.spec.to_json(),
         "plan": None if model.plan is None else model.plan.to_json(),
         "state": {name: f"{leaf.dtype.name}{list(leaf.shape)}" for name, leaf in named(state).items()},

@@ -46,7 +46,8 @@ def scores_of(
 def mix_values(
     probabilities: Float[Array, "B C q T S"], values: Leaf | Windowed, value_heads: int, dtype: DTypeLike
 ) -> Float[Array, "B heads T R"]:
-    """Weighted sums of the values [B, C * v, S, R] under each cluster's attention: C * q * v heads (q or v is 1).
+    """Weighted sums of the values [B, C * v, S, R] under each cluster's attention: C * v * q heads, of each cluster
+    its values, of each value its queries.
 
     With one query row (decoding) every value head gets a copy of its cluster's probabilities, which an int8 value's
     scale multiplies. With many rows the values are read back instead, and a cluster's value heads are one wide value.
@@ -86,7 +87,7 @@ def attend(
     scale: float,
     value_heads: int,
 ) -> tuple[Float[Array, "B heads T Rv"], Float[Array, "B C q T S"], Float[Array, "B C q T S"]]:
-    """Outputs of the group's heads (clusters outermost), with the scores and probabilities they came from.
+    """Outputs of the group's heads (ordered as `mix_values` says), with the scores and probabilities they came from.
 
     Args:
         query: one group's query heads.

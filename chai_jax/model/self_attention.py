@@ -110,8 +110,8 @@ def attention(
         return output(at_columns(joined, wanted, 2)), (new,), Seen(x, score, probability, allowed, joined)
     readable = at_columns(allowed, wanted, 1)
     in_order = past is None and wanted is None
-    # Kernels that read a whole sequence know no windows.
-    plain, decoding = plain or (layer.window > 0 and past is None), past is not None and x.shape[1] == 1
+    # Kernels that read a whole sequence know no windows; one as long as the sequence hides nothing.
+    plain, decoding = plain or (0 < layer.window < x.shape[1] and past is None), past is not None and x.shape[1] == 1
     kernel = kernel_for(how.kernels, in_order=in_order, decoding=decoding, plain=plain)
     heads, scores, probabilities, caches = [], [], [], []
     for index, (group, queries, keys, values) in enumerate(by_group(layer, query, key, value)):

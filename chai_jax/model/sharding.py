@@ -2,7 +2,9 @@
 
 `declare` names the axes of every parameter, the table says which of them are split. Data parallelism splits the batch;
 a `model` axis above 1 also splits heads, feed-forward and vocabulary (Megatron's cut, Shoeybi et al. 2019, arXiv
-1909.08053). XLA inserts the communication.
+1909.08053). XLA inserts the communication. Where several query heads read one key head, a device has those of its own
+keys. Key heads that `model` does not divide are on every device; XLA then gathers the queries for attention, wherever
+they were split.
 
 A `Layout` is a mesh with a table. Every job (training, scoring, probing, generating) takes that of its model's
 `Execution`. The mesh may span processes: each of them runs the same program and holds its own devices' parts of every

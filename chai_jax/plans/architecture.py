@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,18 @@ class Architecture:
             if getattr(self, name) == usual:
                 object.__setattr__(self, name, None)
 
-    def __repr__(self) -> str:
-        shown = (
-            each
+    @property
+    def stated(self) -> dict[str, Any]:
+        """The fields that say what is computed, but for those of later families where they are absent: records of
+        older versions stay equal."""
+        return {
+            each.name: getattr(self, each.name)
             for each in dataclasses.fields(self)
             if each.repr or (each.name != "family" and getattr(self, each.name) != each.default)
-        )
-        return f"Architecture({', '.join(f'{each.name}={getattr(self, each.name)!r}' for each in shown)})"
+        }
+
+    def __repr__(self) -> str:
+        return f"Architecture({', '.join(f'{name}={value!r}' for name, value in self.stated.items())})"
 
     @property
     def kv_heads(self) -> int:

@@ -3,6 +3,7 @@
 More of their attention is tested beside that of the accelerators (test_decode_kernel.py).
 """
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -26,9 +27,10 @@ from chai_jax.model.decoder import block, forward, unembed
 from chai_jax.model.execution import Execution
 from chai_jax.model.kernels import cpu
 from chai_jax.model.model import Model
-from chai_jax.model.params import fold_projections, init
+from chai_jax.model.params import Params, fold_projections, init
 from chai_jax.model.place import locate
-from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.architecture import Architecture, Rotary
+from chai_jax.plans.planned import planned_spec, uniform_plan
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 from chai_jax.serve import decode as serve
 
@@ -87,6 +89,38 @@ def test_decoding_by_kernels_makes_the_same_tokens_in_place(native: Execution, s
     assert all(name in program and name not in plain for name in cpu.TARGETS)
 
 
+def decoded(config: Architecture, spec: Spec, params: Params, how: Execution) -> np.ndarray:
+    """The logits of 24 tokens of two sequences, read one by one."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(4, 60, (24, 2, 1)), jnp.int32)
+
+    def step(cache, token):  # type: ignore[no-untyped-def]
+        out = forward(config, spec, params, token, jnp.ones_like(token, bool), how, cache=cache)
+        return out.cache, unembed(config, params, out.hidden[:, -1], how)
+
+    return np.asarray(jax.jit(lambda tokens: jax.lax.scan(step, empty(spec, 2, 24), tokens)[1])(tokens))
+
+
+LLAMA = dataclasses.replace(
+    CONFIG, num_heads=6, num_kv_heads=2, head_size=8, norm="rms", gated=True, bias=False, activation="silu",
+    rotary=Rotary(), position_offset=0, windows=(0, 9), family="llama",
+)  # fmt: skip
+PYTHIA = dataclasses.replace(
+    CONFIG, parallel=True, activation="gelu", rotary=Rotary(fraction=0.25), position_offset=0, family="gpt_neox"
+)
+
+
+@pytest.mark.parametrize("share", ["dense", "qk", "qkv"])
+@pytest.mark.parametrize("config", [LLAMA, PYTHIA], ids=["llama", "pythia"])
+def test_kernels_read_any_decoder(native: Execution, config: Architecture, share: str) -> None:
+    """Several queries of a key, windows, turned queries; also several queries and several values of a key."""
+    plan = uniform_plan(config, "qkv" if share == "dense" else share, 1.0 if share == "dense" else 0.5, "float32")
+    spec = planned_spec(plan, config)
+    assert {layer.share for layer in spec.layers} == {share}
+    params = fold_projections(init(config, spec, jax.random.key(0), std=0.3))
+    found, expected = (decoded(config, spec, params, how) for how in (native, native.replace(kernels="xla")))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("values", [1, 2])
@@ -98,16 +132,7 @@ def test_kernels_change_logits_by_rounding_alone(native: Execution, values: int,
     spec = Spec((LayerSpec("qk", heads, (group,), 8, 8),) * 2)
     native = native.replace(dtype=jnp.dtype(dtype))
     params = serve.cast(fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3)), native)
-    tokens = jnp.asarray(np.random.default_rng(0).integers(4, 60, (24, 2, 1)), jnp.int32)
-
-    def logits(how: Execution) -> np.ndarray:
-        def step(cache, token):  # type: ignore[no-untyped-def]
-            out = forward(CONFIG, spec, params, token, jnp.ones_like(token, bool), how, cache=cache)
-            return out.cache, unembed(CONFIG, params, out.hidden[:, -1], how)
-
-        return np.asarray(jax.jit(lambda tokens: jax.lax.scan(step, empty(spec, 2, 24), tokens)[1])(tokens))
-
-    found, expected = logits(native), logits(native.replace(kernels="xla"))
+    found, expected = (decoded(CONFIG, spec, params, how) for how in (native, native.replace(kernels="xla")))
     most = 3e-6 if (storage, dtype) == ("float32", "float32") else 0.03
     np.testing.assert_allclose(found, expected, rtol=0, atol=most * np.abs(expected).max())
 

@@ -1,5 +1,6 @@
 """The kernels that read prompts, against attention as XLA computes it: TPUs' interpreted on the CPU; GPUs' on one."""
 
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -65,7 +66,13 @@ on_cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="interpreted 
 @on_cpu
 @pytest.mark.parametrize(
     ("dtype", "length", "clusters", "queries", "value_heads"),
-    [("float32", 300, 3, 2, 1), ("float32", 256, 2, 1, 3), ("bfloat16", 300, 2, 1, 3), ("bfloat16", 256, 3, 2, 1)],
+    [
+        ("float32", 300, 3, 2, 1),
+        ("float32", 256, 2, 1, 3),
+        ("float32", 256, 2, 3, 2),
+        ("bfloat16", 300, 2, 1, 3),
+        ("bfloat16", 256, 3, 2, 1),
+    ],
 )
 def test_the_kernel_equals_attention(dtype: str, length: int, clusters: int, queries: int, value_heads: int) -> None:
     """At the rows that are read; those of padding hold something finite."""
@@ -114,6 +121,16 @@ def test_prompts_have_the_kernel_where_it_is_asked_for() -> None:
     assert kernels_of(256, branch=jnp.zeros((1, 256), jnp.int32)) == 0
 
 
+@on_cpu
+@pytest.mark.parametrize(("window", "taken"), [(0, True), (256, True), (255, False)])
+def test_windows_that_hide_something_are_left_to_xla(window: int, taken: bool) -> None:
+    """Kernels read every real column up to a row's own."""
+    config = dataclasses.replace(CONFIG, num_layers=1, windows=(window,))
+    params, mask = init(config, Spec.of(config), jax.random.key(0)), jnp.ones((1, 256), bool)
+    run = jax.jit(partial(forward, config, Spec.of(config), params, how=PALLAS))
+    assert ("platform_index" in str(run.trace(mask.astype(jnp.int32), mask).jaxpr)) == taken
+
+
 def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     """Programs of CPUs keep to XLA, whatever is asked for."""
     given = inputs("float32", 256, 2, 1, 3)
@@ -122,7 +139,9 @@ def test_a_prompt_is_read_alike_where_there_is_no_kernel() -> None:
     np.testing.assert_array_equal(jax.jit(partial(attend_prefill, **rest))(*given), expected)
 
 
-@pytest.mark.parametrize(("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1)])
+@pytest.mark.parametrize(
+    ("clusters", "queries", "value_heads"), [(3, 1, 1), (2, 1, 3), (3, 2, 1), (1, 4, 1), (2, 3, 2)]
+)
 @pytest.mark.parametrize("length", [256, 300])
 def test_cudnn_equals_attention(
     length: int, clusters: int, queries: int, value_heads: int, monkeypatch: pytest.MonkeyPatch

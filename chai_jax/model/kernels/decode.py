@@ -36,4 +36,4 @@ def decode_attention(
     pallas = {"tpu": attend_on_tpu, "cuda": attend_on_gpu}
     kernel = partial(pallas[platform], interpret=interpret) if platform in pallas else attend_on_cpu
     mixed = kernel(scaled, keys, values, allowed[:, 0], value_heads)
-    return mixed.reshape(batch, clusters * queries * value_heads, 1, -1).astype(query.dtype)
+    return mixed.reshape(batch, clusters * value_heads * queries, 1, -1).astype(query.dtype)

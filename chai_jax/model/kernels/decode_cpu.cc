@@ -1,7 +1,8 @@
 // Attention of one new token over a stored cache, for CPUs.
 //
-// It is bound by memory: each key and value is read once, from several places of an array at a time, since one stream does
-// not fill a core's queue of loads. Compiled and registered by cpu.py; called by decode_cpu.py.
+// It is bound by memory: each key and value is read once, for all queries of its cluster, and from several places of an
+// array at a time, since one stream does not fill a core's queue of loads. Compiled and registered by cpu.py; called by
+// decode_cpu.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -42,47 +43,78 @@ inline void Prefetch(const T* row, int64_t rank) {
   for (int64_t at = 0; at < static_cast<int64_t>(rank * sizeof(T)); at += 64) __builtin_prefetch(bytes + at);
 }
 
-// scores[s] = <query, keys[s]>; kRank is the rank where it is known when this is compiled, else 0.
-template <int kRank, typename T>
-void Scores(const float* query, const T* keys, int64_t columns, int64_t any_rank, float* scores) {
-  const int64_t rank = kRank ? kRank : any_rank, whole = rank / kLanes * kLanes, stretch = columns / kStreams;
-  auto score = [&](int64_t column) {
-    const T* key = keys + column * rank;
-    Prefetch(key, rank);
-    Vec sums = {};
-    for (int64_t at = 0; at < whole; at += kLanes) sums += Load(query + at) * Load(key + at);
-    float total = Sum(sums);
-    for (int64_t at = whole; at < rank; ++at) total += query[at] * ToFloat(key[at]);
-    scores[column] = total;
-  };
-  for (int64_t column = 0; column < stretch; ++column)
-    for (int stream = 0; stream < kStreams; ++stream) score(column + stream * stretch);
-  for (int64_t column = kStreams * stretch; column < columns; ++column) score(column);
+// A stored row in float32, so that queries that share it do not convert it one by one: in `copy`, where it is not so.
+inline const float* Floats32(const float* row, int64_t, float*) { return row; }
+template <typename T>
+const float* Floats32(const T* row, int64_t rank, float* copy) {
+  int64_t at = 0;
+  for (; at + kLanes <= rank; at += kLanes) Store(copy + at, Load(row + at));
+  for (; at < rank; ++at) copy[at] = ToFloat(row[at]);
+  return copy;
 }
 
-// sums[r] = sum over s of weights[s] * values[s][r].
+// scores[q][s] = <query[q], keys[s]>; kRank is the rank where it is known when this is compiled, else 0.
 template <int kRank, typename T>
-void Mix(const float* weights, const T* values, int64_t columns, int64_t any_rank, float* sums) {
+void Scores(const float* query, int64_t queries, const T* keys, int64_t columns, int64_t any_rank, float* scores) {
   const int64_t rank = kRank ? kRank : any_rank, whole = rank / kLanes * kLanes, stretch = columns / kStreams;
-  std::fill(sums, sums + rank, 0.0f);
-  for (int64_t column = 0; column < stretch; ++column) {
-    const T* rows[kStreams];
-    float weight[kStreams];
-    for (int stream = 0; stream < kStreams; ++stream) {
-      rows[stream] = values + (column + stream * stretch) * rank;
-      weight[stream] = weights[column + stream * stretch];
-      Prefetch(rows[stream], rank);
-    }
+  std::vector<float> copy(queries > 1 ? rank : 0);
+  auto score = [&](int64_t row, int64_t column, const auto* key) {
+    const float* asked = query + row * rank;
+    Vec sums = {};
+    for (int64_t at = 0; at < whole; at += kLanes) sums += Load(asked + at) * Load(key + at);
+    float total = Sum(sums);
+    for (int64_t at = whole; at < rank; ++at) total += asked[at] * ToFloat(key[at]);
+    scores[row * columns + column] = total;
+  };
+  auto score_all = [&](int64_t column) {
+    const T* key = keys + column * rank;
+    Prefetch(key, rank);
+    if (queries == 1) return score(0, column, key);
+    const float* read = Floats32(key, rank, copy.data());
+    for (int64_t row = 0; row < queries; ++row) score(row, column, read);
+  };
+  for (int64_t column = 0; column < stretch; ++column)
+    for (int stream = 0; stream < kStreams; ++stream) score_all(column + stream * stretch);
+  for (int64_t column = kStreams * stretch; column < columns; ++column) score_all(column);
+}
+
+// sums[q][r] = sum over s of weights[q][s] * values[s][r].
+template <int kRank, typename T>
+void Mix(const float* weights, int64_t queries, const T* values, int64_t columns, int64_t any_rank, float* sums) {
+  const int64_t rank = kRank ? kRank : any_rank, whole = rank / kLanes * kLanes, stretch = columns / kStreams;
+  std::vector<float> copy(queries > 1 ? kStreams * rank : 0);
+  std::fill(sums, sums + queries * rank, 0.0f);
+  auto mix = [&](int64_t row, int64_t column, const auto* const* read) {
+    float weight[kStreams], *mixed = sums + row * rank;
+    for (int stream = 0; stream < kStreams; ++stream)
+      weight[stream] = weights[row * columns + column + stream * stretch];
     for (int64_t at = 0; at < whole; at += kLanes) {
-      Vec sum = Load(sums + at);
-      for (int stream = 0; stream < kStreams; ++stream) sum += weight[stream] * Load(rows[stream] + at);
-      Store(sums + at, sum);
+      Vec sum = Load(mixed + at);
+      for (int stream = 0; stream < kStreams; ++stream) sum += weight[stream] * Load(read[stream] + at);
+      Store(mixed + at, sum);
     }
     for (int64_t at = whole; at < rank; ++at)
-      for (int stream = 0; stream < kStreams; ++stream) sums[at] += weight[stream] * ToFloat(rows[stream][at]);
+      for (int stream = 0; stream < kStreams; ++stream) mixed[at] += weight[stream] * ToFloat(read[stream][at]);
+  };
+  for (int64_t column = 0; column < stretch; ++column) {
+    const T* rows[kStreams];
+    for (int stream = 0; stream < kStreams; ++stream) {
+      rows[stream] = values + (column + stream * stretch) * rank;
+      Prefetch(rows[stream], rank);
+    }
+    if (queries == 1) {
+      mix(0, column, rows);
+      continue;
+    }
+    const float* read[kStreams];
+    for (int stream = 0; stream < kStreams; ++stream)
+      read[stream] = Floats32(rows[stream], rank, copy.data() + stream * rank);
+    for (int64_t row = 0; row < queries; ++row) mix(row, column, read);
   }
   for (int64_t column = kStreams * stretch; column < columns; ++column)
-    for (int64_t at = 0; at < rank; ++at) sums[at] += weights[column] * ToFloat(values[column * rank + at]);
+    for (int64_t row = 0; row < queries; ++row)
+      for (int64_t at = 0; at < rank; ++at)
+        sums[row * rank + at] += weights[row * columns + column] * ToFloat(values[column * rank + at]);
 }
 
 // The weights' sum; they are relative to the highest score.
@@ -105,7 +137,7 @@ float SoftmaxWeights(float* scores, const bool* allowed, int64_t columns) {
 }
 
 // One group's arrays: query [B, C, q, R], keys [B, C, S, R], values [B, C v, S, Rv], int8's scales [B, heads, S] or
-// nullptr, allowed [B, S], out [B, C, q v, Rv].
+// nullptr, allowed [B, S], out [B, C, v q, Rv].
 template <typename T>
 struct Group {
   const float* query;
@@ -124,25 +156,28 @@ struct Group {
     if (none) first = 0;
     while (!none && !readable[end - 1]) --end;
     const int64_t count = end - first, at = sequence * clusters + cluster;
-    std::vector<float> scores(count), weights(count);
-    for (int64_t row = 0; row < queries; ++row) {
-      Scores<kRank>(query + (at * queries + row) * rank, keys + (at * columns + first) * rank, count, rank,
-                    scores.data());
-      if (key_scale) Scale(scores, key_scale + at * columns + first, scores);
-      float total = SoftmaxWeights(scores.data(), readable + first, count);
-      for (int64_t head = 0; head < heads; ++head) {
-        const int64_t value = at * heads + head;
-        if (value_scale) Scale(scores, value_scale + value * columns + first, weights);
-        float* sums = out + ((at * queries + row) * heads + head) * value_rank;
-        Mix<kRank>((value_scale ? weights : scores).data(), values + (value * columns + first) * value_rank, count,
-                   value_rank, sums);
-        for (int64_t entry = 0; entry < value_rank; ++entry) sums[entry] /= total;
-      }
+    std::vector<float> scores(queries * count), weights(value_scale ? queries * count : 0), totals(queries);
+    Scores<kRank>(query + at * queries * rank, queries, keys + (at * columns + first) * rank, count, rank,
+                  scores.data());
+    if (key_scale) Scale(scores, key_scale + at * columns + first, count, scores);
+    for (int64_t row = 0; row < queries; ++row)
+      totals[row] = SoftmaxWeights(scores.data() + row * count, readable + first, count);
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t value = at * heads + head;
+      if (value_scale) Scale(scores, value_scale + value * columns + first, count, weights);
+      float* sums = out + value * queries * value_rank;
+      Mix<kRank>((value_scale ? weights : scores).data(), queries, values + (value * columns + first) * value_rank,
+                 count, value_rank, sums);
+      for (int64_t row = 0; row < queries; ++row)
+        for (int64_t entry = 0; entry < value_rank; ++entry) sums[row * value_rank + entry] /= totals[row];
     }
   }
 
-  static void Scale(const std::vector<float>& from, const BFloat16* scale, std::vector<float>& to) {
-    for (size_t column = 0; column < from.size(); ++column) to[column] = from[column] * ToFloat(scale[column]);
+  // Each row of `count` columns times the columns' scales.
+  static void Scale(const std::vector<float>& from, const BFloat16* scale, int64_t count, std::vector<float>& to) {
+    for (size_t begin = 0; begin < from.size(); begin += count)
+      for (int64_t column = 0; column < count; ++column)
+        to[begin + column] = from[begin + column] * ToFloat(scale[column]);
   }
 };
 
@@ -175,7 +210,7 @@ ffi::Error Attention(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::A
       !Is(allowed.dimensions(), {batch, columns}) ||
       !Is(out->dimensions(), {batch, clusters, queries * (heads / clusters), value[3]}))
     return Wrong("expected query [B, C, q, R], keys [B, C, S, R], values [B, C v, S, Rv], allowed [B, S] and out "
-                 "[B, C, q v, Rv]");
+                 "[B, C, v q, Rv]");
 
   const auto stored = keys.element_type();
   if (values.element_type() != stored) return Wrong("keys and values are of one type");

@@ -17,11 +17,13 @@ def attend_on_cpu(
     values: Leaf,
     allowed: Bool[Array, "B S"],
     value_heads: int,
-) -> Float[Array, "B C qv Rv"]:
-    """Outputs in float32, of keys and values of one type: float32, bfloat16 or int8; the query is already scaled."""
+) -> Float[Array, "B C vq Rv"]:
+    """Outputs in float32, a cluster's value by value and of each its queries; the query is already scaled.
+
+    Keys and values are of one type: float32, bfloat16 or int8."""
     (stored_keys, key_scale), (stored_values, value_scale) = map(stored_parts, (keys, values))
     batch, clusters, queries, _ = query.shape
-    shape = batch, clusters, queries * value_heads, stored_values.shape[-1]
+    shape = batch, clusters, value_heads * queries, stored_values.shape[-1]
     call = jax.ffi.ffi_call("chai_jax_attention", jax.ShapeDtypeStruct(shape, jnp.float32))
     scales = [x for x in (key_scale, value_scale) if x is not None]
     out: Array = call(query.astype(jnp.float32), stored_keys, stored_values, allowed, *scales)

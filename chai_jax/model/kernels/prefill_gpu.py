@@ -51,7 +51,7 @@ def prefill_on_gpu(
     several value heads, its keys and queries are repeated, and its softmax is computed for each.
     """
     batch, _, _, length, rank = query.shape
-    query = jnp.repeat(query.reshape(batch, -1, length, rank), value_heads, axis=1)
+    query = jnp.repeat(query, value_heads, axis=1).reshape(batch, -1, length, rank)
     keys = jnp.repeat(keys, value_heads, axis=1)
     real = allowed[:, -1]  # the last row may read every real column
     order = jnp.argsort(~real, axis=1, stable=True)

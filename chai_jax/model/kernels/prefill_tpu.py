@@ -52,7 +52,8 @@ def prefill_on_tpu(
     run = splash.make_splash_mha(mask, block_sizes=_blocks(columns), head_shards=1, q_seq_shards=1, interpret=interpret)
     with jax.numpy_dtype_promotion("standard"):  # the library's own
         mixed = jax.vmap(run)(heads, keys, wide, segments)[:, :, :length]
-    return apart(mixed, value_heads)
+    by_cluster = mixed.reshape(batch, clusters, queries * length, -1)
+    return apart(by_cluster, value_heads).reshape(batch, -1, length, values.shape[-1])
 
 
 def _blocks(columns: int) -> splash.BlockSizes:
