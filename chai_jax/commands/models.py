@@ -20,7 +20,7 @@ class EvaluateCommand:
     model: Positional[str]
     """Hub id, folder, or `toy`."""
     task: Annotated[str | None, arg(metavar="TASK,...")] = None
-    """Tasks to score on: sst2, rte, piqa, toy."""
+    """Tasks to score on: sst2, rte, piqa, hellaswag, toy, or files NAME.yaml that describe one."""
     text: Path | None = None
     """Instead of a task: measure token perplexity on this text file."""
     data_dir: Path | None = None
@@ -38,7 +38,7 @@ class EvaluateCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.data.tasks import get_task
+        from chai_jax.data.tasks import TASKS, get_tasks
         from chai_jax.evaluation.tasks import evaluate, perplexity
         from chai_jax.files.atomic import check_writable
         from chai_jax.machine.processes import once
@@ -47,10 +47,10 @@ class EvaluateCommand:
 
         execution = start(self.devices)
         if (self.task is None) == (self.text is None):
-            raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
-        tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
-        if not tasks and self.text is None:
-            raise InputError(f"--task is {self.task!r}; expected sst2, rte, piqa or toy; several with commas")
+            raise InputError(
+                f"give either --task ({', '.join(TASKS)}, files NAME.yaml; several with commas) or --text FILE"
+            )
+        tasks = [] if self.task is None else get_tasks("--task", self.task)
         if self.out is not None:
             check_writable(self.out)
         model = open_model(self.model, self.revision, execution=execution)
@@ -62,7 +62,7 @@ class EvaluateCommand:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
             if self.out is not None:
                 once(partial(result.write_samples, self.out / f"samples_{task.name}.jsonl"))
-            found[task.name] = result.metrics()
+            found[task.name] = result.metrics() | task.about
         return found
 
 

@@ -22,7 +22,8 @@ class PlanCommand:
     out: OutFile = Path("plan.json")
     """Where to write the plan."""
     task: str | None = None
-    """Calibrate on the training prompts of this task: sst2, rte or piqa."""
+    """Calibrate on the training prompts of this task: sst2, rte, piqa, hellaswag, or one that a file NAME.yaml
+    describes."""
     text: Path | None = None
     """Instead of a task: calibrate on this text file."""
     data_dir: Path | None = None
@@ -51,10 +52,11 @@ class PlanCommand:
         )
         model = open_model(self.model, seed=self.seed, execution=execution)
         costs = self.out.with_suffix(".costs.json")
-        plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
+        work = open_work(config, model)
+        plan = plan_for(model, work, planning, self.seed, costs, self.out.with_suffix(".heads"))
         once(lambda: write_json(out, plan.to_json()))
         print_table(explain_table(plan, model.config))
-        return {"plan": str(self.out), **explained(plan, model.config)}
+        return {"plan": str(self.out), **work.about, **explained(plan, model.config)}
 
 
 @dataclass(frozen=True)

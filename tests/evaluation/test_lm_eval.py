@@ -285,7 +285,7 @@ REFUSED = {
     "a batch size": (["--tasks", "sst2", "--batch_size", "many"], "--batch_size is 'many'"),
     "samples that go nowhere": (["--tasks", "sst2", "--log_samples"], "Specify --output_path"),
     "a missing file": (["--tasks", "rte"], "rte/validation.jsonl[.gz] is missing"),
-    "no local rows": (["--tasks", "hellaswag"], "--data-dir holds rows for sst2, rte, piqa, wikitext"),
+    "no local rows": (["--tasks", "arc_easy"], "--data-dir holds rows for sst2, rte, piqa, hellaswag, wikitext"),
     "an output path that is a file": (["--tasks", "sst2", "--output_path", __file__], "cannot write to"),
 }
 

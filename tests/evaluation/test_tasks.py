@@ -72,8 +72,8 @@ def test_scores_each_choice_after_its_prompt(model: Model, rows: list[dict[str, 
 def test_acc_norm_divides_by_characters_without_the_leading_space(model: Model) -> None:
     rows = [{"goal": "the plot", "sol1": "is very good .", "sol2": "dull", "label": label} for label in (0, 1)]
     found = evaluate_rows(model, PIQA, rows)
-    assert found.characters is not None
-    assert found.characters.tolist() == [[14, 4], [14, 4]]
+    assert found.lengths is not None
+    assert found.lengths.tolist() == [[14, 4], [14, 4]]
     by_character = (found.loglikelihoods / [14, 4]).argmax(1) == [0, 1]
     assert found.metrics()["acc_norm"] == by_character.mean()
 

@@ -15,7 +15,8 @@ import pytest
 from chai_jax.adapt import checkpoints
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
 from chai_jax.data.batches import encode
-from chai_jax.data.tasks import Task, get_task, load_rows
+from chai_jax.data.multiple_choice import Task
+from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.data.toy import toy_rows
 from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import read_jsonl
