@@ -68,12 +68,16 @@ class EvaluateCommand:
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Continue a prompt. The text appears as it is made."""
+    """Continue a prompt, or answer it. The text appears as it is made."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
     prompt: Annotated[str, arg(metavar="TEXT")] = ""
     """What to continue."""
+    chat: bool = False
+    """Take the prompt as a user's message, by the model's chat template, and make the answer."""
+    system: str | None = None
+    """With --chat: a message before the user's that says how to answer."""
     max_new_tokens: int = 40
     """The most tokens to make."""
     temperature: float | None = None
@@ -102,6 +106,9 @@ class GenerateCommand:
 
         execution = start(self.devices)
         check_characters(self.prompt, "--prompt")
+        check_characters(self.system or "", "--system")
+        if self.system is not None and not self.chat:
+            raise InputError("--system is given without --chat; expected both: add --chat")
         check_numbers(self.max_new_tokens, self.seed)
         if self.temperature is not None:
             Sampling.checked(self.temperature, self.top_k, self.top_p)
@@ -112,13 +119,14 @@ class GenerateCommand:
 
         def drafted(draft: str) -> Iterator[str]:
             smaller = open_model(draft, execution=execution)
-            for piece, made in stream_with_draft(model, smaller, *asked, self.draft_tokens):
+            for piece, made in stream_with_draft(model, smaller, *asked, self.draft_tokens, self.chat, self.system):
                 told.update(rounds=made.rounds, proposed=made.proposed, acceptance=made.acceptance)
                 yield piece
 
-        for piece in stream(model, *asked) if self.draft is None else drafted(self.draft):
-            # The prompt comes with the first piece: bad input is found out before anything is printed.
-            print(piece if pieces else self.prompt + piece, end="", flush=True)
+        making = stream(model, *asked, self.chat, self.system) if self.draft is None else drafted(self.draft)
+        for piece in making:
+            # A prompt that is continued comes with the first piece: bad input is found out before anything is printed.
+            print(piece if pieces or self.chat else self.prompt + piece, end="", flush=True)
             pieces.append(piece)
         print()
         return {"prompt": self.prompt, "completion": "".join(pieces), **told}

@@ -7,7 +7,7 @@ templates; nothing in one is run.
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,12 +100,18 @@ class Task:
     generate: Callable[[str], list[Row]] | None = None
     origin: Origin | None = None
 
-    @property
+    @cached_property
     def columns(self) -> tuple[str, ...]:
         """The columns of text that its templates name, each once."""
         answers = () if isinstance(self.choices, str) else self.choices
         named = (column for template in (self.context, *answers, self.gold) for column in columns_of(template))
         return tuple(dict.fromkeys(named))
+
+    @cached_property
+    def _needed(self) -> tuple[str, ...]:
+        """The columns that a row must have, the right answer's last."""
+        lists = (self.choices,) if isinstance(self.choices, str) else ()
+        return (*self.columns, *lists, *(() if columns_of(self.gold) else (self.gold,)))
 
     @property
     def about(self) -> dict[str, str]:
@@ -135,20 +141,19 @@ class Task:
             InputError: a column is missing or of the wrong kind, a choice is empty, the right answer is none of them.
         """
         row = row if self.prepare is None else self.prepare(row, where)
-        lists = [self.choices] if isinstance(self.choices, str) else []
-        *others, last = [*self.columns, *lists, *([] if columns_of(self.gold) else [self.gold])]
-        for column in (*others, last):
+        for column in self._needed:
             if column not in row:
+                *others, last = self._needed
                 raise InputError(f"{where} has no column {brief(column)}; expected {', '.join(others)} and {last}")
         for column in self.columns:
             require_text(row, column, where)
-        for column in lists:
-            require_texts(row, column, where)
+        if isinstance(self.choices, str):
+            require_texts(row, self.choices, where)
         answers = self._answers(row)
         for at, answer in enumerate(answers):
             if not answer:
                 raise InputError(f"{where} has an empty choice, number {at}; expected a text that can be scored")
-            if not lists and answer in row and not columns_of(self.choices[at]):
+            if answer in row and not isinstance(self.choices, str) and not columns_of(self.choices[at]):
                 raise InputError(
                     f"{where} has a column {brief(answer)}, which is also the text of a choice; expected "
                     f"{{{{{answer}}}}} if the column is meant: write so, or rename the column"
