@@ -67,7 +67,7 @@ def chat_tokens(tokenizer: Any, prompt: str, system: str | None = None, source: 
 def _bounded() -> Iterator[None]:
     """RuntimeError in this thread at the first line of Python after `MOST_SECONDS`.
 
-    Loops in templates may else go on for ever. A timer's signal would be the process's, and reach its main thread alone.
+    A loop in a template may else never end. A timer's signal would be the process's, and reach its main thread alone.
     """
     end = time.monotonic() + MOST_SECONDS
 

@@ -98,7 +98,9 @@ class Result:
         losses = -self.loglikelihoods[np.arange(self.n), self.labels]
         found: Metrics = {"n": self.n, **_accuracy("acc", self.right)}
         if self.lengths is not None:
-            found |= _accuracy(BY_LENGTH[self.unit], (self.loglikelihoods / self.lengths).argmax(axis=1) == self.labels)
+            with np.errstate(divide="ignore"):  # an answer without length is never chosen
+                chosen = (self.loglikelihoods / self.lengths).argmax(axis=1)
+            found |= _accuracy(BY_LENGTH[self.unit], chosen == self.labels)
         found |= {
             "ece": calibration_error(self.confidence, self.right),
             "ece_interval": list(calibration_interval(self.confidence, self.right, self.seed)),

@@ -16,8 +16,11 @@ class _Plain(yaml.BaseLoader):  # type: ignore[misc]
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
         seen: set[str] = set()
         for key, _ in node.value:
-            if not isinstance(key, yaml.ScalarNode) or key.value in seen:
-                raise yaml.MarkedYAMLError(problem="a key is no text, or there twice", problem_mark=key.start_mark)
+            if not isinstance(key, yaml.ScalarNode):
+                problem = "a key is no text: a value that begins with { or [ needs quotes"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r:.40} is there twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=True)
 
