@@ -39,7 +39,7 @@ class PlanCommand:
         from chai_jax.machine.processes import once
         from chai_jax.run.devices import start
         from chai_jax.run.options import plan_for
-        from chai_jax.run.work import open_work
+        from chai_jax.run.work import open_work, task_of
         from chai_jax.sources import open_model, source_of
 
         execution = start(self.devices)
@@ -50,6 +50,7 @@ class PlanCommand:
         config = RunConfig(
             self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
         )
+        task_of(config)  # whether there is one, before the model is read
         model = open_model(self.model, seed=self.seed, execution=execution)
         costs = self.out.with_suffix(".costs.json")
         work = open_work(config, model)

@@ -70,8 +70,9 @@ class SavedRun:
         """How many examples or tokens of what the scores are from."""
         first = self.records[0]
         unit = "validation examples" if "acc" in first["metrics"] else "tokens"
-        file = f" ({first[TASK_FILE]}, SHA-256 {first.get(TASK_SHA256)})" if TASK_FILE in first else ""
-        return f"n = {first['metrics']['n']:,} {unit} of {first['task']}{file}"
+        file = Path(str(first.get(TASK_FILE, ""))).name
+        described = f" ({file}, SHA-256 {first.get(TASK_SHA256)!s:.12}...)" if file else ""
+        return f"n = {first['metrics']['n']:,} {unit} of {first['task']}{described}"
 
     @property
     def measured_on(self) -> str:
