@@ -89,8 +89,8 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
         )
 
     def tokens(row: Row) -> tuple[int, ...]:
-        example = task.question(row).example
-        return encode(model.tokenizer, example.context, example.completion, model.config.max_positions - 1).tokens
+        example, longest = task.question(row).example, model.config.max_positions - 1
+        return encode(model.tokenizer, example.context, example.completion, longest, cut_completion=True).tokens
 
     return Work(
         name=task.name,
