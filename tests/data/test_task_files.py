@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from chai_jax.data.multiple_choice import MOST_CHOICES, Row, render
+from chai_jax.data.multiple_choice import MOST_CHOICES, MultipleChoice, Row, render
 from chai_jax.data.tasks import get_task, get_tasks, load_rows
 from chai_jax.errors import InputError
 
@@ -253,3 +254,20 @@ def test_bad_rows(case: str, tmp_path: Path) -> None:
 def test_empty_rows(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"rows\.jsonl holds no examples; expected at least one: check the file"):
         load_rows(get_task(described(tmp_path, rows="\n\n")), "validation")
+
+
+def test_the_examples_of_the_docs(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    first, second = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "weather-validation.jsonl").write_text(row)
+    (tmp_path / "reviews.jsonl").write_text('{"review": "Go!", "verdict": "yes"}')
+    asked = []
+    for name, content in (("weather", first), ("reviews", second)):
+        (tmp_path / f"{name}.yaml").write_text(content)
+        task = get_task(str(tmp_path / f"{name}.yaml"))
+        asked += [task.question(row) for row in load_rows(task, "validation")]
+    assert asked == [
+        MultipleChoice("Question: What falls from clouds?\nAnswer:", (" rain", " sand", " gold"), 0),
+        MultipleChoice("Go!\nIs it good?", (" no", " yes"), 1),
+    ]
