@@ -34,7 +34,7 @@ SLICES = ("v3:2x2", "v5e:2x4")
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One line of the table: a job of a model on a slice.
 
     Attributes:
@@ -57,13 +57,13 @@ class Row:
         return json.dumps(asdict(self), sort_keys=True)
 
 
-def training(model: str, slice_: str) -> Row:
+def training(model: str, slice_: str) -> TableRow:
     """Distillation at the paper's batch: 128 in 8 microbatches, each row 64 tokens with an answer of one."""
     job = Job("distil", batch=128, seq=64, targets=1, accumulation=8)
-    return Row(model, slice_, job, fsdp=model == "6.7b")
+    return TableRow(model, slice_, job, fsdp=model == "6.7b")
 
 
-def rescues(row: Row) -> Iterator[Row]:
+def rescues(row: TableRow) -> Iterator[TableRow]:
     """What to change where distillation does not fit, cheapest first."""
     job = row.job
     yield replace(row, job=replace(job, moments="bfloat16"), option="bfloat16 first moment")
@@ -81,10 +81,10 @@ def rescues(row: Row) -> Iterator[Row]:
         yield replace(row, topology=slice_, fsdp=True, option=f"{slice_}, FSDP over 8")
 
 
-def decoding(model: str, slice_: str) -> Iterator[Row]:
+def decoding(model: str, slice_: str) -> Iterator[TableRow]:
     """A token at 2,048 columns, dense and compressed: at one batch, and at the largest."""
     for cache, factor in (("dense", 1), ("compressed", 4)):
-        row = Row(
+        row = TableRow(
             model, slice_, Job("decode", FIRST[model], 2048), cache=cache, mesh="2x4" if model == "6.7b" else None
         )
         yield row
@@ -95,7 +95,7 @@ def decoding(model: str, slice_: str) -> Iterator[Row]:
 FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32}
 
 
-def rows() -> Iterator[Row]:
+def rows() -> Iterator[TableRow]:
     """Small models first, what takes longest last."""
     for models in (MODELS[:3], MODELS[3:]):
         pairs = [(model, slice_) for model in models for slice_ in SLICES]
@@ -105,7 +105,7 @@ def rows() -> Iterator[Row]:
             yield training(model, slice_)
 
 
-def compile_row(row: Row) -> Record:
+def compile_row(row: TableRow) -> Record:
     config = architecture_of(f"facebook/opt-{row.model}")
     layout = Layout(mesh_of(topology(row.topology), row.mesh), row.fsdp)
     share = {"share": "qkv", "clusters": 0.5, "storage": "int8"} if row.cache == "compressed" else {}
@@ -129,7 +129,7 @@ class Book:
         if self.path.is_file():
             self.done = {record["key"]: record for record in json.loads(self.path.read_text(encoding="utf-8"))}
 
-    def record(self, row: Row) -> Record:
+    def record(self, row: TableRow) -> Record:
         if row.key not in self.done:
             console.print(f"{row.model} {row.topology} {row.job.kind} {row.cache} {row.option}", highlight=False)
             self.done[row.key] = compile_row(row)

@@ -22,9 +22,8 @@ Writes bench_gpu.json, .csv and .md, which ends with a line for every goal. With
 
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Literal
+from dataclasses import asdict
+from typing import Any
 
 # Before jax is imported: torch needs memory of the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -38,89 +37,23 @@ from chai_jax.commands.bench import numbers
 from chai_jax.compress.quantize import with_storage
 from chai_jax.console import console
 from chai_jax.errors import InputError
-from chai_jax.files.published import architecture_of, random_model
+from chai_jax.files.published import random_model
 from chai_jax.model.execution import Execution
 from chai_jax.model.kernels import choose_kernels
 from chai_jax.model.model import Model
 from chai_jax.model.sharding import one_device
-from chai_jax.run.devices import require_backend
 from chai_jax.run.options import parse_list
 from chai_jax.serve.decode import cast, serving_params
 from lab.decoding import Held, Ours, Transformers, exhausted, release, torch_absent, torch_version
 from lab.goals import COLUMNS, DENSE, KERNELS, PEER, SMALL, findings
+from lab.gpu_options import PARTS, GpuOptions
 from lab.largest import memory_limit, ran, searched
-from lab.options import Record, command_line, start
+from lab.options import Record, start
 from lab.paper import THROUGHPUT
 from lab.publish import publish
 from lab.race import in_turn, row_of
 from lab.reading import Read, TransformersReads
 from lab.scoring import Scored
-
-PARTS = ("decode", "prompt", "score", "largest")
-
-
-@dataclass(frozen=True)
-class GpuOptions:
-    model: str = "facebook/opt-1.3b"
-    """Shape that decodes: a published one, or a folder with a config.json."""
-    score_model: str = "facebook/opt-125m"
-    """Shape that answers questions, likewise."""
-    parts: str = ",".join(PARTS)
-    """What to measure, with commas."""
-    batch: int = 64
-    """Sequences that decode at once."""
-    start: int = 1920
-    """Columns of the cache that are in use when decoding begins."""
-    steps: int = 128
-    """Decoding steps of a round."""
-    prompt_batch: int = 8
-    """Prompts, of as many tokens, that are read at once."""
-    score_batches: str = "64,128,256,512,1024"
-    """Questions answered at once, with commas."""
-    question: int = 48
-    """Tokens of a question."""
-    share: Literal["qk", "qkv"] = "qkv"
-    """What the heads of a cluster share in the compressed model."""
-    clusters: float = 0.5
-    """Its clusters, as a fraction of the heads."""
-    storage: Literal["float32", "bfloat16", "int8"] = "int8"
-    """Its cache's format."""
-    rounds: int = 9
-    """Rounds; medians with their 10th and 90th percentile are reported."""
-    peer: bool = True
-    """Time transformers beside ours."""
-    memory: float | None = None
-    """GiB that the largest batch may take (default: what JAX may take of the device)."""
-    found: str | None = None
-    """Largest batches, dense and compressed, as `chai-jax aot --largest-batch` found them: run without a search."""
-    anywhere: bool = False
-    """Measure on whatever JAX finds, a GPU or not."""
-    seed: int = 0
-    """Seed of weights and inputs."""
-    out: Path = Path("runs/experiments")
-    """Folder of the tables."""
-
-    @property
-    def command(self) -> str:
-        return command_line({})
-
-    @property
-    def seed_numbers(self) -> tuple[int, ...]:
-        return (self.seed,)
-
-    def check(self) -> None:
-        """Raise InputError unless this can be measured here."""
-        if not self.anywhere:
-            try:
-                require_backend("gpu")
-            except InputError as error:
-                raise InputError(f"{str(error).partition('; ')[2]}, or give --anywhere") from None
-        for name in ("batch", "start", "steps", "prompt_batch", "question", "rounds"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")
-        positions = architecture_of(self.model).max_positions
-        if self.start + self.steps > positions:
-            raise InputError(f"--start {self.start} and --steps {self.steps} do not fit {positions} positions")
 
 
 def model_of(shape: str, cache: str, options: GpuOptions) -> Model:

@@ -4,7 +4,7 @@
 #
 #   bash experiments/paper.sh MODEL [OPTIONS OF chai-jax run...]
 #   bash experiments/paper.sh facebook/opt-125m                          # data parallel over all devices
-#   bash experiments/paper.sh facebook/opt-1.3b --mesh 2x4 --fsdp        # 16 GB of masters and moments, split over 8
+#   bash experiments/paper.sh facebook/opt-1.3b --fsdp                   # 16 GB of masters and moments, split over 8
 #
 # The settings are the paper's: AdamW, learning rate 2e-5 decaying linearly, 8 microbatches an update, 128 examples an
 # update for distillation (1 epoch) and 64 for tuning (3 epochs); what is not named below is the program's default.

@@ -141,6 +141,7 @@ def plan_within(
     ]
     made = dataclasses.replace(base, layers=tuple(layers), sensitivity=tuple(scores), predicted=predicted)
     made.check()
+    made.check_model(config)
     return made
 
 
@@ -157,15 +158,17 @@ def _choices(
 ) -> Iterator[Choice]:
     """All that a layer could become: every number of clusters and pair of their ranks, every pair of latent ranks, in
     every format."""
-    heads = config.num_heads
+    heads = config.kv_heads
     shapes: list[tuple[LayerPlan, float]] = [(LayerPlan(singletons(heads)), 0.0)]
     for share, sizes in costs.clusters.items():
         for count in range(min(sizes), heads + 1):
             clusters, cost = find(index, count), interpolate(sizes, count)
-            for key, value, more in _ranks(costs.ranks if budget.ranks and share == "qkv" else {}, config.head_dim):
+            for key, value, more in _ranks(
+                config, costs.ranks if budget.ranks and share == "qkv" else {}, config.head_dim
+            ):
                 if count < heads or key or value:
                     shapes.append((LayerPlan(clusters, share=share, key_rank=key, value_rank=value), cost + more))
-    for key, value, cost in _ranks(costs.latent, config.hidden_size):
+    for key, value, cost in _ranks(config, costs.latent, config.kv_width):
         if key and value:
             shapes.append((latent(heads, key, value), cost))
     for layer, cost in shapes:
@@ -175,11 +178,14 @@ def _choices(
             yield Choice(_cache_bytes(what, config), cost + costs.cache[storage], what)
 
 
-def _ranks(measured: dict[str, Sizes], size: int) -> Iterator[tuple[int | None, int | None, float]]:
+def _ranks(
+    config: Architecture, measured: dict[str, Sizes], size: int
+) -> Iterator[tuple[int | None, int | None, float]]:
     """(rank of keys, of values, what that costs) for every pair of ranks below `size`; None: left whole."""
     options: list[dict[int | None, float]] = []
     for name in ("key", "value"):
-        ranks = sorted({max(1, round(step * size)) for step in RANK_STEPS} - {size}) if name in measured else []
+        possible = {max(1, round(step * size)) for step in RANK_STEPS if name in measured}
+        ranks = sorted(({config.even(rank) for rank in possible} if name == "key" else possible) - {size})
         options.append({None: 0.0} | {rank: interpolate(measured[name], rank) for rank in ranks})
     for (key, one), (value, other) in itertools.product(*(option.items() for option in options)):
         yield key, value, one + other
@@ -187,7 +193,7 @@ def _ranks(measured: dict[str, Sizes], size: int) -> Iterator[tuple[int | None, 
 
 def _pinned(config: Architecture) -> Iterator[Choice]:
     """The one choice of a layer that stays as it is."""
-    layer = LayerPlan(singletons(config.num_heads))
+    layer = LayerPlan(singletons(config.kv_heads))
     yield Choice(_cache_bytes(layer, config), 0.0, layer)
 
 
@@ -233,6 +239,6 @@ def _weight_bytes(declared: Params, weights: str, loaded: Any) -> int:
 def _sensitivity(config: Architecture, costs: LayerCosts) -> float:
     """A layer's score: the cost of half its clusters (or of a latent of an eighth of its width), in nats per token."""
     for sizes in costs.clusters.values():
-        return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.num_heads)))
-    rank = max(1, round(REFERENCE_RANK * config.hidden_size))
+        return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.kv_heads)))
+    rank = max(1, round(REFERENCE_RANK * config.kv_width))
     return sum(interpolate(costs.latent[name], rank) for name in ("key", "value"))

@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 from jaxtyping import Float
 from kneed import KneeLocator
+from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
@@ -60,6 +61,19 @@ def clusters_of(features: Float[np.ndarray, "H F"], count: int, seed: int = 0) -
     labels = _kmeans(features, count, seed).labels_
     members = [tuple(np.flatnonzero(labels == label).tolist()) for label in np.unique(labels)]
     return tuple(sorted(members))
+
+
+def balanced_clusters(features: Float[np.ndarray, "H F"], count: int, seed: int = 0) -> Clusters:
+    """The heads in `count` clusters of equal size: K-Means' centres, each with as many places as it must fill.
+
+    Which head gets which place is the assignment of the least summed squared distance.
+    """
+    centres = _kmeans(features, count, seed).cluster_centers_
+    places = np.repeat(centres, len(features) // count, axis=0)
+    distances = ((features[:, None] - places[None]) ** 2).sum(axis=-1)
+    _, chosen = linear_sum_assignment(distances)
+    labels = chosen // (len(features) // count)
+    return tuple(sorted(tuple(np.flatnonzero(labels == label).tolist()) for label in range(count)))
 
 
 def medoid(features: Float[np.ndarray, "H F"], heads: tuple[int, ...]) -> int:

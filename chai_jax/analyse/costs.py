@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
@@ -83,7 +84,7 @@ class CostMeter:
 
     def layer(self, shares: Sequence[str], storages: Sequence[str], weights: Sequence[str]) -> LayerCosts:
         """Measure the layer whose turn it is, then go on to the next."""
-        heads, index = self.model.config.num_heads, self.stream.index
+        heads, index = self.model.config.kv_heads, self.stream.index
         counts = sorted({count for part in CLUSTERS if 1 <= (count := round_up(part, heads)) < heads})
         spec, params = self.model.spec.layers[index], self.model.params["layers"][str(index)]
         costs = LayerCosts(
@@ -99,39 +100,45 @@ class CostMeter:
     def _clustered(self, share: str, count: int) -> float:
         index = self.stream.index
         merge = LayerMerge(self.model, index, LayerPlan(self.find(index, count), share=share), self.plan, self.stream)
-        return self.damage.of(index, merge.spec, merge.params())[0]
+        return self.damage.of(index, *merge.made())[0]
 
     def _ranks(self) -> dict[str, Sizes]:
         """Ranks of single heads, by low rank: values to be fitted would have to be fitted to every rank anew."""
-        heads, size = self.model.config.num_heads, self.model.config.head_dim
+        config = self.model.config
+        heads, size = config.kv_heads, config.head_dim
         singles, most = tuple(ClusterPlan((head,), head) for head in range(heads)), size - 1
+        # One number less of a rotary key is one frequency less.
+        most_keys = most if config.rotary is None else max(size - 2, 0)
         # At a head's own rank a merge leaves the head as it is; one less has its columns in order.
         cut = {
-            "key": (self.plan.score_merge, LayerPlan(singles, share="qkv", key_rank=most)),
+            "key": (self.plan.score_merge, LayerPlan(singles, share="qkv", key_rank=most_keys or None)),
             "value": (self.plan.value_merge, LayerPlan(singles, share="qkv", value_rank=most)),
         }
         found: dict[str, Sizes] = {}
         for name, (merge, layer) in cut.items():
-            if merge != "representative" and most:
+            if merge != "representative" and (most_keys if name == "key" else most):
                 found |= self._cut(layer, (name,), size)
         return found
 
     def _latents(self) -> dict[str, Sizes]:
         """Ranks of one latent key and one latent value for all heads."""
         config = self.model.config
-        return self._cut(latent(config.num_heads, *[config.hidden_size] * 2), ("key", "value"), config.hidden_size)
+        return self._cut(latent(config.kv_heads, *[config.kv_width] * 2), ("key", "value"), config.kv_width)
 
     def _cut(self, layer: LayerPlan, names: Sequence[str], size: int) -> dict[str, Sizes]:
         """Ranks nest: a smaller one is the first columns of a larger one, so one merge and program serve all."""
         plan = dataclasses.replace(self.plan, value_merge="low_rank") if layer.share == "qkv" else self.plan
         merge = LayerMerge(self.model, self.stream.index, layer, plan, self.stream)
-        whole = merge.params()
+        spec, whole = merge.made()
         ranks = sorted({max(1, round(part * size)) for part in RANKS})
 
-        def cost(name: str, rank: int) -> float:
-            return self.damage.of(self.stream.index, merge.spec, truncated(whole, name, rank))[0]
+        def costs(name: str) -> Sizes:
+            halves = 2 if name == "key" and self.model.config.rotary else 1
+            tried = {self.model.config.even(rank) for rank in ranks} if name == "key" else ranks
+            cuts = {rank: truncated(whole, name, rank, halves) for rank in sorted(tried)}
+            return {rank: self.damage.of(self.stream.index, spec, cut)[0] for rank, cut in cuts.items()} | {size: 0.0}
 
-        return {name: {rank: cost(name, rank) for rank in ranks} | {size: 0.0} for name in names}
+        return {name: costs(name) for name in names}
 
 
 def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:
@@ -140,11 +147,19 @@ def latent(heads: int, key_rank: int, value_rank: int) -> LayerPlan:
     return LayerPlan((everyone,), share="kv", key_rank=key_rank, value_rank=value_rank)
 
 
-def truncated(params: Params, name: str, rank: int) -> Params:
-    """A layer whose `name` (key or value), of low rank, has nothing beyond its first `rank` columns."""
+def truncated(params: Params, name: str, rank: int, halves: int = 1) -> Params:
+    """A layer whose `name` (key or value), of low rank, has nothing beyond its first `rank` columns.
+
+    Args:
+        halves: 2 for rotary keys, which have their real parts in the first half.
+    """
+
     # A mask, not a slice: one small program serves every rank.
-    kept = {part: jnp.where(np.arange(leaf.shape[-1]) < rank, leaf, 0) for part, leaf in params[name].items()}
-    return {**params, name: kept}
+    def first(leaf: Array) -> Array:
+        size = leaf.shape[-1] // halves
+        return jnp.where(np.arange(leaf.shape[-1]) % size < rank // halves, leaf, 0)
+
+    return {**params, name: {part: first(leaf) for part, leaf in params[name].items()}}
 
 
 def measure_costs(

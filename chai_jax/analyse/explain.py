@@ -46,7 +46,7 @@ def explain(plan: Plan, config: Architecture | None = None) -> list[dict[str, An
         return rows
     spec = planned_spec(plan, config)
     per_layer = [bytes_per_token(Spec((layer,))) for layer in spec.layers]
-    dense = 2 * config.hidden_size * BYTES["bfloat16"]
+    dense = 2 * config.kv_heads * config.head_dim * BYTES["bfloat16"]
     for row, size in zip(rows, per_layer, strict=True):
         row |= _sizes(size, dense)
     return [*rows, {"layer": "total", **_sizes(sum(per_layer), dense * len(rows))}]

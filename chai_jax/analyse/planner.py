@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from chai_jax.analyse.cluster import cluster_count, clusters_of, medoid
+from chai_jax.analyse.cluster import balanced_clusters, cluster_count, clusters_of, medoid
 from chai_jax.analyse.probe import Probe, fingerprint
 from chai_jax.analyse.sensitivity import critical, sensitivities, tiers
 from chai_jax.console import track
@@ -50,7 +50,7 @@ def plan(
         clusters: per layer; `elbow` (one where all heads are alike; a layer without a knee is left alone), a number, a
             ratio below 1 of the heads, or `correlation:0.9` (as few as leave every head so correlated with its
             representative). Not for `kv`.
-        rank: of a `kv` latent, as a fraction of the width.
+        rank: of a `kv` latent, as a fraction of all keys' (or values') dimensions, at most the width.
         score_merge, value_merge: see `Plan`.
         sensitivity: `kl`, `perturbation` or `attention` (see `sensitivities`). Every layer is perturbed by its own
             clusters, whether or not it is among those clustered in the end, so that the scores compare layers alone.
@@ -72,20 +72,41 @@ def plan(
     if not 0 < rank <= 1:
         raise InputError(f"rank is {rank}; expected a fraction of the width above 0, up to 1")
     check_probe(model, probe)
-    latent = round_up(rank, model.config.hidden_size) if share == "kv" else None
+    latent = round_up(rank, model.config.kv_width) if share == "kv" else None
+    keys = latent and model.config.even(latent)
     candidates = [
-        LayerPlan(find_clusters(correlation, 1 if latent else clusters, seed), key_rank=latent, value_rank=latent)
+        LayerPlan(find_clusters(correlation, 1 if latent else clusters, seed), key_rank=keys, value_rank=latent)
         for correlation in track(list(probe.correlation), "Clustering the heads")
     ]
     scores = sensitivities(model, probe, candidates, base, sensitivity)
     chosen = _clustered(probe, candidates, layers, scores if first == "insensitive" else None)
     entries = []
     for index, tier in enumerate(tiers(scores)):
-        layer = candidates[index] if index in chosen else LayerPlan(singletons(model.config.num_heads))
+        layer = candidates[index] if index in chosen else LayerPlan(singletons(model.config.kv_heads))
         entries.append(_with_formats(layer, tier, probe.outputs[index], membership))
     made = dataclasses.replace(base, layers=tuple(entries), sensitivity=scores)
     made.check()
     return made
+
+
+def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0) -> Plan:
+    """A plan by which every layer has so many key and value heads, each read by as many queries as any other.
+
+    Heads that attend alike are grouped, and each group reads one key and one value of an ordinary head's dimensions,
+    the best by `chai_jax.compress.merge.latent_scores` or `rotary_latent_scores` and `latent_values`. The result is
+    an ordinary model with grouped queries (Ainslie et al. 2023, arXiv 2305.13245), where its family has such.
+
+    Args:
+        kv_heads: a divisor of the model's.
+    """
+    check_probe(model, probe)
+    layers = []
+    for correlation in probe.correlation:
+        members = balanced_clusters(correlation, kv_heads, seed)
+        layers.append(LayerPlan(tuple(ClusterPlan(heads, medoid(correlation, heads)) for heads in members)))
+    plan = Plan(tuple(layers), "kv")
+    plan.check()
+    return plan
 
 
 def check_probe(model: Model, probe: Probe) -> None:

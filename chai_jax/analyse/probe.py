@@ -45,6 +45,8 @@ MOST_PROBE_BYTES = 2**30  # bytes of a saved probe, unpacked, at most
 class Probe:
     """Statistics of every layer's heads, in the model's original head order, and the text they come from.
 
+    A head is a key, a value and the queries that read it; queries of two heads are compared one by one, in their order.
+
     Attributes:
         attention: G[h, g] = sum over query rows of the dot product of the centred attention rows of heads h and g.
         outputs: sum over tokens of the dot product of what heads h and g add to the layer's output (after the output
@@ -198,9 +200,12 @@ def head_sums(seen: Seen, params: Params) -> HeadSums:
     # sum_t <o_h W_h, o_g W_g> from second moments: head outputs in the width, [B, H, T, D], need never exist.
     moment = jnp.einsum("bhtr,bgtq->hrgq", heads, heads, precision="highest")
     metric = jnp.einsum("hrd,gqd->hrgq", kernel, kernel, precision="highest")
+    attention = jnp.einsum("bhts,bgts->hg", rows, rows, precision="highest")
+    outputs, n = jnp.sum(moment * metric, axis=(1, 3)), len(attention) // params["key"]["kernel"].shape[-2]
+    by_head = -1, n, len(attention) // n, n  # heads and their queries, twice
     return {
-        "attention": jnp.einsum("bhts,bgts->hg", rows, rows, precision="highest"),
-        "outputs": jnp.sum(moment * metric, axis=(1, 3)),
+        "attention": jnp.einsum("hjgj->hg", attention.reshape(by_head)) if n > 1 else attention,
+        "outputs": outputs.reshape(by_head).sum(axis=(1, 3)) if n > 1 else outputs,
         "scores": jnp.sum(jnp.where(pairs[:, None], jnp.abs(seen.scores), 0.0)),
     }
 

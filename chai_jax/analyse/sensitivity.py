@@ -63,7 +63,7 @@ def perturbed(
     spec, params = model.spec.layers[index], model.params["layers"][str(index)]
     if wanted.merged:
         merge = LayerMerge(model, index, wanted, plan, stream)
-        spec, params = merge.spec, merge.params()
+        spec, params = merge.made()
     return layer_with_storage(spec, "int8"), store_weights(params, "int8")
 
 

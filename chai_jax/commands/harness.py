@@ -25,10 +25,10 @@ class LmEvalCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.evaluation.lm_eval import run
+        from chai_jax.evaluation.lm_eval import run_harness
         from chai_jax.run.devices import start
         from chai_jax.run.environment import versions, where_computed
 
         execution = start(self.devices)
-        found = run(self.model, self.arguments, self.data_dir, self.revision, execution)
+        found = run_harness(self.model, self.arguments, self.data_dir, self.revision, execution)
         return {**found, "software": versions(), **where_computed(execution)}

@@ -150,7 +150,9 @@ class VerifyCommand:
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a model as an ordinary OPT in Hugging Face layout, for torch; clustered heads are expanded."""
+    """Write a model as an ordinary one in Hugging Face layout, for torch and other engines.
+
+    A model made with --kv-heads keeps its few heads; other clustered heads are expanded."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
@@ -158,12 +160,12 @@ class ExportCommand:
     """A new folder."""
 
     def run(self) -> Any:
-        from chai_jax.compress.expand import expand
+        from chai_jax.compress.expand import ordinary
         from chai_jax.files.atomic import claim_folder
         from chai_jax.files.export import export
         from chai_jax.sources import open_model
 
         claim_folder(self.out)
         model = open_model(self.model)
-        export(expand(model), self.out)
+        export(ordinary(model), self.out)
         return {"out": str(self.out), "files": sorted(path.name for path in self.out.iterdir())}

@@ -11,6 +11,7 @@ from chai_jax.compress.merge import (
     HeadWeights,
     InputMoments,
     OutputMoments,
+    Scores,
     fitted_values,
     latent_scores,
     latent_values,
@@ -18,6 +19,7 @@ from chai_jax.compress.merge import (
     low_rank_values,
 )
 from chai_jax.compress.moments import input_moments, output_moments
+from chai_jax.compress.rotary_merge import rotary_latent_scores, rotary_low_rank_scores
 from chai_jax.compress.slice import every_value, reorder, representative_scores, representative_values
 from chai_jax.console import track
 from chai_jax.errors import InputError
@@ -43,7 +45,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
 
     Raises:
         InputError: the plan is for another shape of model, the model's layer is clustered or quantized already, or a
-            low-rank merge has no text to fit or no biases to put its constants in.
+            low-rank merge has no text to fit.
     """
     plan.check()
     plan.check_model(model.config)
@@ -60,7 +62,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
                 new, params = _assign(index, spec.layers[index], layers[str(index)], wanted, plan.warmup_tokens)
             else:
                 merge = LayerMerge(model, index, wanted, plan, stream)
-                new, params = merge.spec, merge.params()
+                new, params = merge.made()
             spec, layers[str(index)] = spec.with_layer(index, new), params
         if stream is not None:
             stream.advance()
@@ -85,15 +87,13 @@ def _assign(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan, war
         )
     order = sorted(range(len(layer.clusters)), key=lambda at: layer.clusters[at])
     new = prompt_layer(wanted, formats[0], layer.key_rank, warmup)
-    return dataclasses.replace(new, weights=layer.weights), reorder(layer, params, order)
+    return dataclasses.replace(new, weights=layer.weights, window=layer.window), reorder(layer, params, order)
 
 
 class Stream:
     """Calibration text on its way through the dense model, layer by layer: `x` is what enters layer `index`."""
 
     def __init__(self, model: Model, text: Text):
-        if not model.config.bias:
-            raise InputError("the model has no biases; low-rank merges need them: merge by representatives")
         self.model, self.mask, self.index = model, jnp.asarray(text.mask), 0
         self.x = embed_text(model, jnp.asarray(text.tokens), self.mask)
 
@@ -126,42 +126,54 @@ class LayerMerge:
         self.kept = [stored_at[one.keep] for one in clusters]
         self.members = [[stored_at[head] for head in one.heads] for one in clusters]
         heads = tuple(one.heads for one in clusters)
+        self.each, self.ordinary_key = self.config.queries, wanted.key_rank is None
         self.spec = LayerSpec(
             self.share,
             heads,
-            group_clusters(self.share, heads, [storages[at] for at in order]),
-            wanted.key_rank or self.dense.key_rank,
+            group_clusters(self.share, heads, [storages[at] for at in order], per_head=self.each),
+            self.config.even(wanted.key_rank or self.dense.key_rank),
             wanted.value_rank or self.dense.value_rank,
             self.dense.weights,
+            queries=self.each,
+            window=self.dense.window,
         )
 
-    def params(self) -> Params:
-        scores = self._scores()
-        return {**self.old, **scores, **self._values(scores)}
+    def made(self) -> tuple[LayerSpec, Params]:
+        """The merged layer."""
+        scores, pairs = self._scores()
+        spec = dataclasses.replace(self.spec, pairs=pairs)
+        return spec, {**self.old, **scores, **self._values(scores, spec)}
 
     def _whole(self, members: Sequence[int], rank: int) -> bool:
         """Whether this cluster is a head that stays as it is."""
         return self.share != "kv" and len(members) == 1 and rank == self.config.head_dim
 
-    def _scores(self) -> Params:
+    def _scores(self) -> tuple[Params, tuple[tuple[int, ...], ...]]:
+        """Queries and keys, and the frequencies that rotary keys are made of."""
         if self.share != "kv" and self.plan.score_merge == "representative":
-            return representative_scores(self.old, self.kept)
-        form = latent_scores if self.share == "kv" else low_rank_scores
+            return representative_scores(self.old, self.kept, self.each), ()
         rank, found = self.spec.key_rank, []
         for members in self.members:
             heads = self._heads.at(members)
-            found.append(as_they_are(heads)[0] if self._whole(members, rank) else form(heads, self._input, rank))
-        return score_params(self.old, found)
+            found.append(as_they_are(heads)[0] if self._whole(members, rank) else self._merged_scores(heads, rank))
+        pairs = tuple(one.pairs or tuple(range(rank // 2)) for one in found)
+        return score_params(self.old, found), pairs if any(one.pairs for one in found) else ()
 
-    def _values(self, scores: Params) -> Params:
+    def _merged_scores(self, heads: HeadWeights, rank: int) -> Scores:
+        if self.config.rotary is None:
+            return (latent_scores if self.share == "kv" else low_rank_scores)(heads, self._input, rank)
+        merge = rotary_latent_scores if self.share == "kv" else rotary_low_rank_scores
+        return merge(heads, self._input, rank, self.ordinary_key)
+
+    def _values(self, scores: Params, spec: LayerSpec) -> Params:
         """Values and output projections; `fit` makes up for what the merged scores get wrong."""
         if self.share == "qk":
-            return every_value(self.old, self.members)
+            return every_value(self.old, self.members, self.each)
         if self.share == "qkv" and self.plan.value_merge == "representative":
-            return representative_values(self.old, self.kept, self.members)
+            return representative_values(self.old, self.kept, self.members, self.each)
         rank, fit = self.spec.value_rank, self.share == "qkv" and self.plan.value_merge == "fit"
         merged = [at for at, members in enumerate(self.members) if not self._whole(members, rank)]
-        outputs = self._output(scores, merged) if fit and merged else iter(())
+        outputs = self._output(scores, spec, merged) if fit and merged else iter(())
         found = []
         for at, members in enumerate(self.members):
             heads = self._heads.at(members)
@@ -175,18 +187,18 @@ class LayerMerge:
 
     @cached_property
     def _heads(self) -> HeadWeights:
-        return dense_heads(self.old)
+        return dense_heads(self.config, self.old)
 
     @property
     def _input(self) -> InputMoments:
         assert self.stream is not None  # the plan needs text, so cluster() has it
         return self.stream.input_moments
 
-    def _output(self, scores: Params, clusters: Sequence[int]) -> Iterator[OutputMoments]:
+    def _output(self, scores: Params, spec: LayerSpec, clusters: Sequence[int]) -> Iterator[OutputMoments]:
         """Of these clusters' attention, whatever values it will have; representatives stand in for them."""
         assert self.stream is not None
         merged = {**self.old, **scores, **representative_values(self.old, self.kept, self.members)}
-        spec = dataclasses.replace(self.spec, value_rank=self.config.head_dim)
+        spec = dataclasses.replace(spec, value_rank=self.config.head_dim)
         layers, params = (self.dense, spec), (self.old, merged)
         how = how_in_float32(self.stream.model)
         return output_moments(self.config, layers, how, params, clusters, self.stream.x, self.stream.mask)

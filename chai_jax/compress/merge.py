@@ -8,9 +8,12 @@ and Young 1936). No matrix is inverted: after a layer norm, S is always singular
 Biases cost nothing. What is constant over keys (key biases, mu's part of a key) drops out of the softmax; what is
 constant over tokens (value biases, mu's part of a value) goes into the output bias, since softmax rows sum to one. So
 merged keys and values are centred, and in the white gauge: each column has unit variance, which is also what spreads
-the rounding error of an int8 token over its entries in proportion to what each is worth.
+the rounding error of an int8 token over its entries in proportion to what each is worth. A family without an output
+bias has no place for the constant of its values: theirs are not centred, and S is E[x'x] (see `ValueSpace`).
 
-Letters: m heads of a cluster, D width, K head dimension, R rank.
+Keys that are turned by rotary positions are merged in `chai_jax.compress.rotary_merge`.
+
+Letters: m heads of a cluster, each a key and a value read by n queries, D width, K head dimension, R rank.
 """
 
 import functools
@@ -47,6 +50,16 @@ class InputMoments:
         """S."""
         return self.joint[:-1, :-1] - np.outer(self.mean, self.mean)
 
+    @property
+    def uncentred(self) -> Float[np.ndarray, "D D"]:
+        """E[x'x]."""
+        return self.joint[:-1, :-1]
+
+    @cached_property
+    def uncentred_root(self) -> Float[np.ndarray, "D D"]:
+        """E[x'x]^(1/2)."""
+        return square_root(self.uncentred)
+
     @cached_property
     def joint_root(self) -> Float[np.ndarray, "D1 D1"]:
         """A^(1/2)."""
@@ -76,12 +89,16 @@ class OutputMoments:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Queries (one, or one per head) and the key they read: score = (x query + query_bias) . (x key + key_bias)."""
+    """Queries (one, or one per head) and the key they read: score = (x query + query_bias) . (x key + key_bias).
+
+    `pairs`: of a rotary key, the frequency of each of its complex numbers (see `LayerSpec`).
+    """
 
     query: Float[np.ndarray, "D q R"]
     query_bias: Float[np.ndarray, "q R"]
     key: Float[np.ndarray, "D R"]
     key_bias: Float[np.ndarray, " R"]
+    pairs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,25 +113,41 @@ class Values:
 
 @dataclass(frozen=True, eq=False)
 class HeadWeights:
-    """Dense heads, those of a layer or of one cluster, float64."""
+    """Dense heads, those of a layer or of one cluster, float64; biases that a family does not have are zero.
 
-    query: Float[np.ndarray, "D m K"]
-    query_bias: Float[np.ndarray, "m K"]
+    The n queries of a head follow one another, and so do their outputs.
+
+    Attributes:
+        key_bias: None: it drops out of the softmax, and is of no interest.
+        centred: whether constants of the values have a place, in the output bias.
+    """
+
+    query: Float[np.ndarray, "D mn K"]
+    query_bias: Float[np.ndarray, "mn K"]
     key: Float[np.ndarray, "D m K"]
     value: Float[np.ndarray, "D m K"]
     value_bias: Float[np.ndarray, "m K"]
-    output: Float[np.ndarray, "m K D"]
+    output: Float[np.ndarray, "mn K D"]
+    key_bias: Float[np.ndarray, "m K"] | None = None
+    centred: bool = True
 
     @property
-    def queries(self) -> Float[np.ndarray, "m D1 K"]:
-        """[Wq_h; bq_h] of every head."""
+    def each(self) -> int:
+        """n."""
+        return self.query.shape[1] // self.key.shape[1]
+
+    @property
+    def queries(self) -> Float[np.ndarray, "mn D1 K"]:
+        """[Wq_h; bq_h] of every query."""
         return np.concatenate([self.query, self.query_bias[None]]).transpose(1, 0, 2)
 
     def at(self, members: Sequence[int]) -> "HeadWeights":
         """These heads alone."""
-        some = list(members)
-        wide = (self.query[:, some], self.query_bias[some], self.key[:, some], self.value[:, some])
-        return HeadWeights(*wide, self.value_bias[some], self.output[some])
+        some, n = list(members), self.each
+        asking = [head * n + at for head in some for at in range(n)]
+        wide = (self.query[:, asking], self.query_bias[asking], self.key[:, some], self.value[:, some])
+        key_bias = None if self.key_bias is None else self.key_bias[some]
+        return HeadWeights(*wide, self.value_bias[some], self.output[asking], key_bias, self.centred)
 
 
 def square_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
@@ -178,49 +211,103 @@ def latent_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
     return Scores(query[:-1], query[-1], key, -x.mean @ key)
 
 
-def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
-    """One value and output projection for heads that share their attention (`qkv`).
+@dataclass(frozen=True, eq=False)
+class ValueSpace:
+    """A cluster's values as a map of what enters them, and what that is worth.
 
-    M = sum_h Wv_h Wo_h; S^(1/2) M = U s V'; the value is (x - mu) M V_R / s, the output projection s V_R'.
-    Objective: E |(x - mu) (M - merged)|^2, the value path of one token.
+    Centred, this is x - mu, and constants go into the output bias. Without an output bias it is x itself, or [x, 1]
+    where values have biases: E is D or D + 1.
+
+    Attributes:
+        values: the maps of all heads.
+        root: square root of the second moments of what enters.
+        mean: mu where values are centred, or else zero.
+        biased: whether what enters ends in 1.
     """
-    values, outputs = heads.value.reshape(len(heads.value), -1), np.concatenate(heads.output)  # M = values outputs
-    _, s, vt = svd(rank, (x.root, values), (outputs,))
+
+    values: Float[np.ndarray, "E m K"]
+    root: Float[np.ndarray, "E E"]
+    mean: Float[np.ndarray, " E"]
+    biased: bool = False
+
+    @classmethod
+    def of(cls, heads: HeadWeights, x: InputMoments) -> "ValueSpace":
+        """What the family's biases allow."""
+        if heads.centred:
+            return cls(heads.value, x.root, x.mean)
+        if heads.value_bias.any():
+            values = np.concatenate([heads.value, heads.value_bias[None]])
+            return cls(values, x.joint_root, np.zeros(len(values)), biased=True)
+        return cls(heads.value, x.uncentred_root, np.zeros(len(heads.value)))
+
+    def merged(
+        self, value: Float[np.ndarray, "E R"], output: Float[np.ndarray, "o R D"], constant: Float[np.ndarray, " D"]
+    ) -> Values:
+        """The value that this map is, with the outputs that read it."""
+        kernel, bias = (value[:-1], value[-1]) if self.biased else (value, -self.mean @ value)
+        return Values(kernel, bias, output, constant)
+
+
+def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
+    """One value, and n output projections, for heads that share their attention (`qkv`).
+
+    M_j = sum_h Wv_h Wo_hj, for the j-th query of every head; M = [M_1 ... M_n]; S^(1/2) M = U s V'; the value is
+    (x - mu) M V_R / s, the output projections are s V_R'. Objective: E |(x - mu) (M - merged)|^2, the value path of one
+    token.
+    """
+    space, n = ValueSpace.of(heads, x), heads.each
+    values, outputs = space.values.reshape(len(space.values), -1), _side_by_side(heads.output, n)  # M = values outputs
+    _, s, vt = svd(rank, (space.root, values), (outputs,))
     value = values @ (outputs @ (vt.T * inverse(s)))
-    constant = (heads.value_bias.reshape(-1) + x.mean @ values) @ outputs
-    return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)
+    output = (s[:, None] * vt).reshape(rank, n, -1).transpose(1, 0, 2)
+    if not heads.centred:
+        return space.merged(value, output, np.zeros(output.shape[-1]))
+    constant = (heads.value_bias.reshape(-1) + space.mean @ values) @ outputs
+    return space.merged(value, output, constant.reshape(n, -1).sum(axis=0))
 
 
 def latent_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
-    """One latent value and an output projection for each head (`kv`): as `latent_scores`, with (Wo_h Wo_h')^(1/2) for
-    G_h^(1/2). Objective: sum over heads of E |(x - mu) (Wv_h - merged) Wo_h|^2."""
-    joined = weighed_values(heads)
-    u, s, vt = svd(rank, (x.root,), (joined,))
+    """One latent value and an output projection for each query (`kv`): as `latent_scores`, with (Wo_h Wo_h')^(1/2) for
+    G_h^(1/2). Objective: sum over queries of E |(x - mu) (Wv_h - merged) Wo_h|^2."""
+    space, n = ValueSpace.of(heads, x), heads.each
+    joined = weighed_values(heads, space.values)
+    u, s, vt = svd(rank, (space.root,), (joined,))
     value = joined @ (vt.T * inverse(s))
-    read = fast_einsum("dr,de,emk->mrk", u, x.root, heads.value)
-    constant = fast_einsum("dmk,mke,d->e", heads.value, heads.output, x.mean)
-    constant += fast_einsum("mk,mke->e", heads.value_bias, heads.output)
-    return Values(value, -x.mean @ value, read @ heads.output, constant)
+    read = np.repeat(fast_einsum("dr,de,emk->mrk", u, space.root, space.values), n, axis=0)
+    if not heads.centred:
+        return space.merged(value, read @ heads.output, np.zeros(heads.output.shape[-1]))
+    outputs = heads.output if n == 1 else heads.output.reshape(-1, n, *heads.output.shape[1:]).sum(axis=1)
+    constant = fast_einsum("dmk,mke,d->e", heads.value, outputs, x.mean)
+    constant += fast_einsum("mk,mke->e", heads.value_bias, outputs)
+    return space.merged(value, read @ heads.output, constant)
+
+
+def _side_by_side(outputs: Float[np.ndarray, "mn K D"], n: int) -> Float[np.ndarray, "mK nD"]:
+    """The output projections of m heads below one another, those of a head's n queries side by side."""
+    size, width = outputs.shape[1:]
+    return outputs.reshape(-1, n, size, width).transpose(0, 2, 1, 3).reshape(-1, n * width)
 
 
 def weighed_keys(heads: HeadWeights, x: InputMoments) -> Float[np.ndarray, "D mK"]:
     """N = [Wk_h G_h^(1/2)]_h: the keys of all heads side by side, each weighed by what its queries ask for."""
-    return np.concatenate(
-        [heads.key[:, head] @ square_root(query.T @ x.joint @ query) for head, query in enumerate(heads.queries)],
-        axis=1,
-    )
+    asked = [query.T @ x.joint @ query for query in heads.queries]
+    n, heads_asked = heads.each, range(heads.key.shape[1])
+    sums = [sum(asked[head * n + 1 : head * n + n], asked[head * n]) for head in heads_asked]
+    return np.concatenate([heads.key[:, head] @ square_root(sums[head]) for head in heads_asked], axis=1)
 
 
-def weighed_values(heads: HeadWeights) -> Float[np.ndarray, "D mK"]:
+def weighed_values(heads: HeadWeights, values: Float[np.ndarray, "E m K"]) -> Float[np.ndarray, "E mK"]:
     """[Wv_h (Wo_h Wo_h')^(1/2)]_h: the values of all heads side by side, each weighed by what is made of it."""
-    roots = (square_root(output @ output.T) for output in heads.output)
-    return np.concatenate([heads.value[:, head] @ root for head, root in enumerate(roots)], axis=1)
+    wide = heads.output.reshape(values.shape[1], heads.each, *heads.output.shape[1:])
+    roots = (square_root(sum(output @ output.T for output in outputs)) for outputs in wide)
+    return np.concatenate([values[:, head] @ root for head, root in enumerate(roots)], axis=1)
 
 
 def spectra(heads: HeadWeights, x: InputMoments) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Singular values of a layer's keys and values, as `latent_scores` and `latent_values` cut them off at a rank."""
-    joined = weighed_keys(heads, x), weighed_values(heads)
-    keys, values = (svd(matrix.shape[1], (x.root,), (matrix,))[1] for matrix in joined)
+    space = ValueSpace.of(heads, x)
+    pairs = (x.root, weighed_keys(heads, x)), (space.root, weighed_values(heads, space.values))
+    keys, values = (svd(matrix.shape[1], (root,), (matrix,))[1] for root, matrix in pairs)
     return keys, values
 
 
@@ -234,16 +321,24 @@ def fitted_values(
     B = (Z'Z + ridge)^-1 (Z'Y + ridge M), cut to the R leading principal directions of Z B. Objective:
     E |Y - Z merged|^2 + ridge |merged - M|^2, with ridge relative to the mean variance of Z.
     """
-    values, outputs = heads.value.reshape(len(heads.value), -1), np.concatenate(heads.output)  # M = values outputs
-    size = len(moments.zz)
-    penalty = max(ridge * np.trace(moments.zz) / size, np.finfo(np.float64).tiny)
+    if heads.each > 1:
+        raise ValueError("several queries of a head share its value: there is no closed form")
+    space, zz, zy = ValueSpace.of(heads, x), moments.zz, moments.zy
+    if not heads.centred:
+        zz, zy = zz + np.outer(moments.z, moments.z), zy + np.outer(moments.z, moments.y)
+    if space.biased:  # rows of attention sum to one
+        zz = np.block([[zz, moments.z[:, None]], [moments.z[None], np.ones((1, 1))]])
+        zy = np.concatenate([zy, moments.y[None]])
+    values, outputs = space.values.reshape(len(space.values), -1), np.concatenate(heads.output)  # M = values outputs
+    size = len(zz)
+    penalty = max(ridge * np.trace(zz) / size, np.finfo(np.float64).tiny)
     # Y lies where the heads put it: of D directions the m K (at most) that their outputs span. B = narrow across'.
     across = scipy.linalg.qr(outputs.T, mode="economic")[0]
-    lower = scipy.linalg.cholesky(moments.zz + penalty * np.eye(size), lower=True)
-    towards = moments.zy @ across + penalty * values @ (outputs @ across)
+    lower = scipy.linalg.cholesky(zz + penalty * np.eye(size), lower=True)
+    towards = zy @ across + penalty * values @ (outputs @ across)
     narrow = scipy.linalg.cho_solve((lower, True), towards)
     # Any square root of Z'Z + ridge gives the same singular values and right vectors.
     _, s, vt = svd(rank, (lower.T, narrow), (across.T,))
-    value = narrow @ (across.T @ (vt.T * inverse(s)))
-    constant = moments.y - (moments.z - x.mean) @ value @ (s[:, None] * vt)
-    return Values(value, -x.mean @ value, (s[:, None] * vt)[None], constant)
+    value, output = narrow @ (across.T @ (vt.T * inverse(s))), s[:, None] * vt
+    constant = moments.y - (moments.z - x.mean) @ value @ output if heads.centred else np.zeros(output.shape[-1])
+    return space.merged(value, output[None], constant)

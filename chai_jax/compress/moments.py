@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int32
 
 from chai_jax.compress.merge import InputMoments, OutputMoments
 from chai_jax.model.execution import Execution
-from chai_jax.model.layerwise import anonymous, seen_through
+from chai_jax.model.layerwise import anonymous, seen_through, with_pairs
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
 from chai_jax.plans.architecture import Architecture
@@ -54,6 +54,7 @@ def output_moments(
         row[[place[head] for head in layers[1].clusters[cluster]]] = 1
     chosen = jnp.asarray(members), jnp.asarray(clusters, jnp.int32)
     sums = partial(_output_moments, config, tuple(map(anonymous, layers)), how, *chosen)
+    params = params[0], with_pairs(layers[1], params[1])
     total, width = _sum(sums, params, x, mask), config.hidden_size
     for summed in total["pairs"]:
         pairs = summed / total["count"]

@@ -18,7 +18,15 @@ from chai_jax.plans.spec import STORAGES, LayerSpec, Spec
 
 # The contracted axes of each kernel of a layer: int8 weights have one scale per output channel, int4 weights one for
 # each GROUP entries along the last of these axes.
-CONTRACTED = {"query": (-3,), "key": (-3,), "value": (-3,), "output": (-3, -2), "up": (-2,), "down": (-2,)}
+CONTRACTED = {
+    "query": (-3,),
+    "key": (-3,),
+    "value": (-3,),
+    "output": (-3, -2),
+    "gate": (-2,),
+    "up": (-2,),
+    "down": (-2,),
+}
 GROUP = 64
 
 _quantize = jax.jit(quantize_int8, static_argnums=(1, 2))  # one program a shape instead of one per operation
@@ -51,7 +59,8 @@ def _store_layer(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan
         return layer.stored_as([_one_format(index, range(len(format_of)), format_of)] * layer.key_heads), params
     storages = [_one_format(index, heads, format_of) for heads in layer.clusters]
     order = cluster_order(layer.share, layer.clusters, storages)
-    ordered = dataclasses.replace(layer, clusters=tuple(layer.clusters[at] for at in order))
+    clusters, pairs = (tuple(all[at] for at in order) if all else () for all in (layer.clusters, layer.pairs))
+    ordered = dataclasses.replace(layer, clusters=clusters, pairs=pairs)
     return ordered.stored_as([storages[at] for at in order]), reorder(layer, params, order)
 
 
@@ -73,8 +82,8 @@ def store_weights(params: Params, weights: str) -> Params:
         return params
     stored = dict(params)
     for name, axes in CONTRACTED.items():
-        kernel = params[name]["kernel"]
-        stored[name] = {**params[name], "kernel": _store_kernel(kernel, axes, weights)}
+        if name in params:  # not every family has a gate
+            stored[name] = {**params[name], "kernel": _store_kernel(params[name]["kernel"], axes, weights)}
     return stored
 
 

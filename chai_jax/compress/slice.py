@@ -13,34 +13,44 @@ from chai_jax.model.quantized import Int4Array, Leaf, QuantizedArray
 from chai_jax.plans.spec import LayerSpec
 
 
-def representative_scores(params: Params, kept: Sequence[int]) -> Params:
-    """Query and key projections of the heads stored at `kept` alone."""
-    return {"query": take_heads(params["query"], kept), "key": take_heads(params["key"], kept)}
+def of_heads(heads: Sequence[int], each: int) -> list[int]:
+    """Where the queries (or outputs) of these heads are, of which each head has so many."""
+    return [head * each + at for head in heads for at in range(each)]
 
 
-def every_value(params: Params, members: Sequence[Sequence[int]]) -> Params:
+def representative_scores(params: Params, kept: Sequence[int], each: int = 1) -> Params:
+    """Query and key projections of the heads stored at `kept` alone, each with its queries."""
+    return {"query": take_heads(params["query"], of_heads(kept, each)), "key": take_heads(params["key"], kept)}
+
+
+def every_value(params: Params, members: Sequence[Sequence[int]], each: int = 1) -> Params:
     """Value and output projections of all heads, in the order of their clusters (`qk`)."""
     everyone = [head for heads in members for head in heads]
     output = params["output"]
     return {
         "value": take_heads(params["value"], everyone),
-        "output": {**output, "kernel": take(output["kernel"], everyone, axis=-3)},
+        "output": {**output, "kernel": take(output["kernel"], of_heads(everyone, each), axis=-3)},
     }
 
 
-def representative_values(params: Params, kept: Sequence[int], members: Sequence[Sequence[int]]) -> Params:
-    """One value head per cluster, output projections summed (`qkv`).
+def representative_values(
+    params: Params, kept: Sequence[int], members: Sequence[Sequence[int]], each: int = 1
+) -> Params:
+    """One value head per cluster, output projections summed, of a head's queries one by one (`qkv`).
 
-    The value biases of merged heads move into the output bias. That is exact, since softmax rows sum to one.
+    The value biases of merged heads move into the output bias. That is exact, since softmax rows sum to one. Without an
+    output bias the representative's stays.
     """
     value, output = params["value"], params["output"]
     kernel = np.asarray(output["kernel"], np.float32)
-    folded = np.stack([kernel[list(heads)].sum(axis=0) for heads in members])
+    by_head = kernel.reshape(-1, each, *kernel.shape[1:])
+    folded = np.concatenate([by_head[list(heads)].sum(axis=0) for heads in members])
     new_output = {**output, "kernel": jnp.asarray(folded, output["kernel"].dtype)}
     new_value = take_heads(value, kept)
-    if "bias" in value:
+    if "bias" in value and "bias" in output:
         moved = [head for heads in members if len(heads) > 1 for head in heads]
-        constant = np.einsum("hr,hrd->d", np.asarray(value["bias"], np.float32)[moved], kernel[moved])
+        summed = kernel if each == 1 else by_head.sum(axis=1)
+        constant = np.einsum("hr,hrd->d", np.asarray(value["bias"], np.float32)[moved], summed[moved])
         new_output["bias"] = jnp.asarray(np.asarray(output["bias"], np.float32) + constant, output["bias"].dtype)
         bias = np.array(new_value["bias"])
         bias[[at for at, heads in enumerate(members) if len(heads) > 1]] = 0

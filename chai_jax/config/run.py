@@ -112,7 +112,10 @@ class PlanConfig:
     """Clusters of a layer: `elbow`, a number, a fraction of the heads below 1, or `correlation:0.9`: as few as keep
     every head so correlated with the head that stands for it (default: elbow; for the toy 2)."""
     rank: float = 0.25
-    """Rank of a `kv` latent, as a fraction of the model's width."""
+    """Rank of a `kv` latent, as a fraction of all keys' dimensions, or of the width where that is less."""
+    kv_heads: int | None = None
+    """Instead of clusters: merge every layer's key and value heads to this number, of equal size. The result is an
+    ordinary model with grouped queries, which `chai-jax export` writes for every engine."""
     score_merge: Literal["representative", "low_rank"] | None = None
     """How queries and keys of a cluster are merged (default: representative; with --kv-budget: low_rank)."""
     value_merge: Literal["representative", "low_rank", "fit"] | None = None
@@ -147,12 +150,13 @@ class PlanConfig:
         require(budget is None or 0 < budget <= 1, "--kv-budget", budget, whole)
         require_positive("--model-budget", self.model_budget)
         require_count("--warmup-tokens", self.warmup_tokens)
+        require(self.kv_heads is None or self.kv_heads > 0, "--kv-heads", self.kv_heads, "a number above 0")
         require_count("--calibration", self.calibration)
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The whole job: cluster, distil, quantize and tune an OPT model, and measure it after every stage."""
+    """The whole job: cluster, distil, quantize and tune a model, and measure it after every stage."""
 
     model: str = "toy"
     """Hub id (facebook/opt-125m), folder in Hugging Face layout, or `toy`, which is built in and needs no network."""

@@ -20,6 +20,7 @@ from chai_jax.data.chat import check_template
 from chai_jax.data.tokens import bare_tokens, prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
 from chai_jax.evaluation.harness_requests import generation_settings, sequences, without_refused_system
+from chai_jax.evaluation.harness_results import results_folder, written_files
 from chai_jax.evaluation.harness_tasks import HARNESS_FILES, local_rows, write_tasks
 from chai_jax.evaluation.tasks import BATCH_SIZE
 from chai_jax.files.atomic import check_writable
@@ -195,7 +196,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         return texts
 
 
-def run(
+def run_harness(
     model: str,
     arguments: Sequence[str],
     data_dir: Path | None = None,
@@ -246,7 +247,7 @@ def _use_local_rows(namespace: argparse.Namespace, data_dir: Path, folder: Path)
 
 
 def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
-    """Let the harness do what its parsed options say; see `run`."""
+    """Let the harness do what its parsed options say; see `run_harness`."""
     passed: Record = {}
     evaluate = lm_eval.simple_evaluate
 
@@ -254,7 +255,7 @@ def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
         """`simple_evaluate`: what goes in and comes out, since the harness's command line returns nothing."""
         passed["tracker"] = evaluation_tracker
         if evaluation_tracker.output_path:  # the harness would find it out at the end, and only warn
-            check_writable(_root(evaluation_tracker.output_path))
+            check_writable(results_folder(evaluation_tracker.output_path))
         found: Record = evaluate(*args, evaluation_tracker=evaluation_tracker, **options)
         passed["results"] = found
         return found if first_process() else None  # what the others return they would write
@@ -275,25 +276,9 @@ def _execute(harness: Any, namespace: argparse.Namespace) -> Record:
             raise
         raise InputError(f"lm-eval: {' '.join(str(error).split())}") from None
     found = {name: passed["results"].get(name) for name in ("results", "groups", "n-samples", "versions", "config")}
-    found["files"] = _written(passed["tracker"]) if first_process() else []
+    found["files"] = written_files(passed["tracker"]) if first_process() else []
     readable: Record = json.loads(json.dumps(found, default=handle_non_serializable))
     return readable
-
-
-def _root(output_path: str) -> Path:
-    """The folder under which the harness writes, given a folder or the name of a JSON file."""
-    path = Path(output_path)
-    return path.parent if path.suffix == ".json" else path
-
-
-def _written(tracker: Any) -> list[str]:
-    """The files that the harness's tracker has just saved; it only warns where it could not."""
-    if not tracker.output_path:
-        return []
-    files = sorted(_root(tracker.output_path).rglob(f"*_{tracker.date_id}.json*"))
-    if not files:
-        raise InputError(f"the results could not be written to {tracker.output_path}: see lm-eval's messages above")
-    return [str(file) for file in files]
 
 
 @contextmanager

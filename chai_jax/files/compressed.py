@@ -25,7 +25,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, Params, declare
 from chai_jax.model.quantized import Int4Array, QuantizedArray
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.spec import Spec
+from chai_jax.plans.spec import LayerSpec, Spec
 
 # transformers stops at a quantization that names no method, even where it is made to look past the model_type.
 FORMAT = {"format": "chai_jax"}
@@ -84,10 +84,15 @@ def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
         dense = (
             all(len(heads) == 1 for heads in layer.clusters) and layer.key_rank == layer.value_rank == config.head_dim
         )
-        if sorted(head for heads in layer.clusters for head in heads) != list(range(config.num_heads)):
+        if sorted(head for heads in layer.clusters for head in heads) != list(range(config.kv_heads)):
             raise InputError(
-                f"{path} layer {index} does not have each of the {config.num_heads} heads once: save the model again"
+                f"{path} layer {index} does not have each of the {config.kv_heads} heads once: save the model again"
             )
+        if layer.queries != config.queries:
+            raise InputError(
+                f"{path} layer {index} has {layer.queries} queries a head, config.json {config.queries}: save it again"
+            )
+        _check_pairs(path, index, layer, config)
         if layer.share == "dense" and not dense:
             raise InputError(f"{path} layer {index} is called dense and is not: save the model again")
         if max(layer.key_rank, layer.value_rank) > config.hidden_size:
@@ -96,6 +101,14 @@ def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
     if not isinstance(quantized, dict):
         raise InputError(f"{path} has quantized {quantized!r:.80}; expected names with axes: save the model again")
     return spec, quantized
+
+
+def _check_pairs(path: Path, index: int, layer: LayerSpec, config: Architecture) -> None:
+    """Rotary keys have frequencies that there are; other keys have none, nor have ordinary heads."""
+    most = config.head_dim // 2 if config.rotary else 0
+    known = all(pair < most for pairs in layer.pairs for pair in pairs)
+    if not known or (most and not layer.pairs and layer.key_rank != config.head_dim):
+        raise InputError(f"{path} layer {index} has pairs that are no frequencies of its keys: save the model again")
 
 
 def read_params(config: Architecture, spec: Spec, tensors: dict[str, Stored], quantized: dict[str, Any]) -> Params:

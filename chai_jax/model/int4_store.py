@@ -73,14 +73,14 @@ def empty_blocks(batch: int, heads: int, capacity: int, rank: int, axis: int) ->
     return BlockStore(blocks, jnp.zeros((batch, heads, BLOCK, rank), jnp.bfloat16))
 
 
-def extend_blocks(store: BlockStore, capacity: int) -> BlockStore:
+def extend_blocks(past: BlockStore, capacity: int) -> BlockStore:
     """The same store with room for `capacity` columns."""
-    room = capacity // BLOCK - store.blocks.shape[2]
-    return BlockStore(jax.tree.map(lambda x: pad(x, 2, room), store.blocks), store.recent)
+    room = capacity // BLOCK - past.blocks.shape[2]
+    return BlockStore(jax.tree.map(lambda x: pad(x, 2, room), past.blocks), past.recent)
 
 
 def append_blocks(
-    store: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"]
+    past: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"]
 ) -> tuple[BlockStore, Windowed]:
     """The store with T more tokens in columns `start`..., and what each of these T rows reads, in x's dtype.
 
@@ -91,14 +91,14 @@ def append_blocks(
     touched = -(-(BLOCK - 1 + rows) // BLOCK)  # blocks, at most
     first = start // BLOCK
     base = first * BLOCK
-    window = _window(store.recent, x, start - base, touched * BLOCK)
+    window = _window(past.recent, x, start - base, touched * BLOCK)
 
     numbers = first + jnp.arange(touched, dtype=jnp.int32)
     complete = (numbers + 1) * BLOCK <= start + rows
     held = jax.lax.dynamic_slice_in_dim(pad(real, 1, touched * BLOCK), base, touched * BLOCK, axis=1)
-    new = quantize_int4(_fill(window, held).astype(jnp.float32), store.blocks.axis, BLOCK)
+    new = quantize_int4(_fill(window, held).astype(jnp.float32), past.blocks.axis, BLOCK)
     place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
-    blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), store.blocks, new)
+    blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
     last = (start + rows - 1) // BLOCK * BLOCK - base
     after = BlockStore(blocks, jax.lax.dynamic_slice_in_dim(window, last, BLOCK, axis=2))
 

@@ -58,7 +58,7 @@ def through_layer(
     model: Model, layer: LayerSpec, params: Params, x: Float[Array, "N W D"], mask: Any
 ) -> Float[Array, "N W D"]:
     """`through` for a layer that is not (yet) the model's."""
-    return _through(model.config, anonymous(layer), how_in_float32(model), params, x, mask)
+    return _through(model.config, anonymous(layer), how_in_float32(model), with_pairs(layer, params), x, mask)
 
 
 def anonymous(layer: LayerSpec) -> LayerSpec:
@@ -66,7 +66,12 @@ def anonymous(layer: LayerSpec) -> LayerSpec:
 
     Only prompts shorter than the warm-up, where clusters are found per prompt, depend on them.
     """
-    return layer if layer.membership == "prompt" else dataclasses.replace(layer, clusters=())
+    return layer if layer.membership == "prompt" else dataclasses.replace(layer, clusters=(), pairs=())
+
+
+def with_pairs(layer: LayerSpec, params: Params) -> Params:
+    """A layer's parameters with the frequencies of its rotary keys, which its anonymous self does not know."""
+    return {**params, "pairs": jnp.asarray(layer.pairs, jnp.int32)} if layer.pairs else params
 
 
 def seen_through(

@@ -106,16 +106,16 @@ def attend_per_prompt(
         start: the first column written.
     """
     (group,) = layer.groups
-    store = partial(remember, past, storage=group.storage, start=start, real=real)
+    remembered = partial(remember, past, storage=group.storage, start=start, real=real)
     if past is not None:
         membership = past.membership
     else:
-        _, keys, values = store(key, value)
+        _, keys, values = remembered(key, value)
         number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
         long_enough = number[:, -1] + 1 >= layer.warmup
         first, attention = attend_warmup(query, keys, values, real, scale, min(layer.warmup, real.shape[1]))
         membership = decide(layer, attention, long_enough)
-    new, keys, values = store(membership.keep(key), value)
+    new, keys, values = remembered(membership.keep(key), value)
     scores = scores_of(membership.keep(query)[:, :, None], keys, allowed, scale)[:, :, 0]
     probabilities = jax.nn.softmax(scores, axis=-1)
     heads = mix_assigned(probabilities, values, membership.cluster_of, query.dtype)

@@ -80,8 +80,8 @@ def _yarn_size(numbers: dict[str, float]) -> float:
 def rotate(
     x: Float[Array, "B heads T R"],
     positions: Int32[Array, "B T"],
-    frequencies: Float[np.ndarray, "*heads R2"],
-    sizes: Float[np.ndarray, "*heads R2"],
+    frequencies: Float[np.ndarray | Array, "*heads R2"],
+    sizes: Float[np.ndarray | Array, "*heads R2"],
 ) -> Float[Array, "B heads T R"]:
     """Queries or keys turned to their positions, computed in float32, in x's dtype.
 

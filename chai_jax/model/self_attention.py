@@ -67,16 +67,22 @@ def by_group(layer: LayerSpec, query: Array, key: Array, value: Array) -> list[t
 
 
 def positioned(
-    config: Architecture, params: Params, query: Array, key: Array, positions: Int32[Array, "B T"]
+    config: Architecture, layer: LayerSpec, params: Params, query: Array, key: Array, positions: Int32[Array, "B T"]
 ) -> tuple[Array, Array]:
     """Queries and keys as scores are made of them: normed, then turned, where the family does so."""
     if config.qk_norm:
         query = norm(params.get("query_norm", {}), query, config.norm, config.norm_epsilon)
         key = norm(params.get("key_norm", {}), key, config.norm, config.norm_epsilon)
-    if config.rotary is not None:
-        by = turns(config.rotary, config.head_dim)
-        query, key = rotate(query, positions, *by), rotate(key, positions, *by)
-    return query, key
+    if config.rotary is None:
+        return query, key
+    by = turns(config.rotary, config.head_dim)
+    pairs = params.get("pairs", layer.pairs)  # as data where layers share a program (see `layerwise`)
+    if not len(pairs):
+        return rotate(query, positions, *by), rotate(key, positions, *by)
+    frequencies, sizes = (jnp.asarray(each)[jnp.asarray(pairs)] for each in by)
+    read = [group.queries for group in layer.groups for _ in range(group.clusters)]
+    asked = np.repeat(np.arange(len(read)), read)
+    return rotate(query, positions, frequencies[asked], sizes[asked]), rotate(key, positions, frequencies, sizes)
 
 
 def attention(
@@ -93,7 +99,7 @@ def attention(
 ) -> tuple[Float[Array, "B N D"], tuple[GroupCache, ...], Seen]:
     """Self-attention of one layer, group by group; arguments as of `block`."""
     query, key, value = projected(layer, params, x, how.kernels)
-    query, key = positioned(config, params, query, key, place.positions)
+    query, key = positioned(config, layer, params, query, key, place.positions)
     output = partial(project, "bhtr,hrd->btd", params["output"], kernels=how.kernels)
     allowed, scale = place.within(layer.window), config.head_dim**-0.5
     if layer.membership == "prompt":

@@ -67,6 +67,12 @@ class Architecture:
     windows: tuple[int, ...] = field(default=(), repr=False)
     family: str = field(default="opt", repr=False)  # decides no number, so it is in no repr
 
+    def __post_init__(self) -> None:
+        """What is as it would be without being said is absent, so that equal shapes are equal."""
+        for name, usual in (("num_kv_heads", self.num_heads), ("head_size", self.hidden_size // self.num_heads)):
+            if getattr(self, name) == usual:
+                object.__setattr__(self, name, None)
+
     def __repr__(self) -> str:
         shown = (
             each
@@ -88,6 +94,15 @@ class Architecture:
     @property
     def head_dim(self) -> int:
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def kv_width(self) -> int:
+        """The largest rank that all keys (or values) of a layer can have together."""
+        return min(self.hidden_size, self.kv_heads * self.head_dim)
+
+    def even(self, rank: int) -> int:
+        """A rank that keys can have: of rotary ones, which are complex numbers, an even one; up to 1 more is taken."""
+        return rank if self.rotary is None else rank + rank % 2
 
     @property
     def final_norm(self) -> bool:

@@ -6,6 +6,7 @@ are frozen, hashable and plain JSON, and are checked before anything is done wit
 
 import dataclasses
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -201,6 +202,38 @@ class Plan:
             rank = max(layer.key_rank or 0, layer.value_rank or 0)
             if rank > width:
                 raise InputError(f"plan layer {index} has rank {rank}; expected at most the model's width, {width}")
+            if config.rotary is not None and (layer.key_rank or 0) % 2:
+                raise InputError(
+                    f"plan layer {index} has key_rank {layer.key_rank}; rotary keys are complex numbers: expected an "
+                    "even rank"
+                )
+        shares = {self.share_of(index) for index, layer in enumerate(self.layers) if layer.merged}
+        check_merges(config, shares, self.score_merge, self.value_merge, self.membership)
+
+
+def check_merges(
+    config: Architecture, shares: Collection[str], score_merge: str, value_merge: str, membership: str = "calibrated"
+) -> None:
+    """Refuse merges that are not defined for a model's heads.
+
+    Raises:
+        InputError: saying why, and what is defined.
+    """
+    if config.qk_norm and ("kv" in shares or (shares and score_merge == "low_rank")):
+        raise InputError(
+            "the plan merges keys by low rank, the model norms keys after their projection, so that no projection "
+            "makes merged ones: use share 'qk' or 'qkv' with scores 'representative'"
+        )
+    if config.queries > 1 and "qkv" in shares and value_merge == "fit":
+        raise InputError(
+            f"the plan fits values to attention, of which each value head of the model has {config.queries}: there is "
+            "no closed form for several; use values 'low_rank'"
+        )
+    if config.queries > 1 and shares and membership == "prompt":
+        raise InputError(
+            f"the plan finds clusters per prompt, the model has {config.queries} queries for each key head; this is "
+            "defined for one: use membership 'calibrated'"
+        )
 
 
 def round_up(fraction: float, count: int) -> int:

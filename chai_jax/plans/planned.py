@@ -37,7 +37,15 @@ def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerS
     clusters = tuple(wanted.clusters[at].heads for at in order)
     groups = group_clusters(share, clusters, [storages[at] for at in order], per_head=config.queries)
     ranks = (wanted.key_rank or config.head_dim, wanted.value_rank or config.head_dim)
-    return LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=config.queries)
+    made = LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=config.queries)
+    return made if wanted.key_rank is None else dataclasses.replace(made, pairs=_any_pairs(made, config))
+
+
+def _any_pairs(layer: LayerSpec, config: Architecture) -> tuple[tuple[int, ...], ...]:
+    """Frequencies of rotary keys, which only the merge itself chooses; bytes and time do not depend on them."""
+    if config.rotary is None:
+        return ()
+    return (tuple(at % (config.head_dim // 2) for at in range(layer.key_rank // 2)),) * len(layer.clusters)
 
 
 def cluster_order(share: str, clusters: Sequence[tuple[int, ...]], storages: Sequence[str]) -> list[int]:

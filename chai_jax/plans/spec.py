@@ -52,9 +52,14 @@ class Group:
 class LayerSpec:
     """What one layer is: `clusters` lists the original head numbers of each cluster, in the order stored.
 
-    A head is a key, a value and the `queries` that read it. `window`: how many tokens a token reads at most; 0: all.
     With membership `prompt` every sequence finds its own clusters on its first `warmup` tokens. All heads are then
     stored, in their original order, and `clusters` (each led by its representative) are those of shorter sequences.
+
+    Attributes:
+        queries: query heads of each head: a head is a key, a value and the queries that read it.
+        window: how many tokens a token reads at most, itself included; 0: all.
+        pairs: where rotary keys are merged, the frequency (its number in a head) of each complex number that the keys
+            of a cluster are made of; empty: every frequency once, in order.
     """
 
     share: Annotated[str, SHARES]
@@ -67,6 +72,7 @@ class LayerSpec:
     warmup: Number = 0
     queries: Count = field(default=1, metadata=LATER)
     window: Number = field(default=0, metadata=LATER)
+    pairs: tuple[tuple[Number, ...], ...] = field(default=(), metadata=LATER)
 
     @property
     def query_heads(self) -> int:
@@ -197,4 +203,5 @@ def _fits(layer: LayerSpec) -> bool:
         and layer == layer.stored_as(layer.storages)
         and (layer.warmup > 0) == per_prompt
         and (not per_prompt or (layer.share == "qk" and layer.queries == 1))
+        and (not layer.pairs or [2 * len(pairs) for pairs in layer.pairs] == [layer.key_rank] * len(layer.clusters))
     )

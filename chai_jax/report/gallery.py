@@ -21,7 +21,7 @@ from chai_jax.report.figures import (
     sensitivity,
     unbeaten,
 )
-from chai_jax.report.figures.draw import Row
+from chai_jax.report.figures.draw import PictureRow
 from chai_jax.report.saved import SavedRun
 from chai_jax.report.tables import score
 
@@ -129,7 +129,7 @@ def _of_layers(run: SavedRun) -> Iterator[Drawing]:
         )
 
 
-def tradeoff(records: Sequence[Record]) -> tuple[tuple[Measure, ...], list[Row]]:
+def tradeoff(records: Sequence[Record]) -> tuple[tuple[Measure, ...], list[PictureRow]]:
     """Score, latency and cache reduction of every stage; for a text the score is its perplexity."""
     labelled = "acc" in records[0]["metrics"]
     rows = [
@@ -144,7 +144,7 @@ def tradeoff(records: Sequence[Record]) -> tuple[tuple[Measure, ...], list[Row]]
     return (TRADEOFF[0] if labelled else PERPLEXITY, *TRADEOFF[1:]), rows
 
 
-def metrics_of(records: Sequence[Record]) -> tuple[list[Measure], list[Row]]:
+def metrics_of(records: Sequence[Record]) -> tuple[list[Measure], list[PictureRow]]:
     """What a heatmap shows of every stage."""
     first, rows = tradeoff(records)
     measures = [
@@ -165,7 +165,7 @@ def metrics_of(records: Sequence[Record]) -> tuple[list[Measure], list[Row]]:
     return [one for one in measures if any(row[one.name] is not None for row in rows)], rows
 
 
-def scores(records: Sequence[Record], series: str | None = None) -> tuple[list[Row], Measure]:
+def scores(records: Sequence[Record], series: str | None = None) -> tuple[list[PictureRow], Measure]:
     """Points for `pareto`: scores with 95 % intervals against cache; without a `series` each stage is one."""
     labelled = "acc" in records[0]["metrics"]
     measure = TRADEOFF[0] if labelled else PERPLEXITY
@@ -179,7 +179,7 @@ def scores(records: Sequence[Record], series: str | None = None) -> tuple[list[R
     return rows, measure
 
 
-def draw_front(path: Path, rows: Sequence[Row], measure: Measure, note: str) -> None:
+def draw_front(path: Path, rows: Sequence[PictureRow], measure: Measure, note: str) -> None:
     """Scores against cache, and a line through those that no other equals or beats in both."""
     losses = measure.of(rows) * (1 if measure.lower else -1)
     best = [rows[at] for at in unbeaten(np.array([row[COST] for row in rows]), losses)]
@@ -193,7 +193,7 @@ def _around(value: float | None, error: float | None) -> list[float | None]:
     return [value - 1.96 * error, value + 1.96 * error]
 
 
-def steps(run: SavedRun) -> list[Row]:
+def steps(run: SavedRun) -> list[PictureRow]:
     """A row per stage for the diagram: what it does in a few words, and its figures as text."""
     return [
         {

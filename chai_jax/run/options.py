@@ -9,6 +9,7 @@ import numpy as np
 from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.cluster import cluster_count
 from chai_jax.analyse.explain import cache_fraction
+from chai_jax.analyse.planner import grouped_plan
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.config import PlanConfig
@@ -17,7 +18,7 @@ from chai_jax.errors import InputError
 from chai_jax.machine.processes import once
 from chai_jax.model.model import Model
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.plan import Plan
+from chai_jax.plans.plan import Plan, check_merges
 from chai_jax.plans.spec import STORAGES
 from chai_jax.report.figures import head_maps
 from chai_jax.run.work import Work
@@ -35,7 +36,9 @@ def plan_for(
     """
     check_options(wanted, model.config)
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
-    if wanted.kv_budget is None:
+    if wanted.kv_heads is not None:
+        plan = grouped_plan(model, seen, wanted.kv_heads, seed)
+    elif wanted.kv_budget is None:
         plan = _by_clusters(model, seen, wanted, seed)
     else:
         plan = _by_budget(model, seen, wanted, seed, costs if jax.process_count() == 1 else None)
@@ -53,7 +56,7 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
     """
     clusters = parse_clusters(wanted.clusters or "elbow")
     if clusters != "elbow":
-        cluster_count(clusters, np.zeros((config.num_heads, 1)))
+        cluster_count(clusters, np.zeros((config.kv_heads, 1)))
     parse_list("--storages", wanted.storages, STORAGES)
     if wanted.kv_budget is not None:
         budget_of(wanted).check_layers(config.num_layers)
@@ -63,6 +66,36 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
         raise InputError("--pin is given without --kv-budget; only the planner reads it: leave it out")
     if wanted.membership == "prompt":
         _check_prompt(wanted)
+    shares, score_merge, value_merge = merges_of(wanted, config)
+    check_merges(config, shares, score_merge, value_merge, wanted.membership)
+    if wanted.kv_heads is not None:
+        _check_kv_heads(wanted, config)
+
+
+def merges_of(wanted: PlanConfig, config: Architecture) -> tuple[tuple[str, ...], str, str]:
+    """What clusters may share, and how scores and values are merged: as asked, or what is defined and does best."""
+    if wanted.kv_budget is None:
+        share = wanted.share or ("qk" if wanted.membership == "prompt" else "qkv")
+        usual = {"scores": "representative", "values": "representative"}
+        shares: tuple[str, ...] = (share,)
+    else:
+        usual = {"scores": "representative" if config.qk_norm else "low_rank", "values": "low_rank"}
+        shares = (wanted.share,) if wanted.share else ("qkv",) if config.qk_norm else ("qkv", "kv")
+    return shares, wanted.score_merge or usual["scores"], wanted.value_merge or usual["values"]
+
+
+def _check_kv_heads(wanted: PlanConfig, config: Architecture) -> None:
+    """Grouped queries are made by one rule, for every layer alike."""
+    others = {"--kv-budget": wanted.kv_budget, "--share": wanted.share, "--clusters": wanted.clusters}
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise InputError(f"--kv-heads is given with {given[0]}; it decides all that is merged: leave one of them out")
+    check_merges(config, ("kv",), "low_rank", "low_rank")
+    if not 1 <= (wanted.kv_heads or 0) <= config.kv_heads or config.kv_heads % (wanted.kv_heads or 1):
+        raise InputError(
+            f"--kv-heads is {wanted.kv_heads}; expected a number that divides the model's {config.kv_heads} key and "
+            "value heads"
+        )
 
 
 def _check_prompt(wanted: PlanConfig) -> None:
@@ -75,7 +108,7 @@ def _check_prompt(wanted: PlanConfig) -> None:
     Plan((), wanted.share or "qk", wanted.membership, score_merge, warmup_tokens=wanted.warmup_tokens).check()
 
 
-def budget_of(wanted: PlanConfig) -> Budget:
+def budget_of(wanted: PlanConfig, shares: tuple[str, ...] = ("qkv", "kv")) -> Budget:
     """What the options that go with `--kv-budget` say.
 
     Raises:
@@ -85,7 +118,7 @@ def budget_of(wanted: PlanConfig) -> Budget:
     return Budget(
         wanted.kv_budget,
         wanted.model_budget,
-        (wanted.share,) if wanted.share else ("qkv", "kv"),
+        shares,
         parse_list("--storages", wanted.storages, STORAGES),
         parse_numbers("--pin", wanted.pin),
         wanted.ranks,
@@ -93,16 +126,17 @@ def budget_of(wanted: PlanConfig) -> Budget:
 
 
 def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
+    (share,), score_merge, value_merge = merges_of(wanted, model.config)
     return make_plan(
         model,
         seen,
-        share=wanted.share or ("qk" if wanted.membership == "prompt" else "qkv"),
+        share=share,
         layers=wanted.layers or 0.0,
         first=wanted.first,
         clusters=parse_clusters(wanted.clusters or "elbow"),
         rank=wanted.rank,
-        score_merge=wanted.score_merge or "representative",
-        value_merge=wanted.value_merge or "representative",
+        score_merge=score_merge,
+        value_merge=value_merge,
         sensitivity=wanted.sensitivity,
         membership=wanted.membership,
         warmup_tokens=wanted.warmup_tokens,
@@ -111,8 +145,8 @@ def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Pl
 
 
 def _by_budget(model: Model, seen: Probe, wanted: PlanConfig, seed: int, costs: Path | None) -> Plan:
-    budget = budget_of(wanted)
-    merges = {"score_merge": wanted.score_merge or "low_rank", "value_merge": wanted.value_merge or "low_rank"}
+    shares, score_merge, value_merge = merges_of(wanted, model.config)
+    budget, merges = budget_of(wanted, shares), {"score_merge": score_merge, "value_merge": value_merge}
     plan = plan_within(model, seen, budget, **merges, seed=seed, file=costs)
     reached = cache_fraction(plan, model.config)
     if reached > budget.cache:

@@ -197,7 +197,7 @@ def test_a_rank_costs_what_merging_by_it_costs(model: Model, seen: Probe) -> Non
             assert sizes[name].pop(full) == 0
             for rank, cost in sizes[name].items():
                 merge = LayerMerge(model, 0, dataclasses.replace(whole, **{f"{name}_rank": rank}), plan, stream)
-                assert damage.of(0, merge.spec, merge.params())[0] == pytest.approx(cost, rel=1e-2, abs=1e-6)
+                assert damage.of(0, *merge.made())[0] == pytest.approx(cost, rel=1e-2, abs=1e-6)
 
 
 def test_clusters_keep_fewer_ranks_where_that_costs_less(model: Model, seen: Probe) -> None:

@@ -54,7 +54,7 @@ def test_perturbed_is_merged_and_stored_as_the_low_tier(make: Make) -> None:
     layer, params = perturbed(make(), 1, LAYERS[1], Plan((), "qkv"))
     assert layer.share == "qkv"
     assert layer.storages == ("int8",) * 3
-    assert all(isinstance(params[name]["kernel"], QuantizedArray) for name in CONTRACTED)
+    assert all(isinstance(params[name]["kernel"], QuantizedArray) for name in CONTRACTED.keys() - {"gate"})
 
 
 @pytest.mark.parametrize("method", ["perturbation", "kl"])

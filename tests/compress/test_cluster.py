@@ -158,9 +158,6 @@ def test_refusals(text: Windows) -> None:
     model = random_model()
     with pytest.raises(InputError, match="expected calibration text"):
         cluster(model, latent(4, 4))
-    bare = random_model(dataclasses.replace(PRE, bias=False))
-    with pytest.raises(InputError, match="has no biases"):
-        cluster(bare, latent(4, 4), text)
     with pytest.raises(InputError, match="key_rank 4 with share 'qkv'"):
         dataclasses.replace(plan_of(PARTITION, "qkv", key_rank=4), score_merge="representative").check()
     with pytest.raises(InputError, match="value_rank is 0; expected a whole number from 1"):

@@ -27,6 +27,7 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.kernels import cpu
 from chai_jax.model.model import Model
 from chai_jax.model.params import fold_projections, init
+from chai_jax.model.place import locate
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 from chai_jax.serve import decode as serve
@@ -141,11 +142,12 @@ def test_what_is_looked_at_is_attended_to_by_xla(native: Execution) -> None:
     """It has scores to show; its products are kernels all the same."""
     (layer,) = Spec.dense(1, 4, 8).layers
     params = init(CONFIG, Spec((layer,)), jax.random.key(0))["layers"]["0"]
-    past, allowed = empty(Spec((layer,)), 1, 4).layers[0], jnp.ones((1, 1, 4), bool)
+    cache = empty(Spec((layer,)), 1, 4)
+    place = locate(jnp.ones((1, 1), bool), cache)
 
     def ran(plain: bool) -> tuple[bool, bool]:
-        run = partial(block, CONFIG, layer, params, allowed=allowed, past=past, how=native, plain=plain)
-        text = str(jax.make_jaxpr(lambda x: run(x, start=jnp.int32(0))[0])(jnp.ones((1, 1, 32))))
+        run = partial(block, CONFIG, layer, params, place=place, past=cache.layers[0], how=native, plain=plain)
+        text = str(jax.make_jaxpr(lambda x: run(x)[0])(jnp.ones((1, 1, 32))))
         return "chai_jax_attention" in text, "chai_jax_few_rows" in text
 
     assert ran(plain=False) == (True, True)

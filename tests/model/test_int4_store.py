@@ -150,18 +150,18 @@ def test_cached_equals_uncached_at_every_step(uncached: tuple[Params, Output], p
 
 def test_a_block_is_stored_once_when_it_is_complete() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 1, 70, 8))
-    store, real = empty_blocks(2, 1, 96, 8, BY_CHANNEL), jnp.ones((2, 96), bool)
+    past, real = empty_blocks(2, 1, 96, 8, BY_CHANNEL), jnp.ones((2, 96), bool)
     append = jax.jit(append_blocks)
     first = None
     for column in range(70):
-        store, _ = append(store, x[:, :, column : column + 1], jnp.int32(column), real)
-        used = [np.asarray(leaf)[:, :, at] for leaf in jax.tree.leaves(store.blocks) for at in range(3)]
+        past, _ = append(past, x[:, :, column : column + 1], jnp.int32(column), real)
+        used = [np.asarray(leaf)[:, :, at] for leaf in jax.tree.leaves(past.blocks) for at in range(3)]
         assert [bool(block.any()) for block in used] == [column >= end for end in (31, 63, 95)] * 3
         first = used[::3] if column == 31 else first
     for before, after in zip(first, used[::3], strict=True):
         np.testing.assert_array_equal(before, after)
-    np.testing.assert_array_equal(store.recent[:, :, :6], x[:, :, 64:].astype(jnp.bfloat16))
-    assert not np.asarray(store.recent[:, :, 6:]).any()
+    np.testing.assert_array_equal(past.recent[:, :, :6], x[:, :, 64:].astype(jnp.bfloat16))
+    assert not np.asarray(past.recent[:, :, 6:]).any()
 
 
 @pytest.mark.parametrize(("axis", "rank"), [(BY_CHANNEL, 5), (BY_TOKEN, 5), (BY_TOKEN, 40)])

@@ -208,9 +208,11 @@ def read_rotary(
     if not isinstance(scaling, Mapping):
         raise InputError(f"{where} has rope_scaling {scaling!r:.80}; expected an object or null: mend the file")
     given = {name: value for name, value in scaling.items() if value is not None}
-    kinds = {given.pop(name, "default") for name in ("type", "rope_type")} - {"default"} or {"default"}
-    kind = kinds.pop()
-    if kinds or kind not in SCALINGS:
+    kinds = [given.pop(name, "default") for name in ("type", "rope_type")]
+    kind = kinds[1] if kinds[0] == "default" else kinds[0]
+    if "default" not in kinds and kinds[0] != kinds[1]:
+        raise InputError(f"{where} has rope_scaling {kinds[0]!r:.80} and {kinds[1]!r:.80}; expected one: mend the file")
+    if kind not in SCALINGS:
         raise InputError(f"{where} has rope_scaling {kind!r:.80}; expected one of {', '.join(SCALINGS)}")
     outside = {name: fields[name] for name in names if fields.get(name) is not None}
     theta = given.pop("rope_theta", outside.get(names[0], theta))

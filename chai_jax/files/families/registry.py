@@ -29,6 +29,7 @@ def find_family(model_type: Any, where: Any) -> tuple[Family, bool]:
     known = {f"{prefix}{name}": (FAMILIES[name], not prefix) for name in FAMILIES for prefix in ("", COMPRESSED)}
     if not isinstance(model_type, str) or model_type not in known:
         raise InputError(
-            f"{where} holds a model of type {model_type!r:.80}; expected one of {', '.join(known)}: choose such a model"
+            f"{where} holds a model of type {model_type!r:.80}; expected one of {', '.join(FAMILIES)}, or "
+            f"{COMPRESSED} before one of them: choose such a model"
         )
     return known[model_type]

@@ -7,11 +7,11 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from chai_jax.report.figures.draw import TRADEOFF, Measure, Row, plain, write_caption, write_picture
+from chai_jax.report.figures.draw import TRADEOFF, Measure, PictureRow, plain, write_caption, write_picture
 
 
 def heatmap(
-    path: Path, rows: Sequence[Row], caption: str, measures: Sequence[Measure] = TRADEOFF, title: str = ""
+    path: Path, rows: Sequence[PictureRow], caption: str, measures: Sequence[Measure] = TRADEOFF, title: str = ""
 ) -> list[Path]:
     """Cells with their values, coloured by the change from the first row: red is worse, blue is better.
 
@@ -54,7 +54,7 @@ def worsening(values: Float[np.ndarray, "N M"], lower: Sequence[bool]) -> Float[
     return change / np.where(largest > 0, largest, 1)
 
 
-def _drawn(row: Row, line: np.ndarray, measures: Sequence[Measure]) -> Row:
+def _drawn(row: PictureRow, line: np.ndarray, measures: Sequence[Measure]) -> PictureRow:
     cells = {one.name: row.get(one.name) for one in measures}
     shades = {f"{one.name}_worse": round(float(shade), 6) for one, shade in zip(measures, line, strict=True)}
     return {"label": row["label"], **cells, **shades}

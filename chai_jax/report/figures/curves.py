@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from chai_jax.report.figures.draw import (
     COLOURS,
-    Row,
+    PictureRow,
     errorbars,
     plain,
     series_of,
@@ -19,7 +19,7 @@ from chai_jax.report.figures.draw import (
 )
 
 
-def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
+def losses(path: Path, rows: Sequence[PictureRow], caption: str) -> list[Path]:
     """Loss against update, one panel per training stage: every update thin, their running mean (of a twentieth) thick.
 
     Args:
@@ -29,7 +29,7 @@ def losses(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
     """
     stages = series_of(rows, "stage")
     figure = Figure(figsize=(max(5.0, 4.0 * len(stages)), 3.6), layout="constrained")
-    drawn: list[Row] = []
+    drawn: list[PictureRow] = []
     for axes, (stage, members) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items(), strict=True):
         step = [row["step"] for row in members]
         loss = np.array([row["loss"] for row in members], float)
@@ -62,7 +62,7 @@ def running_mean(values: Float[np.ndarray, " N"], width: int) -> Float[np.ndarra
 
 def cost_against(
     path: Path,
-    rows: Sequence[Row],
+    rows: Sequence[PictureRow],
     caption: str,
     x: str = "prompt",
     x_label: str = "prompt (tokens)",

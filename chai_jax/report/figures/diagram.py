@@ -7,13 +7,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from chai_jax.report.figures.draw import COLOURS, Row, plain, write_caption, write_picture
+from chai_jax.report.figures.draw import COLOURS, PictureRow, plain, write_caption, write_picture
 
 HIGH, GAP = 0.74, 0.3  # inches: a box, and the arrow to the next
 NAME, COLUMN = 2.9, 1.45  # inches: room for the stage's name and for each figure
 
 
-def pipeline_diagram(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
+def pipeline_diagram(path: Path, rows: Sequence[PictureRow], caption: str) -> list[Path]:
     """A box per row, joined by arrows: the stage's name, what it does, and its figures with their names.
 
     Args:
@@ -38,7 +38,7 @@ def pipeline_diagram(path: Path, rows: Sequence[Row], caption: str) -> list[Path
     return write_picture(figure, path, rows)
 
 
-def _box(axes: Axes, row: Row, columns: Sequence[str], top: float, width: float, colour: str) -> None:
+def _box(axes: Axes, row: PictureRow, columns: Sequence[str], top: float, width: float, colour: str) -> None:
     shape = "round,pad=0,rounding_size=0.08"
     axes.add_patch(FancyBboxPatch((0.05, top - HIGH), width, HIGH, shape, facecolor="white", edgecolor=colour))
     axes.text(0.2, top - 0.27, plain(row["stage"]), fontsize=12, fontweight="bold", color=colour, va="center")

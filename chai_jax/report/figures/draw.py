@@ -24,7 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":")
 CHARACTERS_PER_INCH = 16  # of a caption
 
-Row = dict[str, Any]
+PictureRow = dict[str, Any]  # one line of the .csv beside a picture
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Measure:
     lower: bool = False
     format: str = ".1f"
 
-    def of(self, rows: Sequence[Row]) -> np.ndarray:
+    def of(self, rows: Sequence[PictureRow]) -> np.ndarray:
         """The column, float64; nan where a row has none."""
         return np.array([np.nan if row.get(self.name) is None else row[self.name] for row in rows], float)
 
@@ -53,7 +53,7 @@ TRADEOFF = (
 )
 
 
-def write_picture(figure: Figure, path: Path, rows: Sequence[Row]) -> list[Path]:
+def write_picture(figure: Figure, path: Path, rows: Sequence[PictureRow]) -> list[Path]:
     """Write `path`.png, .svg and .csv (the rows); returns the three paths. The same picture gives the same bytes."""
     written = []
     with mpl.rc_context({"svg.hashsalt": "chai_jax"}), warnings.catch_warnings():
@@ -98,9 +98,9 @@ def ticks_at(axes: Axes, values: Sequence[int | float]) -> None:
         axes.minorticks_off()
 
 
-def series_of(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:
+def series_of(rows: Sequence[PictureRow], name: str) -> dict[str, list[PictureRow]]:
     """Rows by their value of a column, in the order of appearance."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[PictureRow]] = {}
     for row in rows:
         found.setdefault(str(row[name]), []).append(row)
     return found
@@ -116,7 +116,9 @@ def style(number: int) -> dict[str, Any]:
     }
 
 
-def errorbars(axes: Axes, rows: Sequence[Row], x: str, y: str, label: str, number: int, joined: bool = True) -> None:
+def errorbars(
+    axes: Axes, rows: Sequence[PictureRow], x: str, y: str, label: str, number: int, joined: bool = True
+) -> None:
     """One series with its error bars from `<y>_low` to `<y>_high`, where rows have them."""
     rows = sorted(rows, key=lambda row: row[x])
     value = np.array([row[y] for row in rows], float)

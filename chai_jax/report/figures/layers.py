@@ -12,7 +12,7 @@ from matplotlib.patches import Rectangle
 from chai_jax.analyse.explain import explain
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import Plan
-from chai_jax.report.figures.draw import COLOURS, Row, plain, series_of, write_caption, write_picture
+from chai_jax.report.figures.draw import COLOURS, PictureRow, plain, series_of, write_caption, write_picture
 
 # Colour and hatch of each tier: told apart in print without colours too.
 TIER_LOOKS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (COLOURS[0], "")}
@@ -31,7 +31,7 @@ def head_maps(
     lines = -(-layers // columns)
     figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.3), layout="constrained")
     axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
-    rows: list[Row] = []
+    rows: list[PictureRow] = []
     for index, (layer, about) in enumerate(zip(plan.layers, explain(plan, config), strict=False)):
         order = [head for one in layer.clusters for head in one.heads]
         axes[index].imshow(correlation[index][np.ix_(order, order)], cmap="cividis", vmin=0, vmax=1)
@@ -63,7 +63,7 @@ def _square(edge: float, size: int) -> Rectangle:
     return Rectangle((edge, edge), size, size, fill=False, edgecolor=COLOURS[1], linewidth=1.5)
 
 
-def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sensitivity") -> list[Path]:
+def sensitivity(path: Path, rows: Sequence[PictureRow], caption: str, label: str = "sensitivity") -> list[Path]:
     """The score of every layer as a bar in the colour of its tier; one panel per `series` (a task, say).
 
     Args:
@@ -100,7 +100,7 @@ def sensitivity(path: Path, rows: Sequence[Row], caption: str, label: str = "sen
     return write_picture(figure, path, rows)
 
 
-def spectrum(path: Path, rows: Sequence[Row], caption: str) -> list[Path]:
+def spectrum(path: Path, rows: Sequence[PictureRow], caption: str) -> list[Path]:
     """How much of a layer's keys or values each rank holds: a panel each, a line a layer, dark for early layers.
 
     Args:

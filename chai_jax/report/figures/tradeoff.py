@@ -16,7 +16,7 @@ from mpl_toolkits.mplot3d import proj3d
 from chai_jax.report.figures.draw import (
     TRADEOFF,
     Measure,
-    Row,
+    PictureRow,
     errorbars,
     plain,
     series_of,
@@ -28,7 +28,7 @@ from chai_jax.report.figures.draw import (
 from chai_jax.report.figures.labels import label_points
 
 
-def radar(path: Path, rows: Sequence[Row], caption: str, measures: Sequence[Measure] = TRADEOFF) -> list[Path]:
+def radar(path: Path, rows: Sequence[PictureRow], caption: str, measures: Sequence[Measure] = TRADEOFF) -> list[Path]:
     """One polygon per row; on each axis 1 is the best of the rows, and outside is better.
 
     Args:
@@ -71,7 +71,7 @@ def _share_of_best(values: np.ndarray, lower: bool) -> np.ndarray:
     return np.clip(np.nan_to_num(share, nan=0.0, posinf=0.0, neginf=0.0), 0, 1)
 
 
-def _axis(measure: Measure, rows: Sequence[Row]) -> str:
+def _axis(measure: Measure, rows: Sequence[PictureRow]) -> str:
     values = measure.of(rows)
     label = plain(measure.label)
     if np.isnan(values).all():
@@ -82,7 +82,7 @@ def _axis(measure: Measure, rows: Sequence[Row]) -> str:
 
 def scatter3d(
     path: Path,
-    rows: Sequence[Row],
+    rows: Sequence[PictureRow],
     caption: str,
     measures: Sequence[Measure] = TRADEOFF,
     title: str = "Accuracy, latency and size",
@@ -150,7 +150,9 @@ def _bold(axes: Axes, x: Measure, y: Measure) -> None:
     axes.grid(alpha=0.3)
 
 
-def pareto(path: Path, rows: Sequence[Row], panels: Sequence[tuple[str, str]], x: str, caption: str) -> list[Path]:
+def pareto(
+    path: Path, rows: Sequence[PictureRow], panels: Sequence[tuple[str, str]], x: str, caption: str
+) -> list[Path]:
     """Points with error bars, one panel per measure, against what they cost; those of one series are joined.
 
     Args:
