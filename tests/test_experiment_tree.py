@@ -209,6 +209,7 @@ def test_real_stages_and_real_times(small_model: Path, data: Path, tmp_path: Pat
     assert all(row["latency"]["decode_ms_per_token"]["mean"] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_layer_sweep(small_model: Path, data: Path, out: Path) -> None:
     script("layer_sweep").sweep(options(small_model, data, out))
     rows = written(out, "layer_sweep")["rows"]

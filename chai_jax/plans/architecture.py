@@ -70,7 +70,10 @@ class Architecture:
 
     def __post_init__(self) -> None:
         """What is as it would be without being said is absent, so that equal shapes are equal."""
-        for name, usual in (("num_kv_heads", self.num_heads), ("head_size", self.hidden_size // self.num_heads)):
+        for name, usual in (
+            ("num_kv_heads", self.num_heads),
+            ("head_size", self.hidden_size // max(self.num_heads, 1)),
+        ):
             if getattr(self, name) == usual:
                 object.__setattr__(self, name, None)
 

@@ -377,6 +377,7 @@ validation: sst2/validation.jsonl
 """
 
 
+@pytest.mark.slow
 def test_a_task_file_is_calibrated_trained_and_scored_on_like_a_task_that_is_built_in(
     undisturbed: Path, small_model: Path, data: Path, tmp_path: Path
 ) -> None:

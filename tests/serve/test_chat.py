@@ -57,6 +57,7 @@ def test_a_template_in_a_file_of_its_own(altered: Altered) -> None:
     assert encode_prompt(load(folder), PROMPT, chat=True) == asked(folder, None)[1]
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_transformers(altered: Altered, capsys: pytest.CaptureFixture[str]) -> None:
     """In all ways of asking, up to the first of several stop tokens."""
     from transformers import AutoModelForCausalLM

@@ -136,6 +136,7 @@ def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> No
     assert generate_tokens(stored, PROMPTS[:2], 12, stop=False) == [naive(stored, p, 12) for p in PROMPTS[:2]]
 
 
+@pytest.mark.slow
 def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
     """Blocks are of columns: the uncached model, padded on the left alike, says the same token by token."""
     stored = with_storage(model, "int4")
@@ -177,7 +178,7 @@ def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path)
         assert found == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.as_user
+@pytest.mark.as_user(alone=True)
 def test_texts_are_those_of_transformers(torch: ModuleType, shared: Path) -> None:
     """Of a trained model, whose matrices are as large as a user's, each prompt alone and all in one batch."""
     from transformers import AutoTokenizer, OPTForCausalLM

@@ -119,6 +119,7 @@ def test_what_is_kept_or_redrawn_follows_the_models_distribution() -> None:
     assert abs((kept > 0).mean() - shared) < 4 * np.sqrt(shared * (1 - shared) / DRAWS)
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed_and_every_proposal_of_the_model_itself_is_kept(
     model: Model, drafts: dict[str, Model]
 ) -> None:
