@@ -182,6 +182,7 @@ def test_costs_that_cannot_be_read_are_refused(
         plan_within(model, seen, budget, file=file)
 
 
+@pytest.mark.slow
 def test_a_rank_costs_what_merging_by_it_costs(model: Model, seen: Probe) -> None:
     """Cutting columns off one merge is the merge of that rank, for clusters as for latents."""
     plan, text = Plan((), score_merge="low_rank", value_merge="low_rank"), (seen.tokens, seen.mask)

@@ -172,10 +172,9 @@ LEAN = Job("distil", 8, 16, accumulation=1, cached=True, moments="bfloat16", rem
 OTHERS = Job("prefill", 8, 64), Job("score", 8, 64), Job("target", 8, 16, accumulation=1)
 
 
+@pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(
-    "job", [LEAN, *(pytest.param(job, marks=pytest.mark.slow) for job in OTHERS)], ids=lambda job: job.kind
-)
+@pytest.mark.parametrize("job", [LEAN, *OTHERS], ids=lambda job: job.kind)
 def test_the_other_jobs_compile_on_a_mesh_with_sharded_weights(job: Job) -> None:
     record = measure(job, abstract(mesh="2x4", fsdp=True))
     entries, _ = count(SMALL)
@@ -187,6 +186,7 @@ def test_the_other_jobs_compile_on_a_mesh_with_sharded_weights(job: Job) -> None
     assert whole / 8 < record["hbm"]["arguments"] < 1.2 * whole / 8
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_too_large_a_job_is_reported_with_what_is_missing() -> None:
     record = measure(Job("decode", batch=2**19, seq=256), abstract())

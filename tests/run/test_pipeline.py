@@ -111,6 +111,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert all(step["step_s"] > 0 and step["tokens_per_s"] > 0 for step in steps)
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_it_ends_the_same(
     undisturbed: Path, small_model: Path, data: Path, tmp_path: Path, kill: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

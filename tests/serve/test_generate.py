@@ -83,6 +83,7 @@ def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: 
     assert len({tuple(tokens) for tokens in found}) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four at once: the same text, and nothing of four rows before the vocabulary head."""
     tokens, mask = map(jnp.asarray, serve.pad_left(PROMPTS[:4], 1))
@@ -234,6 +235,7 @@ def test_a_stopped_sequence_adds_nothing_and_the_loop_ends_with_the_last(model: 
     assert int(state.cache.length) == 16 + at - 1
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed_and_the_prompts_number_alone(model: Model) -> None:
     def drawn(batch_size: int, seed: int, prompts: tuple[list[int], ...] = PROMPTS) -> list[list[int]]:
         return generate_tokens(model, prompts, 8, 1.5, top_k=50, seed=seed, stop=False, batch_size=batch_size)

@@ -71,6 +71,7 @@ def test_greedy_tokens_are_the_models_own(model: Model, drafts: dict[str, Model]
             assert 0 <= found.kept < found.proposed
 
 
+@pytest.mark.slow
 def test_an_int8_model_is_decoded_as_by_itself(model: Model, drafts: dict[str, Model]) -> None:
     stored = with_storage(model, "int8")
     (expected,) = generate_tokens(stored, PROMPTS[:1], 21, stop=False)
