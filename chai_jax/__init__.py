@@ -11,6 +11,7 @@ HOMES = {
     "Spec": "plans.spec",
     "Example": "data.batches",
     "TASKS": "data.tasks",
+    "get_task": "data.tasks",
     "load_rows": "data.tasks",
     "Execution": "model.execution",
     "Model": "model.model",
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from chai_jax.compress.quantize import with_storage as with_storage
     from chai_jax.data.batches import Example as Example
     from chai_jax.data.tasks import TASKS as TASKS
+    from chai_jax.data.tasks import get_task as get_task
     from chai_jax.data.tasks import load_rows as load_rows
     from chai_jax.errors import InputError as InputError
     from chai_jax.evaluation.result import Result as Result

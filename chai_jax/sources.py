@@ -30,7 +30,7 @@ class Source:
     task: str | None = None
 
 
-# A folder, or an id on the Hugging Face hub.
+# A folder, a GGUF file, or an id on the Hugging Face hub.
 PRETRAINED = Source(
     open=lambda model, revision, seed, how: load(model, revision=revision, execution=how),
     planning=PlanConfig(layers=0.5, clusters="elbow"),
@@ -54,7 +54,7 @@ NAMED = {"toy": TOY, "random:": RANDOM}
 
 
 def source_of(model: str) -> Source:
-    """The kind of a MODEL: `toy`, random:SHAPE, or else a folder or a hub id."""
+    """The kind of a MODEL: `toy`, random:SHAPE, or else a folder, a GGUF file or a hub id."""
     kind, colon, _ = model.partition(":")
     return NAMED.get(kind + colon, PRETRAINED)
 

@@ -2,7 +2,7 @@
 
     python experiments/agree_with_lm_eval.py $MODEL --data-dir $DATA --out runs/agreement
 
-Needs torch and lm-eval[hf]. The harness's own tasks (sst2, rte, piqa, wikitext) read the rows of $DATA.
+Needs torch and lm-eval[hf]. The harness's own tasks (sst2, rte, piqa, hellaswag, wikitext) read the rows of $DATA.
 
 - dense: the harness runs the dense OPT $MODEL with transformers in float32 on the CPU. Beside it `evaluate` for the
   choices, and `chai-jax lm-eval`'s model for wikitext, whose documents are scored whole in windows.
@@ -103,8 +103,8 @@ def choices(name: str, harness: Record, ours: Result, tolerance: float) -> Recor
     difference = float(np.abs(theirs - ours.loglikelihoods).max())
     record: Record = {"n": len(theirs), "max_difference_nats": difference}
     measures = {"acc": np.ones_like(theirs)}
-    if get_task(name).normalised:
-        measures["acc_norm"] = ours.characters
+    if ours.lengths is not None:
+        measures["acc_norm"] = ours.lengths
     for measure, norms in measures.items():
         record[measure] = {
             **compare(theirs, ours.loglikelihoods, norms, tolerance),
@@ -170,9 +170,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data-dir", type=Path, required=True, help="holds TASK/validation.jsonl[.gz], wikitext2/, ..."
     )
-    parser.add_argument("--tasks", default="sst2,rte,piqa,wikitext")
+    parser.add_argument("--tasks", default="sst2,rte,piqa,hellaswag,wikitext")
     parser.add_argument("--compressed", help="folder of a compressed model (default: one made from MODEL)")
-    parser.add_argument("--limit", type=int, help="only the first examples of sst2, rte and piqa")
+    parser.add_argument("--limit", type=int, help="only the first examples of each task but wikitext")
     parser.add_argument("--pages", type=int, help="only the first documents of wikitext (of 62)")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--out", type=Path, default=Path("runs/agreement"))

@@ -114,7 +114,8 @@ class Bench:
 
         def encoded(row: Any) -> Encoded:
             example = task.question(row).example
-            return encode(tokenizer, example.context, example.completion, study.window - 1)  # its end, if it is longer
+            # Its end, if it is longer.
+            return encode(tokenizer, example.context, example.completion, study.window - 1, cut_completion=True)
 
         self.calibration = [one.tokens for one in (*cut[: study.calibration], *map(encoded, kept))]
         text_windows = cut[study.calibration :]

@@ -35,7 +35,8 @@ from chai_jax.commands.streams import complain
 from chai_jax.config import Checkpoints, FinetuneConfig, TrainConfig
 from chai_jax.console import console, track
 from chai_jax.data.batches import Encoded, encode
-from chai_jax.data.tasks import TASKS, Task, get_task, load_rows
+from chai_jax.data.multiple_choice import Task
+from chai_jax.data.tasks import get_tasks, load_rows
 from chai_jax.data.text import windows
 from chai_jax.data.toy import SPECIAL
 from chai_jax.errors import InputError
@@ -49,7 +50,6 @@ from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
 from chai_jax.run.environment import versions, where_computed
-from chai_jax.run.options import parse_list
 from lab.options import Record
 from lab.texts import documents
 
@@ -111,7 +111,7 @@ class Training:
 
     @property
     def tasks(self) -> list[Task]:
-        return [get_task(name) for name in parse_list("--task", self.task, tuple(TASKS))]
+        return get_tasks("--task", self.task)
 
 
 def prompts(training: Training) -> Iterator[tuple[str, str]]:

@@ -56,6 +56,15 @@ def isolate() -> tempfile.TemporaryDirectory[str]:
 caches = None if "PYTEST_XDIST_WORKER" in os.environ else isolate()
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`as_user(alone=True)`: not on eight devices too."""
+    marked = {item: item.get_closest_marker("as_user") for item in items}
+    apart = [item for item, mark in marked.items() if mark is not None and mark.kwargs.get("alone") and not AS_USER]
+    if apart:
+        config.hook.pytest_deselected(items=apart)
+        items[:] = [item for item in items if item not in apart]
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if caches is not None:
         config.add_cleanup(caches.cleanup)

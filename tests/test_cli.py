@@ -60,8 +60,8 @@ def no_model(model: Path) -> None:
     (model / "config.json").unlink()
 
 
-def not_opt(model: Path) -> None:
-    (model / "config.json").write_text(json.dumps({"model_type": "llama"}))
+def of_no_family(model: Path) -> None:
+    (model / "config.json").write_text(json.dumps({"model_type": "bloom"}))
 
 
 def missing_shard(model: Path) -> None:
@@ -105,7 +105,7 @@ def evil_pickle(model: Path) -> None:
 
 BAD_MODELS = {
     no_model: "no config.json",
-    not_opt: "'llama'; expected one of opt",
+    of_no_family: "'bloom'; expected one of opt",
     missing_shard: "model-00001-of-00002.safetensors",
     truncated: "model.safetensors",
     tampered: "model.safetensors",

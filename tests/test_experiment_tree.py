@@ -151,6 +151,7 @@ def test_configurations_share_their_prefixes(small_model: Path, data: Path, out:
     assert (out / "configurations.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_other_tables_read_the_same_tree(small_model: Path, data: Path, out: Path, steps: Counting) -> None:
     """After table 7, table 6 takes no step, table 3 the int8 cache, table 4 the other policy."""
     wanted = options(small_model, data, out)
@@ -208,6 +209,7 @@ def test_real_stages_and_real_times(small_model: Path, data: Path, tmp_path: Pat
     assert all(row["latency"]["decode_ms_per_token"]["mean"] > 0 for row in rows.values())
 
 
+@pytest.mark.slow
 def test_layer_sweep(small_model: Path, data: Path, out: Path) -> None:
     script("layer_sweep").sweep(options(small_model, data, out))
     rows = written(out, "layer_sweep")["rows"]

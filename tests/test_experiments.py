@@ -273,6 +273,7 @@ class Laps:
         return [self.milliseconds]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
 def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) -> None:

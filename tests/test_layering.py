@@ -42,6 +42,7 @@ LEVELS = {part: level for level, parts in enumerate(ORDER.split("\n")) for part 
 # A library -> the only file or folder that may import it.
 DOORS = {
     "flax": "model/flax_module.py",
+    "gguf": "files/gguf/",
     "matplotlib": "report/figures/",
     "lm_eval": "evaluation/lm_eval.py",
     "tyro": "commands/",
@@ -130,7 +131,7 @@ def test_what_is_imported_is_declared() -> None:
     """Each third-party import is a dependency of ours, not one of some dependency's that may go away."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    lines = project["dependencies"] + extras["eval"] + extras["sinks"] + extras["peers"]
+    lines = project["dependencies"] + extras["eval"] + extras["sinks"] + extras["peers"] + extras["gguf"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     modules = {name.split(".")[0] for source in SOURCES for name in imports_of(source)}
     modules -= sys.stdlib_module_names | {"chai_jax"}

@@ -138,7 +138,11 @@ def test_outside_the_main_thread_nothing_is_heard_and_nothing_fails() -> None:
 
 @pytest.mark.parametrize(
     ("command", "number", "status"),
-    [("run", signal.SIGINT, 130), ("run", signal.SIGTERM, 75), ("generate", signal.SIGINT, 130)],
+    [
+        ("run", signal.SIGTERM, 75),
+        ("generate", signal.SIGINT, 130),
+        pytest.param("run", signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
 )
 def test_signals_while_the_program_imports(command: str, number: int, status: int) -> None:
     """Sent from within the first import of jax, which takes seconds."""

@@ -149,7 +149,7 @@ def test_a_refusal_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", "toy", "--task", "n" * 5000]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert len(line) < 1000
-    assert line.endswith("expected one of sst2, rte, piqa, toy")
+    assert line.endswith("expected one of sst2, rte, piqa, hellaswag, toy, or a file: NAME.yaml")
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,8 @@ class LmEvalCommand:
     """Hub id, folder, or `toy`. It comes first. All options but those below are the harness's own: --tasks,
     --num_fewshot, --limit, --batch_size, --output_path, --log_samples, ... (`lm-eval run --help` lists them)."""
     data_dir: Path | None = None
-    """Folder with TASK/validation.jsonl for sst2, rte, piqa, TASK/train.jsonl for --num_fewshot, and
-    wikitext2/test.raw.txt for wikitext, each plain or .gz. These tasks then need no network."""
+    """Folder with TASK/validation.jsonl for sst2, rte, piqa, hellaswag, TASK/train.jsonl for --num_fewshot,
+    and wikitext2/test.raw.txt for wikitext, each plain or .gz. These tasks then need no network."""
     revision: str | None = None
     """Revision of a hub model."""
     arguments: Suppress[tuple[str, ...]] = ()

@@ -20,7 +20,7 @@ class EvaluateCommand:
     model: Positional[str]
     """Hub id, folder, or `toy`."""
     task: Annotated[str | None, arg(metavar="TASK,...")] = None
-    """Tasks to score on: sst2, rte, piqa, toy."""
+    """Tasks to score on: sst2, rte, piqa, hellaswag, toy, or files NAME.yaml that describe one."""
     text: Path | None = None
     """Instead of a task: measure token perplexity on this text file."""
     data_dir: Path | None = None
@@ -38,7 +38,7 @@ class EvaluateCommand:
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
-        from chai_jax.data.tasks import get_task
+        from chai_jax.data.tasks import TASKS, get_tasks
         from chai_jax.evaluation.tasks import evaluate, perplexity
         from chai_jax.files.atomic import check_writable
         from chai_jax.machine.processes import once
@@ -47,10 +47,10 @@ class EvaluateCommand:
 
         execution = start(self.devices)
         if (self.task is None) == (self.text is None):
-            raise InputError("give either --task (sst2, rte, piqa, toy; several with commas) or --text FILE")
-        tasks = [get_task(name.strip()) for name in (self.task or "").split(",") if name.strip()]
-        if not tasks and self.text is None:
-            raise InputError(f"--task is {self.task!r}; expected sst2, rte, piqa or toy; several with commas")
+            raise InputError(
+                f"give either --task ({', '.join(TASKS)}, files NAME.yaml; several with commas) or --text FILE"
+            )
+        tasks = [] if self.task is None else get_tasks("--task", self.task)
         if self.out is not None:
             check_writable(self.out)
         model = open_model(self.model, self.revision, execution=execution)
@@ -62,18 +62,22 @@ class EvaluateCommand:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)
             if self.out is not None:
                 once(partial(result.write_samples, self.out / f"samples_{task.name}.jsonl"))
-            found[task.name] = result.metrics()
+            found[task.name] = result.metrics() | task.about
         return found
 
 
 @dataclass(frozen=True)
 class GenerateCommand:
-    """Continue a prompt. The text appears as it is made."""
+    """Continue a prompt, or answer it. The text appears as it is made."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
     prompt: Annotated[str, arg(metavar="TEXT")] = ""
     """What to continue."""
+    chat: bool = False
+    """Take the prompt as a user's message, by the model's chat template, and make the answer."""
+    system: str | None = None
+    """With --chat: a message before the user's that says how to answer."""
     max_new_tokens: int = 40
     """The most tokens to make."""
     temperature: float | None = None
@@ -102,6 +106,9 @@ class GenerateCommand:
 
         execution = start(self.devices)
         check_characters(self.prompt, "--prompt")
+        check_characters(self.system or "", "--system")
+        if self.system is not None and not self.chat:
+            raise InputError("--system is given without --chat; expected both: add --chat")
         check_numbers(self.max_new_tokens, self.seed)
         if self.temperature is not None:
             Sampling.checked(self.temperature, self.top_k, self.top_p)
@@ -112,13 +119,14 @@ class GenerateCommand:
 
         def drafted(draft: str) -> Iterator[str]:
             smaller = open_model(draft, execution=execution)
-            for piece, made in stream_with_draft(model, smaller, *asked, self.draft_tokens):
+            for piece, made in stream_with_draft(model, smaller, *asked, self.draft_tokens, self.chat, self.system):
                 told.update(rounds=made.rounds, proposed=made.proposed, acceptance=made.acceptance)
                 yield piece
 
-        for piece in stream(model, *asked) if self.draft is None else drafted(self.draft):
-            # The prompt comes with the first piece: bad input is found out before anything is printed.
-            print(piece if pieces else self.prompt + piece, end="", flush=True)
+        making = stream(model, *asked, self.chat, self.system) if self.draft is None else drafted(self.draft)
+        for piece in making:
+            # A prompt that is continued comes with the first piece: bad input is found out before anything is printed.
+            print(piece if pieces or self.chat else self.prompt + piece, end="", flush=True)
             pieces.append(piece)
         print()
         return {"prompt": self.prompt, "completion": "".join(pieces), **told}

@@ -41,6 +41,7 @@ METAVARS = {
     "plan": "PLAN",
     "revision": "REVISION",
     "storages": "FORMAT,...",
+    "system": "TEXT",
     "task": "TASK",
     "text": "FILE",
     "wandb": "PROJECT",

@@ -22,7 +22,8 @@ class PlanCommand:
     out: OutFile = Path("plan.json")
     """Where to write the plan."""
     task: str | None = None
-    """Calibrate on the training prompts of this task: sst2, rte or piqa."""
+    """Calibrate on the training prompts of this task: sst2, rte, piqa, hellaswag, or one that a file NAME.yaml
+    describes."""
     text: Path | None = None
     """Instead of a task: calibrate on this text file."""
     data_dir: Path | None = None
@@ -38,7 +39,7 @@ class PlanCommand:
         from chai_jax.machine.processes import once
         from chai_jax.run.devices import start
         from chai_jax.run.options import plan_for
-        from chai_jax.run.work import open_work
+        from chai_jax.run.work import open_work, task_of
         from chai_jax.sources import open_model, source_of
 
         execution = start(self.devices)
@@ -49,12 +50,14 @@ class PlanCommand:
         config = RunConfig(
             self.model, task=self.task, text=self.text, data_dir=self.data_dir, seed=self.seed, planning=planning
         )
+        task_of(config)  # whether there is one, before the model is read
         model = open_model(self.model, seed=self.seed, execution=execution)
         costs = self.out.with_suffix(".costs.json")
-        plan = plan_for(model, open_work(config, model), planning, self.seed, costs, self.out.with_suffix(".heads"))
+        work = open_work(config, model)
+        plan = plan_for(model, work, planning, self.seed, costs, self.out.with_suffix(".heads"))
         once(lambda: write_json(out, plan.to_json()))
         print_table(explain_table(plan, model.config))
-        return {"plan": str(self.out), **explained(plan, model.config)}
+        return {"plan": str(self.out), **work.about, **explained(plan, model.config)}
 
 
 @dataclass(frozen=True)

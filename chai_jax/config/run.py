@@ -4,6 +4,7 @@ The text below a field is what `--help` shows for its option.
 """
 
 import math
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -160,7 +161,7 @@ class RunConfig:
     model: str = "toy"
     """Hub id (facebook/opt-125m), folder in Hugging Face layout, or `toy`, which is built in and needs no network."""
     task: str | None = None
-    """Calibrate, train and score on this task: sst2, rte or piqa."""
+    """Calibrate, train and score on this task: sst2, rte, piqa, hellaswag, or one that a file NAME.yaml describes."""
     text: Path | None = None
     """Instead of a task: calibrate, distil and measure perplexity on this text file."""
     data_dir: Path | None = None
@@ -200,7 +201,8 @@ class RunConfig:
     @property
     def folder(self) -> Path:
         """`out`; by default runs/MODEL-TASK, or runs/MODEL for the toy, which has but one task."""
-        name, data = Path(self.model).name, "text" if self.text else self.task
+        task = None if self.task is None else re.sub(r"\.ya?ml$", "", Path(self.task).name)
+        name, data = Path(self.model).name, "text" if self.text else task
         return self.out or Path("runs", name if data in (None, name) else f"{name}-{data}")
 
     def check(self) -> None:

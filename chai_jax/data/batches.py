@@ -55,12 +55,12 @@ def encode(
 
     Args:
         max_length: tokens the model takes. The last `max_length + 1` are kept, since the last token is only predicted.
-            What is cut off is context, or the beginning of a text without context.
-        cut_completion: also cut the beginning of a completion that does not fit behind a context. That is good enough
-            to train on, but not to score.
+            What is cut off is context.
+        cut_completion: also cut the beginning of a completion that does not fit. That is good enough to train on, but
+            not to score.
 
     Raises:
-        InputError: the completion has no token of its own, or does not fit behind a context.
+        InputError: the completion has no token of its own, or does not fit.
     """
     whole = tokenize(tokenizer, context + completion)
     # rstrip takes line breaks and tabs too: the harness says spaces and does the same.
@@ -71,7 +71,7 @@ def encode(
     if start >= len(whole):
         raise InputError(f"the completion {completion!r} has no tokens of its own: give a longer one")
     cut = 0 if max_length is None else max(len(whole) - max_length - 1, 0)
-    if context and start - cut < 1 and not cut_completion:
+    if start - cut < 1 and not cut_completion:
         raise InputError(
             f"a completion has {len(whole) - start} tokens; expected at most the model's {max_length} positions: "
             f"shorten {completion[:40]!r}..."

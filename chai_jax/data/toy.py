@@ -46,7 +46,7 @@ FORMS = (
 )
 DRAWN = tuple(form for often, *form in FORMS for _ in range(often))
 SPECIAL = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3, as OPT's
-TOY_PROMPT = "{sentence}\nIs it good?\nAnswer:"
+TOY_PROMPT = "{{sentence}}\nIs it good?\nAnswer:"
 TOY_ANSWERS = ("no", "yes")
 POSITIONS = 64  # twice the longest review with its question and answer
 COUNTS = {"train": 30_000, "validation": 1_000}

@@ -1,8 +1,9 @@
 """What the lm-evaluation-harness asks of a model, in our terms: batch sizes, generation settings, conversations."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
+from chai_jax.data.chat import Message, conversation
 from chai_jax.errors import InputError
 from chai_jax.evaluation.tasks import BATCH_SIZE
 
@@ -39,36 +40,9 @@ def generation_settings(wanted: dict[str, Any]) -> Settings:
     return stops, length, temperature, *limits
 
 
-def check_template(tokenizer: Any, source: str) -> None:
-    """Raise InputError where the tokenizer of the model `source` has no chat template."""
-    if not tokenizer.chat_template:
-        raise InputError(
-            f"the tokenizer of {source} has no chat template; expected one in tokenizer_config.json or "
-            "chat_template.jinja: leave out --apply_chat_template"
-        )
-
-
-def conversation(tokenizer: Any, messages: list[dict[str, str]], answer: bool = True) -> str:
-    """A conversation as one prompt, by the tokenizer's template, as the harness's Hugging Face model renders it.
-
-    A template that refuses the system's message gets the conversation without it.
-
-    Args:
-        messages: each with `role` and `content`.
-        answer: end with what an answer begins with; or else leave the last message open, to be gone on with.
-
-    Raises:
-        InputError: there is no template, or it fails.
-    """
-    check_template(tokenizer, "the model")
-    ways = {"add_generation_prompt": answer, "continue_final_message": not answer}
-    render = partial(tokenizer.apply_chat_template, tokenize=False, **ways)
-    # A template is a program, in a language without files or imports, and may fail in any way.
+def without_refused_system(tokenizer: Any, messages: Sequence[Message], answer: bool = True) -> str:
+    """`conversation`; a template that refuses the system's message gets the others alone, as in the harness's model."""
     try:
-        return str(render(messages))
-    except Exception:
-        try:
-            return str(render([message for message in messages if message["role"] != "system"]))
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"the tokenizer's chat template fails ({reason:.200}): mend it") from None
+        return conversation(tokenizer, messages, answer)
+    except InputError:
+        return conversation(tokenizer, [message for message in messages if message["role"] != "system"], answer)

@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from chai_jax.data.tasks import Row, get_task, load_rows
+from chai_jax.data.multiple_choice import Row
+from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.data.text import pages, read_text_file
 from chai_jax.errors import InputError
 
@@ -14,6 +15,7 @@ HARNESS_FILES = {
     "sst2": "glue/sst2/default.yaml",
     "rte": "glue/rte/default.yaml",
     "piqa": "piqa/piqa.yaml",
+    "hellaswag": "hellaswag/hellaswag.yaml",
     "wikitext": "wikitext/wikitext.yaml",
 }
 WIKITEXT = Path("wikitext2/test.raw.txt")  # in a data folder, gzipped or not

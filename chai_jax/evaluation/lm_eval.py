@@ -16,9 +16,10 @@ from typing import Any
 import jax
 
 from chai_jax.data.batches import Encoded
+from chai_jax.data.chat import check_template
 from chai_jax.data.tokens import bare_tokens, prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
-from chai_jax.evaluation.harness_requests import check_template, conversation, generation_settings, sequences
+from chai_jax.evaluation.harness_requests import generation_settings, sequences, without_refused_system
 from chai_jax.evaluation.harness_results import results_folder, written_files
 from chai_jax.evaluation.harness_tasks import HARNESS_FILES, local_rows, write_tasks
 from chai_jax.evaluation.tasks import BATCH_SIZE
@@ -115,7 +116,7 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
     def chat_template(self, chat_template: bool | str = False) -> str | None:
         """The tokenizer's template, of several the one of this name; InputError where it has none."""
         if chat_template:
-            check_template(self.tokenizer, self.model.source or "the model")
+            check_template(self.tokenizer, self.model.source or "the model", "--apply_chat_template")
         try:
             found: str | None = super().chat_template(chat_template)
         except ValueError as error:
@@ -123,8 +124,8 @@ class LanguageModel(TemplateLM):  # type: ignore[misc]
         return found
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation as one prompt (see `conversation`)."""
-        return conversation(self.tokenizer, chat_history, add_generation_prompt)
+        """A conversation as one prompt (see `chai_jax.data.chat.conversation`)."""
+        return without_refused_system(self.tokenizer, chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(Summed log-probability, is greedy) per (context, continuation), one task after the other.

@@ -25,26 +25,31 @@ from chai_jax.files.atomic import write_jsonl
 
 Metrics = dict[str, Any]
 
+# What the accuracy by log-likelihood per unit of length is called; the harness has the first two.
+BY_LENGTH = {"characters": "acc_norm", "bytes": "acc_bytes", "tokens": "acc_tokens"}
+
 
 @dataclass(frozen=True, eq=False)
 class Result:
     """One model's answers to N questions of A choices each; everything reported is derived from them.
 
     Attributes:
-        loglikelihoods: summed log-probability of each choice, in nats.
+        loglikelihoods: summed log-probability of each choice, in nats; -inf where a question has fewer than A choices.
         greedy: whether greedy decoding would have produced the choice.
-        characters: length of each choice without its leading space, where the harness reports acc_norm too.
+        lengths: of each choice without the space before it, where accuracy is also judged by log-likelihood per `unit`.
         baseline: another model's answers to the same questions, to compare with.
         seed: of the bootstrap.
+        unit: of `lengths`: a key of `BY_LENGTH`.
     """
 
     task: str
     labels: Int[np.ndarray, " N"]
     loglikelihoods: Float[np.ndarray, "N A"]
     greedy: Bool[np.ndarray, "N A"]
-    characters: Int[np.ndarray, "N A"] | None = None
+    lengths: Int[np.ndarray, "N A"] | None = None
     baseline: "Result | None" = None
     seed: int = 0
+    unit: str = "characters"
 
     @property
     def n(self) -> int:
@@ -92,8 +97,10 @@ class Result:
         """All figures as JSON values: fractions for accuracies, nats for losses, [low, high] for 95 % intervals."""
         losses = -self.loglikelihoods[np.arange(self.n), self.labels]
         found: Metrics = {"n": self.n, **_accuracy("acc", self.right)}
-        if self.characters is not None:
-            found |= _accuracy("acc_norm", (self.loglikelihoods / self.characters).argmax(axis=1) == self.labels)
+        if self.lengths is not None:
+            with np.errstate(divide="ignore"):  # an answer without length is never chosen
+                chosen = (self.loglikelihoods / self.lengths).argmax(axis=1)
+            found |= _accuracy(BY_LENGTH[self.unit], chosen == self.labels)
         found |= {
             "ece": calibration_error(self.confidence, self.right),
             "ece_interval": list(calibration_interval(self.confidence, self.right, self.seed)),
@@ -109,16 +116,21 @@ class Result:
 
     def samples(self) -> list[dict[str, Any]]:
         """One JSON object per question; `from_samples` gives the result back."""
+        counts = (self.loglikelihoods != -np.inf).sum(axis=1)
+
+        def own(values: np.ndarray) -> list[list[Any]]:
+            return [row[:count] for row, count in zip(values.tolist(), counts, strict=True)]
+
         columns = {
-            "label": self.labels,
-            "prediction": self.predictions,
-            "right": self.right,
-            "loglikelihoods": self.loglikelihoods,
-            "greedy": self.greedy,
+            "label": self.labels.tolist(),
+            "prediction": self.predictions.tolist(),
+            "right": self.right.tolist(),
+            "loglikelihoods": own(self.loglikelihoods),
+            "greedy": own(self.greedy),
         }
-        if self.characters is not None:
-            columns["characters"] = self.characters
-        return _records({"task": np.array([self.task] * self.n), **columns})
+        if self.lengths is not None:
+            columns[self.unit] = own(self.lengths)
+        return _records({"task": [self.task] * self.n, **columns})
 
     @classmethod
     def from_samples(cls, samples: Sequence[Mapping[str, Any]]) -> "Result":
@@ -127,10 +139,12 @@ class Result:
         Raises:
             InputError: they are not what `samples` gives.
         """
-        labels, scores = _column(samples, "label", int), _column(samples, "loglikelihoods", float)
-        greedy = _column(samples, "greedy", bool)
-        characters = _column(samples, "characters", int) if "characters" in samples[0] else None
-        return cls(str(samples[0]["task"]), labels, scores, greedy, characters)
+        labels = _column(samples, "label", int)
+        scores, greedy = _table(samples, "loglikelihoods", float, -math.inf), _table(samples, "greedy", bool, False)
+        unit = next((name for name in BY_LENGTH if name in samples[0]), None)
+        if unit is None:
+            return cls(str(samples[0]["task"]), labels, scores, greedy)
+        return cls(str(samples[0]["task"]), labels, scores, greedy, _table(samples, unit, int, 1), unit=unit)
 
     def write_samples(self, path: str | Path) -> None:
         """Write `samples` as JSON lines, atomically."""
@@ -200,7 +214,7 @@ class TextResult:
 
     def samples(self) -> list[dict[str, Any]]:
         """One JSON object per window; `from_samples` gives the result back (but for the text's size)."""
-        return _records({"loss": self.losses, "tokens": self.tokens})
+        return _records({"loss": self.losses.tolist(), "tokens": self.tokens.tolist()})
 
     @classmethod
     def from_samples(cls, samples: Sequence[Mapping[str, Any]]) -> "TextResult":
@@ -220,10 +234,18 @@ def _accuracy(name: str, right: Bool[np.ndarray, " N"]) -> Metrics:
     }
 
 
-def _records(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _records(columns: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
     """Columns of equal length as one JSON object per row, numbered."""
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    rows = zip(*columns.values(), strict=True)
     return [{"index": index, **dict(zip(columns, row, strict=True))} for index, row in enumerate(rows)]
+
+
+def _table(samples: Sequence[Mapping[str, Any]], name: str, kind: type, fill: float) -> np.ndarray:
+    """A column of lists, filled up to the longest."""
+    lists = [sample.get(name) for sample in samples]
+    longest = max((len(each) for each in lists if isinstance(each, list)), default=0)
+    filled = [[*each, *[fill] * (longest - len(each))] if isinstance(each, list) else each for each in lists]
+    return _column([{name: each} for each in filled], name, kind)
 
 
 def _column(samples: Sequence[Mapping[str, Any]], name: str, kind: type) -> np.ndarray:

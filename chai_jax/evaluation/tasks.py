@@ -1,17 +1,19 @@
 """Accuracy on multiple-choice tasks and perplexity on text.
 
 Choices are ranked as the lm-evaluation-harness ranks them: by the summed log-probability of their tokens (acc), or by
-that per character (acc_norm). Scoring runs the ordinary forward pass, which reads keys and values through the cache's
-storage format, so every figure carries the damage of a compressed cache.
+that per character (acc_norm) or another unit of length. Scoring runs the ordinary forward pass, which reads keys and
+values through the cache's storage format, so every figure carries the damage of a compressed cache.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int, Shaped
 
 from chai_jax.data.batches import Encoded, Example, encode_all
-from chai_jax.data.tasks import Row, Task, get_task, load_rows
+from chai_jax.data.multiple_choice import Row, Task
+from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.data.text import read_text_file, windows
 from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
@@ -34,10 +36,12 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
 ) -> Result:
-    """Accuracy of a model on a split of SST-2, RTE or PIQA, as the lm-evaluation-harness measures it (zero-shot).
+    """Accuracy of a model on a split of a task, as the lm-evaluation-harness measures it (zero-shot).
 
     Args:
-        data_dir: holds TASK/SPLIT.jsonl[.gz]; without it the data come from the Hugging Face hub.
+        task: one of `TASKS`, by its name too, or the path of a task file (docs/tasks.md).
+        data_dir: holds TASK/SPLIT.jsonl[.gz], or what a task file names; without it the data come from the Hugging Face
+            hub, or from beside the task file.
         limit: only the first questions.
         baseline: what to compare with, question by question; a model is evaluated first.
         batch_size: sequences per device and batch.
@@ -62,14 +66,38 @@ def evaluate_rows(model: Model, task: Task, rows: Sequence[Row], batch_size: int
             f"{len(rows)} example of {task.name} has no standard error; expected at least 2: raise the limit"
         )
     tokenizer = require_tokenizer(model.tokenizer, model.source)
-    requests = [task.question(row) for row in rows]
-    examples = [Example(request.context, choice) for request in requests for choice in request.choices]
+    questions = [task.question(row) for row in rows]
+    examples = [Example(question.context, choice) for question in questions for choice in question.choices]
     encoded = encode_all(tokenizer, examples, model.config.max_positions)
-    scores = loglikelihoods(model, encoded, batch_size, f"Scoring {task.name}").reshape(len(rows), -1, 2)
-    lengths = np.array([[len(choice.removeprefix(" ")) for choice in request.choices] for request in requests])
-    characters = lengths if task.normalised else None
-    labels = np.array([request.label for request in requests])
-    return Result(task.name, labels, scores[..., 0], scores[..., 1] > 0, characters, seed=seed)
+    scores = loglikelihoods(model, encoded, batch_size, f"Scoring {task.name}")
+    counts = np.array([len(question.choices) for question in questions])
+    labels = np.array([question.label for question in questions])
+    totals, greedy = table(scores[:, 0], counts, -np.inf), table(scores[:, 1] > 0, counts, False)
+    if task.normalise == "none":
+        return Result(task.name, labels, totals, greedy, seed=seed)
+    size = LENGTHS[task.normalise]
+    lengths = [
+        size(example.completion.removeprefix(task.delimiter), tokens)
+        for example, tokens in zip(examples, encoded, strict=True)
+    ]
+    return Result(
+        task.name, labels, totals, greedy, table(np.array(lengths), counts, 1), seed=seed, unit=task.normalise
+    )
+
+
+# How long an answer is, by unit: of its text without what stands before it, and of what is scored.
+LENGTHS: dict[str, Callable[[str, Encoded], int]] = {
+    "characters": lambda text, encoded: len(text),
+    "bytes": lambda text, encoded: len(text.encode()),
+    "tokens": lambda text, encoded: len(encoded.tokens) - encoded.start,
+}
+
+
+def table(values: Shaped[np.ndarray, " M"], counts: Int[np.ndarray, " N"], fill: float) -> Shaped[np.ndarray, "N A"]:
+    """Rows of `counts` values each, one after the other, filled up to the longest with `fill`."""
+    found = np.full((len(counts), counts.max()), fill, values.dtype)
+    found[np.arange(counts.max()) < counts[:, None]] = values
+    return found
 
 
 def evaluate_windows(

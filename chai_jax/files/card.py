@@ -10,6 +10,7 @@ import jax
 
 from chai_jax.files.families.family import Licence
 from chai_jax.files.families.registry import FAMILIES, family_of
+from chai_jax.files.gguf.model import is_gguf, licence_fields
 from chai_jax.files.hub import cached
 from chai_jax.inputs.reading import SMALL, read_text
 from chai_jax.model.cache import bytes_per_token
@@ -17,6 +18,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans.spec import LayerSpec, Spec
 
+UNKNOWN = {"license": "unknown"}
 LICENCE_FIELDS = ("license", "license_name", "license_link")  # of a card's front matter
 USE = """```python
 import chai_jax as chai
@@ -35,8 +37,10 @@ class Origin:
 
 
 def origin(source: str) -> Origin:
-    """What is known here, without network, of the model at `source` (a folder or a hub id)."""
+    """What is known here, without network, of the model at `source` (a folder, a GGUF file or a hub id)."""
     path = Path(source).expanduser()
+    if is_gguf(path):
+        return Origin("", licence_fields(path) or UNKNOWN, ())
     folder = path if source and path.is_dir() else cached(source) if source.count("/") == 1 else None
     front = front_matter(folder / "README.md") if folder else {}
     base = front.get("base_model") or ("" if folder == path else source)
@@ -46,7 +50,7 @@ def origin(source: str) -> Origin:
         licence = dict(known.fields)
     files = sorted(folder.glob("LICENSE*")) if folder else []
     texts = tuple(file for file in files if file.is_file() and file.stat().st_size <= SMALL)
-    return Origin(base, licence or {"license": "unknown"}, texts)
+    return Origin(base, licence or UNKNOWN, texts)
 
 
 def licence_of(base_model: str) -> Licence | None:

@@ -88,9 +88,10 @@ def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
             raise InputError(
                 f"{path} layer {index} does not have each of the {config.kv_heads} heads once: save the model again"
             )
-        if layer.queries != config.queries:
+        own, theirs = (layer.queries, layer.window), (config.queries, config.windows[index] if config.windows else 0)
+        if own != theirs:
             raise InputError(
-                f"{path} layer {index} has {layer.queries} queries a head, config.json {config.queries}: save it again"
+                f"{path} layer {index} has (queries, window) {own}, config.json {theirs}: save the model again"
             )
         _check_pairs(path, index, layer, config)
         if layer.share == "dense" and not dense:

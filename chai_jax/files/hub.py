@@ -1,9 +1,10 @@
-"""From what a person calls a model (a folder, or an id on the Hugging Face hub) to a folder on this machine."""
+"""From what a person calls a model (a folder, a GGUF file, an id on the Hugging Face hub) to a path on this machine."""
 
 from collections.abc import Iterable
 from pathlib import Path
 
 from chai_jax.errors import InputError
+from chai_jax.files.gguf.model import SUFFIX, is_gguf
 from chai_jax.files.weights import FORMATS
 from chai_jax.inputs.paths import user_path
 from chai_jax.inputs.reading import shown
@@ -12,24 +13,27 @@ SMALL_FILES = ("*.json", "*.jinja", "merges.txt", "README.md", "LICENSE*")
 
 
 def resolve(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of `source`: itself, or that of a hub id in Hugging Face's cache, downloaded if need be.
+    """The folder or the .gguf file `source`, or the folder of a hub id in Hugging Face's cache, downloaded if need be.
 
     Only the files needed are fetched: weights in one format, tokenizer, configuration, licence. The variables of
     huggingface_hub (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE, ...) apply. Without network, what is in the cache is used.
 
     Raises:
-        InputError: no such folder or id, or no path that can be; a revision of a folder; the hub out of reach and the
-            id not in the cache.
+        InputError: no such folder or id, or no path that can be; a revision of a folder or a file; the hub out of reach
+            and the id not in the cache.
     """
     path = user_path(source)
-    if path.is_dir():
+    if path.is_dir() or is_gguf(path):
         if revision is not None:
+            kind = "folder" if path.is_dir() else "file"
             raise InputError(
-                f"{shown(source)} is a folder, which has no revision {revision!r}; expected a hub id: leave it out"
+                f"{shown(source)} is a {kind}, which has no revision {revision!r}; expected a hub id: leave it out"
             )
         return path
     if path.exists():
-        raise InputError(f"{shown(source)} is a file; expected a model folder or a hub id: give the folder it is in")
+        raise InputError(
+            f"{shown(source)} is a file; expected a model folder, a {SUFFIX} file or a hub id: give the folder it is in"
+        )
     if isinstance(source, Path):
         raise _nothing(source)
     return _download(source, revision)

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from chai_jax.errors import InputError
+from chai_jax.files.contents import open_contents
 from chai_jax.files.families.registry import FAMILIES, find_family
+from chai_jax.files.gguf.model import is_gguf
 from chai_jax.inputs.paths import user_path
-from chai_jax.inputs.reading import read_json, shown
+from chai_jax.inputs.reading import shown
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
@@ -19,7 +21,7 @@ PUBLISHED = {name: shape for family in FAMILIES.values() for name, shape in fami
 
 
 def architecture_of(model: str) -> Architecture:
-    """The shape of a model: of a published one by its hub id, or of a folder with a config.json.
+    """The shape of a model: of a published one by its hub id, or of a folder with a config.json or a GGUF file.
 
     A hub id may be short of its owner ("gpt2", "Llama-3.2-1B"), unless a folder has that name.
 
@@ -28,11 +30,11 @@ def architecture_of(model: str) -> Architecture:
     """
     if model in PUBLISHED:
         return PUBLISHED[model]
-    path = user_path(model) / "config.json"
-    if path.is_file():
-        fields = read_json(path)
-        family, _ = find_family(fields.get("model_type"), model)
-        return family.parse_config(fields, str(path))
+    path = user_path(model)
+    if is_gguf(path) or (path / "config.json").is_file():
+        contents = open_contents(path)
+        family, _ = find_family(contents.fields.get("model_type"), model)
+        return family.parse_config(contents.fields, contents.where)
     owned = [name for name in PUBLISHED if name.rpartition("/")[2] == model]
     if len(owned) == 1:
         return PUBLISHED[owned[0]]

@@ -1,4 +1,4 @@
-"""Models as folders: `load` reads a Hugging Face folder or one of ours, `save` writes ours."""
+"""Models as files: `load` reads a Hugging Face folder, one of ours or a GGUF file, `save` writes a folder of ours."""
 
 import dataclasses
 from pathlib import Path
@@ -10,15 +10,14 @@ from chai_jax.errors import InputError
 from chai_jax.files import compressed
 from chai_jax.files.atomic import claim_folder, new_folder, write_json
 from chai_jax.files.card import write_card
+from chai_jax.files.contents import Folder, open_contents
 from chai_jax.files.convert import flatten, to_params
-from chai_jax.files.export import read_generation, write_generation, write_ordinary
+from chai_jax.files.export import write_generation, write_ordinary
 from chai_jax.files.families.family import Family
 from chai_jax.files.families.registry import family_of, find_family
+from chai_jax.files.gguf.model import Gguf
 from chai_jax.files.hub import resolve
 from chai_jax.files.stored import FLOATS
-from chai_jax.files.tokenizer import load_tokenizer
-from chai_jax.files.weights import open_weights
-from chai_jax.inputs.reading import Record, read_json
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
@@ -36,14 +35,14 @@ def load(
     tokenizer: bool = True,
     execution: Execution | None = None,
 ) -> Model:
-    """Load a model from a folder (a Hugging Face one, or one that `save` wrote) or from the Hugging Face hub.
+    """Load a model from a folder (a Hugging Face one, or one that `save` wrote), a GGUF file or the Hugging Face hub.
 
     Weights are read one at a time from safetensors, a Flax msgpack or a PyTorch .bin, whichever is there first in this
-    order, whole or in shards; the last by a reader that runs nothing of it. Weights keep their dtype, but float64
-    becomes float32.
+    order, whole or in shards; the last by a reader that runs nothing of it. Weights keep their dtype, but float64 and
+    the few bits of a GGUF file become float32.
 
     Args:
-        source: folder or hub id.
+        source: folder, .gguf file or hub id.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or float16, to cast the weights of an ordinary model to.
         storage: cache format of an ordinary model: float32 (if not said otherwise), bfloat16, int8 or int4.
@@ -59,49 +58,46 @@ def load(
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
     wanted = None if dtype is None else _dtype_name(dtype)
     folder = resolve(source, revision)
-    fields, family, ordinary = _read_kind(folder)
+    contents = open_contents(folder)
+    family, ordinary = _read_kind(folder, contents)
     if not ordinary and (wanted or storage):
         raise InputError(
             f"{folder} holds a compressed model, which keeps the formats it was saved in: leave out dtype and storage"
         )
-    config = family.parse_config(fields, str(folder / "config.json"))
+    config = family.parse_config(contents.fields, contents.where)
     spec, quantized = _read_spec(folder, config, ordinary, storage)
     if wanted:
         spec = Spec(tuple(dataclasses.replace(layer, weights="loaded") for layer in spec.layers))
     plan = Plan.read(folder / "plan.json") if (folder / "plan.json").is_file() else None
     if plan is not None:
         plan.check_model(config)
-    tensors = open_weights(folder)
+    tensors = contents.weights()
     params = (
         to_params(config, tensors, wanted) if ordinary else compressed.read_params(config, spec, tensors, quantized)
     )
     compressed.check_formats(spec, params)
-    generation, words = read_generation(folder, fields), load_tokenizer(folder, config) if tokenizer else None
+    generation, words = contents.generation(), contents.tokenizer(config) if tokenizer else None
     return Model(config, spec, params, words, str(source), plan, generation, execution)
 
 
 def read_architecture(source: str | Path, revision: str | None = None) -> Architecture:
-    """The shape of the model that `load` would read, from its config.json alone.
+    """The shape of the model that `load` would read, from its config.json or metadata alone.
 
     Raises:
         InputError: as `load`, of that file.
     """
     folder = resolve(source, revision)
-    fields, family, _ = _read_kind(folder)
-    return family.parse_config(fields, str(folder / "config.json"))
+    contents = open_contents(folder)
+    family, _ = _read_kind(folder, contents)
+    return family.parse_config(contents.fields, contents.where)
 
 
-def _read_kind(folder: Path) -> tuple[Record, Family, bool]:
-    """The fields of config.json, the model's family, and whether it is an ordinary model (or else a compressed one)."""
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder} has no config.json; expected a model folder: check the path")
-    fields = read_json(folder / "config.json")
-    if "model_type" not in fields and (folder / "model" / "config.json").is_file():
-        raise InputError(f"{folder} is the folder of a run; expected a model: give {folder / 'model'}")
-    family, ordinary = find_family(fields.get("model_type"), folder)
-    if ordinary and fields.get("quantization_config"):
+def _read_kind(folder: Path, contents: Folder | Gguf) -> tuple[Family, bool]:
+    """The model's family, and whether it is an ordinary model (or else a compressed one)."""
+    family, ordinary = find_family(contents.fields.get("model_type"), folder)
+    if ordinary and contents.fields.get("quantization_config"):
         raise InputError(f"{folder} holds quantized weights; expected float ones: load the model it was made from")
-    return fields, family, ordinary
+    return family, ordinary
 
 
 def _read_spec(folder: Path, config: Architecture, ordinary: bool, storage: str | None) -> tuple[Spec, dict[str, Any]]:

@@ -42,6 +42,11 @@ def load_tokenizer(folder: Path, config: Architecture) -> Any:
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"the tokenizer in {folder} cannot be read ({reason:.200}): restore its files") from None
+    return fitted(tokenizer, config)
+
+
+def fitted(tokenizer: Any, config: Architecture) -> Any:
+    """A tokenizer as `load_tokenizer` describes it, for a model of this vocabulary and beginning of text."""
     if tokenizer.bos_token is None and tokenizer.eos_token is None and config.bos_token_id is not None:
         tokenizer.bos_token = tokenizer.convert_ids_to_tokens(config.bos_token_id)
     if max(tokenizer.get_vocab().values(), default=0) >= config.vocab_size:

@@ -12,7 +12,7 @@ import math
 import reprlib
 from collections.abc import Mapping
 from functools import cache
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from chai_jax.errors import InputError
@@ -24,15 +24,15 @@ Number = Annotated[int, range(INT32_MAX + 1)]  # of a head, from 0
 # Metadata of a field that files of earlier versions do not have: it has a default, and is not written where it is that.
 LATER = {"later": True}
 
-NAMES = {str: "a string", int: "a whole number", bool: "true or false", float: "a finite number"}
+NAMES = {str: "a string", int: "a whole number", bool: "true or false", float: "a finite number", NoneType: "null"}
 
 
 def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     """`value` as a `kind`, with all of its parts checked, even where it is of this kind already.
 
     Args:
-        kind: str, int, bool, float, `X | None`, `tuple[X, ...]`, `dict[X, Y]`, a dataclass of such fields, or
-            `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits in JSON.
+        kind: str, int, bool, float, `X | None`, `str | X`, `tuple[X, ...]`, `dict[X, Y]`, a dataclass of such fields,
+            or `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits in JSON.
         where: what messages call the value.
         whole: whether an object must name all fields, also those that have a default (but for `LATER` ones).
 
@@ -45,7 +45,11 @@ def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     if origin is Annotated:
         return value if type(value) is parts[0] and value in parts[1] else _refuse(kind, value, where)
     if origin in (Union, UnionType):
-        return None if value is None else parse_as(parts[0], value, where, whole)
+        kinds = [part for part in parts if part is not NoneType]
+        if value is None and NoneType in parts:
+            return None
+        kind = next((one for one in kinds if (one is str) == isinstance(value, str)), kinds[0])
+        return parse_as(kind, value, where, whole)
     if origin is tuple:
         entries = value if isinstance(value, (list, tuple)) else _refuse(kind, value, where)
         return tuple(parse_as(parts[0], entry, f"{where}[{at}]", whole) for at, entry in enumerate(entries))
@@ -124,7 +128,7 @@ def expected(kind: Any) -> str:
     if origin is Annotated:
         return f"one of {', '.join(parts[1])}"
     if origin in (Union, UnionType):
-        return f"{expected(parts[0])} or null"
+        return " or ".join(expected(part) for part in parts)
     if origin is tuple:
         return "a list"
     return NAMES.get(kind, "an object")

@@ -70,18 +70,27 @@ class _Bounded(io.RawIOBase):
         return len(data)
 
 
-def read_text(path: str | Path, most: int = SMALL) -> str:
-    """The text of a regular UTF-8 file, without a byte order mark.
+def read_bytes(path: str | Path, most: int = SMALL) -> bytes:
+    """The bytes of a regular file.
 
     Raises:
         OSError: the file cannot be read, is no regular file, or holds more than `most` bytes.
-        UnicodeDecodeError: it is not UTF-8.
     """
     with open_regular(path) as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(f"more than {most:,} bytes")
-    return data.decode(UTF8)
+    return data
+
+
+def read_text(path: str | Path, most: int = SMALL) -> str:
+    """The text of a regular UTF-8 file, without a byte order mark.
+
+    Raises:
+        OSError: as `read_bytes`.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    return read_bytes(path, most).decode(UTF8)
 
 
 def parse_json(text: str) -> Any:

@@ -66,9 +66,9 @@ class Model:
 
     def check_length(self, length: int) -> None:
         """Raise InputError where `length` tokens do not fit the position table."""
-        if length > self.config.max_positions:
+        if length > self.config.context:
             raise InputError(
-                f"{length} tokens do not fit the model's {self.config.max_positions} positions: shorten the text"
+                f"{length} tokens do not fit the model's {self.config.context} positions: shorten the text"
             )
 
     def replace(self, **changes: Any) -> "Model":

@@ -70,7 +70,10 @@ class Architecture:
 
     def __post_init__(self) -> None:
         """What is as it would be without being said is absent, so that equal shapes are equal."""
-        for name, usual in (("num_kv_heads", self.num_heads), ("head_size", self.hidden_size // self.num_heads)):
+        for name, usual in (
+            ("num_kv_heads", self.num_heads),
+            ("head_size", self.hidden_size // max(self.num_heads, 1)),
+        ):
             if getattr(self, name) == usual:
                 object.__setattr__(self, name, None)
 
@@ -100,6 +103,13 @@ class Architecture:
     @property
     def head_dim(self) -> int:
         return self.head_size or self.hidden_size // self.num_heads
+
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence may have: the model's positions, or as many as its rotary ones are stretched to."""
+        numbers = dict(self.rotary.numbers) if self.rotary and self.rotary.scaling == "yarn" else {}
+        stretched = numbers.get("factor", 0.0) * numbers.get("original_max_position_embeddings", 0.0)
+        return max(self.max_positions, int(stretched))
 
     @property
     def kv_width(self) -> int:

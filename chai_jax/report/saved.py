@@ -8,6 +8,7 @@ from pathlib import Path
 from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.gate import Gate
 from chai_jax.config import RunConfig
+from chai_jax.data.multiple_choice import TASK_FILE, TASK_SHA256
 from chai_jax.errors import InputError
 from chai_jax.files.lock import LOCK, holder
 from chai_jax.files.published import architecture_of
@@ -67,8 +68,11 @@ class SavedRun:
     @property
     def scored_on(self) -> str:
         """How many examples or tokens of what the scores are from."""
-        unit = "validation examples" if "acc" in self.records[0]["metrics"] else "tokens"
-        return f"n = {self.records[0]['metrics']['n']:,} {unit} of {self.records[0]['task']}"
+        first = self.records[0]
+        unit = "validation examples" if "acc" in first["metrics"] else "tokens"
+        file = Path(str(first.get(TASK_FILE, ""))).name
+        described = f" ({file}, SHA-256 {first.get(TASK_SHA256)!s:.12}...)" if file else ""
+        return f"n = {first['metrics']['n']:,} {unit} of {first['task']}{described}"
 
     @property
     def measured_on(self) -> str:
@@ -80,6 +84,7 @@ class SavedRun:
     def command(self) -> str:
         """The command that gives this run again, in any other folder."""
         asked = _flat(self.config)
+        asked.pop(TASK_SHA256, None)  # a record of what the option named, not an option
         usual = _flat(_usual(str(asked.pop("model", RunConfig.model))))
         words = ["chai-jax", "run", str(self.config.get("model", RunConfig.model))]
         for name, value in asked.items():

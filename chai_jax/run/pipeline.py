@@ -15,6 +15,7 @@ from chai_jax.bench.race import latency
 from chai_jax.compress.quantize import with_storage
 from chai_jax.config import STAGES, RunConfig, TargetConfig
 from chai_jax.console import console, print_table
+from chai_jax.data.multiple_choice import TASK_SHA256, Task
 from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import finite, new_folder, write_json, write_text
 from chai_jax.files.store import load
@@ -30,7 +31,7 @@ from chai_jax.run.folder import RunFolder
 from chai_jax.run.logs import harmless, tensorboard, together, wandb
 from chai_jax.run.options import check_options, plan_for
 from chai_jax.run.stages import Stages
-from chai_jax.run.work import Work, open_work
+from chai_jax.run.work import Work, open_work, task_of
 from chai_jax.sources import open_model, source_of
 from chai_jax.stopping import terminated
 
@@ -58,7 +59,8 @@ def run(config: RunConfig, execution: Execution | None = None) -> Record:
     plan = Plan.read(config.plan) if config.plan else None
     usual = source_of(config.model)
     config = dataclasses.replace(config, planning=config.planning.filled(usual.planning))
-    folder = RunFolder(config.folder, recorded_settings(config))
+    task = task_of(config)
+    folder = RunFolder(config.folder, recorded_settings(config, task))
     source = open_model(config.model, config.revision, config.seed, execution)
     if not source.spec.is_dense:
         raise InputError(
@@ -103,12 +105,13 @@ def parse_order(order: str) -> tuple[str, ...]:
     return names
 
 
-def recorded_settings(config: RunConfig) -> Record:
-    """The settings that decide the result, as JSON; paths as given."""
+def recorded_settings(config: RunConfig, task: Task | None = None) -> Record:
+    """The settings that decide the result, as JSON; paths as given, and of a task file its SHA-256 too."""
     fields = dataclasses.asdict(config)
     for name in ("out", "operation", "devices"):
         del fields[name]
-    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()}
+    about = {} if task is None or task.origin is None else {TASK_SHA256: task.origin.sha256}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in fields.items()} | about
 
 
 class Pipeline:

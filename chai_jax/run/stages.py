@@ -78,6 +78,7 @@ class Stages:
         return {
             "stage": stage,
             "task": self.work.name,
+            **self.work.about,
             "metrics": metrics,
             "kv_bytes_per_token": stored,
             "kv_bytes_per_token_formula": bytes_per_token(model.spec),

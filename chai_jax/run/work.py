@@ -1,12 +1,13 @@
 """The data of a run: a labelled task or a text, in disjoint parts for training, calibration, choices and measuring."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 from chai_jax.config import RunConfig
 from chai_jax.data.batches import Encoded, Example, Windows, encode
-from chai_jax.data.tasks import Row, Task, get_task, held_out, load_rows
+from chai_jax.data.multiple_choice import Row, Task
+from chai_jax.data.tasks import TASKS, get_task, held_out, load_rows
 from chai_jax.data.text import read_text_file, split_corpus
 from chai_jax.data.tokens import require_tokenizer
 from chai_jax.errors import InputError
@@ -31,6 +32,7 @@ class Work:
         recall: makes a measured result from its samples.
         labelled: whether it is a task, on which a model can be at chance.
         pad: the model's padding token.
+        about: what records say of where the task is described (see `Task.about`).
     """
 
     name: str
@@ -41,11 +43,27 @@ class Work:
     recall: Callable[[Sequence[dict[str, object]]], Measured]
     labelled: bool
     pad: int
+    about: dict[str, str] = field(default_factory=dict)
 
     @property
     def text(self) -> Windows:
         """The calibration windows as arrays."""
         return Windows.stack(self.calibration, self.pad)
+
+
+def task_of(config: RunConfig) -> Task | None:
+    """The task that a run works on; None where it is a text.
+
+    Raises:
+        InputError: neither is asked for, or both are; there is no such task.
+    """
+    task = config.task or (None if config.text else source_of(config.model).task)
+    if (task is None) == (config.text is None):
+        raise InputError(
+            f"give either --task ({', '.join(TASKS)}, or a file NAME.yaml) or --text FILE, so that there is something "
+            "to work on"
+        )
+    return None if task is None else get_task(task)
 
 
 def open_work(config: RunConfig, model: Model) -> Work:
@@ -54,11 +72,9 @@ def open_work(config: RunConfig, model: Model) -> Work:
     Raises:
         InputError: no data asked for or two kinds, no tokenizer to read them with, or what reading them raises.
     """
-    task = config.task or (None if config.text else source_of(config.model).task)
-    if (task is None) == (config.text is None):
-        raise InputError("give either --task (sst2, rte, piqa) or --text FILE, so that there is something to work on")
+    task = task_of(config)
     require_tokenizer(model.tokenizer, config.model)
-    return _text_work(config, model) if task is None else _task_work(get_task(task), config, model)
+    return _text_work(config, model) if task is None else _task_work(task, config, model)
 
 
 def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
@@ -73,8 +89,8 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
         )
 
     def tokens(row: Row) -> tuple[int, ...]:
-        example = task.question(row).example
-        return encode(model.tokenizer, example.context, example.completion, model.config.max_positions - 1).tokens
+        example, longest = task.question(row).example, model.config.max_positions - 1
+        return encode(model.tokenizer, example.context, example.completion, longest, cut_completion=True).tokens
 
     return Work(
         name=task.name,
@@ -85,6 +101,7 @@ def _task_work(task: Task, config: RunConfig, model: Model) -> Work:
         recall=Result.from_samples,
         labelled=True,
         pad=model.config.pad_token_id,
+        about=task.about,
     )
 
 

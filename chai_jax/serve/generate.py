@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Key, UInt32
 
 from chai_jax.console import track
+from chai_jax.data.chat import chat_tokens
 from chai_jax.data.tokens import prefix_token, require_tokenizer, tokenize
 from chai_jax.errors import InputError
 from chai_jax.model.execution import Execution
@@ -161,13 +162,22 @@ def generate_tokens(
     return completions
 
 
-def encode_prompt(model: Model, prompt: str) -> list[int]:
+def encode_prompt(model: Model, prompt: str, chat: bool = False, system: str | None = None) -> list[int]:
     """The prompt's tokens as its tokenizer begins them (`tokenize`); of an empty one at least `prefix_token`.
 
+    Args:
+        chat: the prompt is a user's message, and what begins an answer follows it, by the tokenizer's chat template.
+        system: with `chat`, a message before the user's that says how to answer.
+
     Raises:
-        InputError: the model has no tokenizer, or the prompt holds what is no character.
+        InputError: the model has no tokenizer, the prompt holds what is no character, the template is missing or fails;
+            `system` without `chat`.
     """
     tokenizer = require_tokenizer(model.tokenizer, model.source)
+    if chat:
+        return chat_tokens(tokenizer, prompt, system, model.source)
+    if system is not None:
+        raise InputError("a system's message is given without chat; expected both: ask for a chat, or leave it out")
     return tokenize(tokenizer, prompt) or [prefix_token(tokenizer)]
 
 
@@ -181,12 +191,15 @@ def generate(
     seed: int = 0,
     batch_size: int = 16,
     on_text: Callable[[str], object] | None = None,
+    chat: bool = False,
+    system: str | None = None,
 ) -> list[str]:
     """The text that follows each prompt, without the prompt and without `</s>`; an empty prompt is a fresh text.
 
     Args:
         temperature: as of `generate_tokens`; `top_k` and `top_p` as in `Sampling`.
         on_text: for a single prompt, called with each piece of the text as it is decoded (see `stream`).
+        chat: as of `encode_prompt`, and `system`: each text is then an answer to its prompt.
 
     Raises:
         InputError: as `generate_tokens`; also a model without a tokenizer, one string in place of a list, and `on_text`
@@ -200,11 +213,11 @@ def generate(
                 f"on_text with {len(prompts)} prompts; expected one: texts of a batch are made side by side"
             )
         pieces = []
-        for piece in stream(model, prompts[0], max_new_tokens, temperature, top_k, top_p, seed):
+        for piece in stream(model, prompts[0], max_new_tokens, temperature, top_k, top_p, seed, chat, system):
             on_text(piece)
             pieces.append(piece)
         return ["".join(pieces)]
-    encoded = [encode_prompt(model, prompt) for prompt in prompts]
+    encoded = [encode_prompt(model, prompt, chat, system) for prompt in prompts]
     made = generate_tokens(model, encoded, max_new_tokens, temperature, top_k, top_p, seed, batch_size=batch_size)
     return [model.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in made]
 
@@ -217,12 +230,14 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    chat: bool = False,
+    system: str | None = None,
 ) -> Iterator[str]:
     """`generate(model, [prompt], ...)[0]` in pieces, as they are decoded (see `as_text`).
 
     Raises as `generate` does, at the first piece.
     """
-    encoded = [encode_prompt(model, prompt)]
+    encoded = [encode_prompt(model, prompt, chat, system)]
     check_prompts(model, encoded, max_new_tokens)
     request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed)
     how = model.how

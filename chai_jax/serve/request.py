@@ -78,8 +78,8 @@ def check_prompts(model: Model, prompts: Sequence[Sequence[int]], max_new_tokens
             raise InputError(
                 f"prompt {number} has tokens outside 0 to {model.config.vocab_size - 1}: use the model's tokenizer"
             )
-        if len(prompt) + max_new_tokens - 1 > model.config.max_positions:
+        if len(prompt) + max_new_tokens - 1 > model.config.context:
             raise InputError(
                 f"prompt {number} has {len(prompt)} tokens; {max_new_tokens} new ones do not fit the model's "
-                f"{model.config.max_positions} positions: shorten the prompt or lower max_new_tokens"
+                f"{model.config.context} positions: shorten the prompt or lower max_new_tokens"
             )

@@ -253,9 +253,11 @@ def stream_with_draft(
     top_p: float | None = None,
     seed: int = 0,
     count: int = PROPOSED,
+    chat: bool = False,
+    system: str | None = None,
 ) -> Iterator[tuple[str, Speculated]]:
     """`stream` with a draft: pieces of text, each with what has been made so far. Raises as `speculate`."""
-    encoded, last = encode_prompt(model, prompt), Speculated([])
+    encoded, last = encode_prompt(model, prompt, chat, system), Speculated([])
 
     def tokens() -> Iterator[list[int]]:
         nonlocal last

@@ -184,7 +184,7 @@ def test_masters_are_rounded_as_they_will_be_stored(tiny: Build) -> None:
         assert_identical(steps.rounded(shifted, model.params), jax.tree.map(dequantize, stored, is_leaf=is_leaf))
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_loss_is_that_of_the_model_as_stored(
     tiny: Build, examples: list[Encoded], one_device: Layout, weights: str
 ) -> None:

@@ -60,7 +60,7 @@ class Letters:
 def test_text_is_tokenized_as_for_scoring_and_cut_to_the_model() -> None:
     for example, longest in ((Example("ab", " c"), 8), (Example("abcdef", "ghi"), 5), (Example("", "abcdef"), 4)):
         (found,) = encode_examples(Letters(), [example], TrainConfig(), longest)
-        assert found == encode(Letters(), example.context, example.completion, longest)
+        assert found == encode(Letters(), example.context, example.completion, longest, cut_completion=True)
         assert len(found.tokens) <= longest + 1
 
 

@@ -182,6 +182,7 @@ def test_costs_that_cannot_be_read_are_refused(
         plan_within(model, seen, budget, file=file)
 
 
+@pytest.mark.slow
 def test_a_rank_costs_what_merging_by_it_costs(model: Model, seen: Probe) -> None:
     """Cutting columns off one merge is the merge of that rank, for clusters as for latents."""
     plan, text = Plan((), score_merge="low_rank", value_merge="low_rank"), (seen.tokens, seen.mask)
@@ -200,6 +201,7 @@ def test_a_rank_costs_what_merging_by_it_costs(model: Model, seen: Probe) -> Non
                 assert damage.of(0, *merge.made())[0] == pytest.approx(cost, rel=1e-2, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_clusters_keep_fewer_ranks_where_that_costs_less(model: Model, seen: Probe) -> None:
     made = plan_within(model, seen, Budget(0.4, shares=("qkv",)), value_merge="fit")
     assert any(layer.key_rank or layer.value_rank for layer in made.layers)

@@ -113,7 +113,7 @@ def test_a_token_of_decoding(slice_: str) -> None:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("storage", ["bfloat16", "int8"])
+@pytest.mark.parametrize("storage", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> None:
     """One kernel a layer, and a token moves the cache once (read), the weights, and little else: no copy is made.
 
@@ -174,12 +174,12 @@ def test_devices_that_cannot_have_the_kernel(slice_: str, mesh: str | None, reas
 
 
 LEAN = Job("distil", 8, 16, accumulation=1, cached=True, moments="bfloat16", remat=True)
+OTHERS = Job("prefill", 8, 64), Job("score", 8, 64), Job("target", 8, 16, accumulation=1)
 
 
+@pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize(
-    "job", [Job("prefill", 8, 64), Job("score", 8, 64), Job("target", 8, 16, accumulation=1), LEAN]
-)
+@pytest.mark.parametrize("job", [LEAN, *OTHERS], ids=lambda job: job.kind)
 def test_the_other_jobs_compile_on_a_mesh_with_sharded_weights(job: Job) -> None:
     record = measure(job, abstract(mesh="2x4", fsdp=True))
     entries, _ = count(SMALL)
@@ -191,6 +191,7 @@ def test_the_other_jobs_compile_on_a_mesh_with_sharded_weights(job: Job) -> None
     assert whole / 8 < record["hbm"]["arguments"] < 1.2 * whole / 8
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_too_large_a_job_is_reported_with_what_is_missing() -> None:
     record = measure(Job("decode", batch=2**19, seq=256), abstract())

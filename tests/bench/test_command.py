@@ -38,6 +38,7 @@ def done(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[R
     return json.loads((out / "bench.json").read_text(encoding="utf-8")), out
 
 
+@pytest.mark.slow
 def test_there_is_a_row_for_every_model_and_shape(done: tuple[Record, Path], small_model: Path) -> None:
     record, _ = done
     dense, small = f"random:{small_model}", f"random:{small_model} qkv 0.5 int8"
@@ -52,6 +53,7 @@ def test_there_is_a_row_for_every_model_and_shape(done: tuple[Record, Path], sma
     assert (record["probes"], rates) == (4, [1e9, 2e9])
 
 
+@pytest.mark.slow
 def test_rates_floors_and_bytes_follow_from_the_rest(done: tuple[Record, Path], small_model: Path) -> None:
     record, _ = done
     model = random_model(str(small_model), 0)
@@ -116,6 +118,7 @@ def test_models_are_shown_by_their_last_name(name: str, short: str) -> None:
     assert short_names(name) == short
 
 
+@pytest.mark.slow
 def test_every_file_is_there_and_holds_the_rows(done: tuple[Record, Path]) -> None:
     record, out = done
     assert {path.name for path in out.iterdir()} == {

@@ -123,7 +123,8 @@ def test_a_rank_above_a_heads_dimension_has_no_ordinary_form(text: Windows) -> N
         expand(cluster(random_model(), latent(4, 12), text))
 
 
-@pytest.mark.parametrize("storage", ["float32", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["float32", "int8"])
 def test_a_latent_is_saved_cached_and_counted(storage: str, tmp_path: Path, text: Windows) -> None:
     small = with_storage(cluster(random_model(), latent(10, 7), text), storage)
     per_token = 3 * (17 * 4 if storage == "float32" else 17 + 2 * 2)

@@ -77,7 +77,10 @@ def test_what_is_scored_is_the_completion(bpe: Any) -> None:
 def test_a_text_alone_is_predicted_but_for_its_beginning(bpe: Any) -> None:
     whole = bpe("a gorgeous , witty film")["input_ids"]
     assert encode(bpe, "", "a gorgeous , witty film") == Encoded(tuple(whole), 1)
-    assert encode(bpe, "", "a gorgeous , witty film", 3) == Encoded(tuple(whole[-4:]), 1)
+    assert encode(bpe, "", "a gorgeous , witty film", 3, cut_completion=True) == Encoded(tuple(whole[-4:]), 1)
+    assert encode(bpe, "", "a gorgeous , witty film", len(whole) - 1) == Encoded(tuple(whole), 1)
+    with pytest.raises(InputError, match=f"has {len(whole) - 1} tokens; expected at most the model's {len(whole) - 2}"):
+        encode(bpe, "", "a gorgeous , witty film", len(whole) - 2)
 
 
 def test_a_tokenizer_that_puts_nothing_first_is_helped(bpe: Any) -> None:

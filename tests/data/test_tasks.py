@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from chai_jax.data.batches import Example
-from chai_jax.data.tasks import TASKS, MultipleChoice, Row, get_task, held_out, load_rows
+from chai_jax.data.multiple_choice import MultipleChoice, Row
+from chai_jax.data.tasks import TASKS, get_task, held_out, load_rows
 from chai_jax.errors import InputError
 
 NASTY = [
@@ -59,7 +60,7 @@ def test_requests_are_the_harness_s(name: str, real: bool, tmp_path: Path, reque
     ours = [task.question(row) for row in rows]
     assert asked == [(at, ours[at].context, choice) for at in range(len(rows)) for choice in ours[at].choices]
     assert [theirs.doc_to_target(row) for row in rows] == [each.label for each in ours]
-    assert task.normalised == any(metric["metric"] == "acc_norm" for metric in config["metric_list"])
+    assert (task.normalise == "characters") == any(metric["metric"] == "acc_norm" for metric in config["metric_list"])
     assert task.hub == tuple(filter(None, (config["dataset_path"], config["dataset_name"])))
 
 

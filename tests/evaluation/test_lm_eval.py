@@ -27,7 +27,7 @@ from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.data.text import pages, read_text_file
 from chai_jax.data.toy import toy_rows, toy_tokenizer
 from chai_jax.errors import InputError
-from chai_jax.evaluation.harness_tasks import write_tasks
+from chai_jax.evaluation.harness_tasks import local_rows, write_tasks
 from chai_jax.evaluation.tasks import evaluate_rows
 from chai_jax.files.export import export
 from chai_jax.files.store import save
@@ -87,16 +87,22 @@ def test_the_harness_reports_what_evaluate_reports(harness: Any, model: Model, t
 
     rows = toy_rows("validation", 12)
     solutions = [{"goal": row["sentence"], "sol1": "yes yes", "sol2": "no", "label": row["label"]} for row in rows]
-    write_tasks(tmp_path, {"sst2": {"validation": rows}, "piqa": {"validation": solutions}})
+    contexts = [
+        {"ctx": f"Film: {row['sentence']}", "endings": ["yes yes", "no", "is [not] it", "a"], "label": 2 * row["label"]}
+        for row in rows
+    ]
+    write_rows(tmp_path / "data", "hellaswag", contexts)
+    given = {"sst2": rows, "piqa": solutions, "hellaswag": local_rows("hellaswag", tmp_path / "data")["validation"]}
+    write_tasks(tmp_path, {name: {"validation": one} for name, one in given.items()})
     found = simple_evaluate(
         harness.LanguageModel(model, batch_size="auto"),
-        tasks=["sst2", "piqa"],
+        tasks=[*given],
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=1,
     )["results"]
-    for task, given in (("sst2", rows), ("piqa", solutions)):
-        ours = evaluate_rows(model, get_task(task), given).metrics()
-        measures = ["acc", "acc_norm"] if task == "piqa" else ["acc"]
+    for task, asked in given.items():
+        ours = evaluate_rows(model, get_task(task), asked).metrics()
+        measures = ["acc"] if task == "sst2" else ["acc", "acc_norm"]
         for name in (*measures, *(f"{measure}_stderr" for measure in measures)):
             assert found[task][f"{name},none"] == pytest.approx(ours[name], rel=1e-12)
 
@@ -285,7 +291,7 @@ REFUSED = {
     "a batch size": (["--tasks", "sst2", "--batch_size", "many"], "--batch_size is 'many'"),
     "samples that go nowhere": (["--tasks", "sst2", "--log_samples"], "Specify --output_path"),
     "a missing file": (["--tasks", "rte"], "rte/validation.jsonl[.gz] is missing"),
-    "no local rows": (["--tasks", "hellaswag"], "--data-dir holds rows for sst2, rte, piqa, wikitext"),
+    "no local rows": (["--tasks", "arc_easy"], "--data-dir holds rows for sst2, rte, piqa, hellaswag, wikitext"),
     "an output path that is a file": (["--tasks", "sst2", "--output_path", __file__], "cannot write to"),
 }
 
@@ -375,7 +381,8 @@ def test_agrees_with_the_harness_and_torch(shared: Path, torch: Any, tmp_path: P
     """The experiment, on a few rows and one whose context is longer than the model's 512 positions."""
     pytest.importorskip("lm_eval")
     pytest.importorskip("accelerate")
-    rows = {name: load_rows(get_task(name), "validation", shared / "data", 6) for name in ("sst2", "rte", "piqa")}
+    names = ("sst2", "rte", "piqa", "hellaswag")
+    rows = {name: load_rows(get_task(name), "validation", shared / "data", 6) for name in names}
     rows["rte"].append({**rows["rte"][0], "sentence1": "A plain sentence about the weather in Dover. " * 80})
     for name, lines in rows.items():
         write_rows(tmp_path, name, lines)
@@ -393,7 +400,7 @@ def test_agrees_with_the_harness_and_torch(shared: Path, torch: Any, tmp_path: P
     assert (wikitext["n"], wikitext["agrees"]) == (1, True)
     assert wikitext["word_perplexity"]["chai_jax"] == pytest.approx(wikitext["word_perplexity"]["harness"], rel=1e-5)
     both = [(kind, name, record) for kind, tasks in records.items() for name, record in tasks.items()]
-    sizes = {"sst2": 6, "rte": 7, "piqa": 6}
+    sizes = {"sst2": 6, "rte": 7, "piqa": 6, "hellaswag": 6}
     assert [(kind, name) for kind, name, _ in both] == list(product(("dense", "compressed"), sizes))
     for kind, name, record in both:
         assert record["n"] == sizes[name]

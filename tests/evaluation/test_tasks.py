@@ -2,8 +2,10 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from chai_jax.cli import main
 from chai_jax.data.tasks import get_task
 from chai_jax.data.text import windows
 from chai_jax.data.toy import toy_rows, toy_tokenizer
@@ -72,8 +75,8 @@ def test_scores_each_choice_after_its_prompt(model: Model, rows: list[dict[str, 
 def test_acc_norm_divides_by_characters_without_the_leading_space(model: Model) -> None:
     rows = [{"goal": "the plot", "sol1": "is very good .", "sol2": "dull", "label": label} for label in (0, 1)]
     found = evaluate_rows(model, PIQA, rows)
-    assert found.characters is not None
-    assert found.characters.tolist() == [[14, 4], [14, 4]]
+    assert found.lengths is not None
+    assert found.lengths.tolist() == [[14, 4], [14, 4]]
     by_character = (found.loglikelihoods / [14, 4]).argmax(1) == [0, 1]
     assert found.metrics()["acc_norm"] == by_character.mean()
 
@@ -134,3 +137,94 @@ def test_perplexity_refuses_what_it_cannot_measure(model: Model, text: str, wind
         perplexity(model, text, window)
     with pytest.raises(InputError, match="expected at least 2"):
         perplexity(model, "the plot is dull .")
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """A task file whose questions have two to four answers; lengths in characters, bytes and tokens differ."""
+    questions = [
+        {"film": "the plot", "ends": ["is very good .", "dull"], "right": 0},
+        {
+            "film": "critics say the cast",
+            "ends": ["is dull .", "is élan .", "good", "is never very dull ."],
+            "right": 3,
+        },
+        {"film": "the film", "ends": ["bad", "is great .", "電影"], "right": 1},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
+    text = "context: '{{film}}'\nchoices: ends\ngold: right\nvalidation: rows.jsonl\n"
+    (tmp_path / "films.yaml").write_text(text)
+    return tmp_path / "films.yaml"
+
+
+UNITS: dict[str, tuple[str, Callable[[str], int]]] = {
+    "characters": ("acc_norm", len),
+    "bytes": ("acc_bytes", lambda answer: len(answer.encode())),
+    "tokens": ("acc_tokens", lambda answer: len(TOKENIZER(answer, add_special_tokens=False)["input_ids"])),
+}
+
+
+@pytest.mark.parametrize("unit", ["none", *UNITS])
+def test_questions_of_a_file_with_as_many_choices_as_each_has(unit: str, own: Path, model: Model) -> None:
+    own.write_text(f"{own.read_text()}normalise: {unit}\n")
+    rows = [json.loads(line) for line in (own.parent / "rows.jsonl").read_text().splitlines()]
+    found = evaluate(model, str(own))
+    assert found.loglikelihoods.shape == (3, 4)
+    expected = []
+    for row in rows:
+        prompt = TOKENIZER(row["film"])["input_ids"]
+        answers = [TOKENIZER(f"{row['film']} {answer}")["input_ids"] for answer in row["ends"]]
+        expected.append([naive_logprobs(model, answer, len(prompt)) for answer in answers])
+    samples = found.samples()
+    for sample, totals in zip(samples, expected, strict=True):
+        assert sample["loglikelihoods"] == pytest.approx(totals, abs=1e-4)
+        assert len(sample["greedy"]) == len(totals)
+    right = [int(np.argmax(totals)) == row["right"] for totals, row in zip(expected, rows, strict=True)]
+    assert found.metrics()["acc"] == pytest.approx(np.mean(right))
+    assert ({"acc_norm", "acc_bytes", "acc_tokens"} & found.metrics().keys()) == (
+        set() if unit == "none" else {UNITS[unit][0]}
+    )
+    if unit != "none":
+        name, length = UNITS[unit]
+        each = [[length(answer) for answer in row["ends"]] for row in rows]
+        assert [sample[unit] for sample in samples] == each
+        best = [int(np.argmax(np.divide(totals, sizes))) for totals, sizes in zip(expected, each, strict=True)]
+        assert found.metrics()[name] == pytest.approx(np.mean(np.array(best) == [row["right"] for row in rows]))
+    again = Result.from_samples(json.loads(json.dumps(samples, allow_nan=False)))
+    assert again.samples() == samples
+    assert again.metrics() == found.metrics()
+    assert found.confidence == pytest.approx([np.exp(max(t)) / np.exp(t).sum() for t in expected], abs=1e-4)
+
+
+def test_the_commands_say_which_file(own: Path, small_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    about = {"task_file": str(own), "task_sha256": hashlib.sha256(own.read_bytes()).hexdigest()}
+    assert main(["evaluate", str(small_model), "--task", f"{own},toy", "--limit", "3", "-o", str(own.parent)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found.keys() == {"films", "toy"}
+    assert found["films"].items() >= about.items()
+    assert found["films"]["n"] == 3
+    assert "task_file" not in found["toy"]
+    assert len((own.parent / "samples_films.jsonl").read_text().splitlines()) == 3
+    own.write_text(f"{own.read_text()}train: rows.jsonl\n")
+    about["task_sha256"] = hashlib.sha256(own.read_bytes()).hexdigest()
+    plan = ["--layers", "1", "--clusters", "2", "--calibration", "2", "-o", str(own.parent / "plan.json")]
+    assert main(["plan", str(small_model), "--task", str(own), *plan]) == 2
+    assert "films has 3 training and 3 validation rows; expected more of both" in capsys.readouterr().err
+    with (own.parent / "rows.jsonl").open("a") as file:
+        file.writelines(json.dumps({"film": f"film {n}", "ends": ["good", "bad"], "right": 0}) + "\n" for n in range(9))
+    assert main(["plan", str(small_model), "--task", str(own), *plan]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]).items() >= about.items()
+
+
+def test_a_bad_file_is_refused_before_the_model_is_read(
+    own: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("evaluate", "run", "plan"):
+        job = [command, str(own.parent / "no model"), "--task", str(own.with_name("no.yaml"))]
+        assert main([*job, "-o", str(own.parent / "out")]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: cannot read ")
+        assert "no.yaml (No such file or directory); expected a task file" in line
+    own.write_text(own.read_text().replace("ends", "endings"))
+    assert main(["evaluate", str(small_model), "--task", str(own)]) == 2
+    assert "rows.jsonl:1 has no column 'endings'; expected film, endings and right" in capsys.readouterr().err

@@ -72,11 +72,17 @@ def plan_of(config: Architecture, share: str, whole: bool, **merges: Any) -> Pla
 LOW_RANK = {"score_merge": "low_rank", "value_merge": "low_rank"}
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("share", "merges"), [("kv", {}), ("qkv", LOW_RANK)])
-def test_full_rank_is_the_dense_model(name: str, share: str, merges: dict[str, str]) -> None:
+WHOLE = [(name, share) for name in SHAPES for share in ("kv", "qkv")]
+WHOLE_USUAL = {("llama", "qkv"), ("qwen2", "kv"), ("qwen3", "kv"), ("gpt_neox", "kv")}
+
+
+@pytest.mark.parametrize(
+    ("name", "share"),
+    [pytest.param(*one, marks=[] if one in WHOLE_USUAL else [pytest.mark.slow]) for one in WHOLE],
+)
+def test_full_rank_is_the_dense_model(name: str, share: str) -> None:
     model, seen, wanted = dense_model(name)
-    plan = plan_of(model.config, share, whole=True, **merges)
+    plan = plan_of(model.config, share, whole=True, **(LOW_RANK if share == "qkv" else {}))
     if model.config.qk_norm:
         with pytest.raises(InputError, match="the model norms keys after their projection"):
             cluster(model, plan, seen)

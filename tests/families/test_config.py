@@ -133,6 +133,14 @@ def test_rotary_positions_as_they_were_and_as_they_are_written() -> None:
     assert (old.rotary.theta, old.rotary.scaling, old.rotary.numbers) == (5e5, "linear", (("factor", 2.0),))
 
 
+def test_a_context_is_as_long_as_its_scaling_says() -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    assert parse("llama", rope_scaling=yarn).context == 128
+    assert parse("llama", rope_scaling={**yarn, "factor": 1.5}).context == 64
+    for kind in ("linear", "dynamic"):  # which do not say what they were trained on
+        assert parse("llama", rope_scaling={"rope_type": kind, "factor": 4.0}).context == 64
+
+
 def test_the_repr_that_fingerprints_are_made_of() -> None:
     """Fields that came later show where they are not absent: what was measured of an OPT is still known."""
     config = Architecture(48, 16, 2, 4, 32, 16, 16)

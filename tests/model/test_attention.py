@@ -131,7 +131,13 @@ def test_singleton_clusters_are_dense_attention_bit_for_bit(random_params: Rando
     np.testing.assert_array_equal(logits(single), logits(dense))
 
 
-@pytest.mark.parametrize(("share", "storage"), [("dense", "float32"), ("kv", "int8"), ("qk", "int4")])
+# Blocks of int4 take longest to compile.
+SLOW_INT4 = pytest.param("qk", "int4", marks=pytest.mark.slow)
+SLOW_PROMPT = pytest.param("prompt", "int4", marks=pytest.mark.slow)
+SLOW_CALIBRATED = pytest.param("calibrated", "int4", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("share", "storage"), [("dense", "float32"), ("kv", "int8"), SLOW_INT4])
 def test_rows_in_pieces_are_rows_at_once(
     monkeypatch: pytest.MonkeyPatch, random_params: RandomParams, share: str, storage: str
 ) -> None:
@@ -163,9 +169,7 @@ def test_rows_in_pieces_are_rows_at_once(
     np.testing.assert_allclose(seen.heads * real, expected_seen.heads * real, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("membership", "storage"), [("calibrated", "int8"), ("calibrated", "int4"), ("prompt", "int4")]
-)
+@pytest.mark.parametrize(("membership", "storage"), [("calibrated", "int8"), SLOW_CALIBRATED, SLOW_PROMPT])
 def test_wanted_columns_are_those_of_all(random_params: RandomParams, storage: str, membership: str) -> None:
     """The last layer computes some rows alone; the cache holds every column all the same."""
     config = dataclasses.replace(CONFIG, num_layers=2, max_positions=80)

@@ -84,12 +84,15 @@ def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndar
     assert not same or np.concatenate(same).mean() >= 0.995
 
 
+def marks(norm: str, storage: str) -> tuple[pytest.MarkDecorator, ...]:
+    """`mixed` has every format: by itself each is slow, and mixed is also what a user runs."""
+    if (norm, storage) == ("pre_norm", "mixed"):
+        return (pytest.mark.as_user,)
+    return () if (norm, storage) == ("post_norm", "float32") else (pytest.mark.slow,)
+
+
 CASES = [
-    pytest.param(
-        norm,
-        storage,
-        marks=pytest.mark.as_user if (norm, storage) == ("pre_norm", "mixed") else (),
-    )
+    pytest.param(norm, storage, marks=marks(norm, storage))
     for norm, storages in (("pre_norm", STORAGES), ("post_norm", ("float32", "mixed")))
     for storage in storages
 ]

@@ -137,6 +137,7 @@ def test_kernels_change_logits_by_rounding_alone(native: Execution, values: int,
     np.testing.assert_allclose(found, expected, rtol=0, atol=most * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_greedy_text_is_the_same_with_and_without_a_compiler(small_model: Path) -> None:
     """Of one device, as a laptop is one, in float32."""
     command = [sys.executable, "-m", "chai_jax.cli", "generate", str(small_model), "--prompt", "a small model"]

@@ -87,7 +87,7 @@ def test_variants_equal_torch(torch: ModuleType, tmp_path: Path, variant: str) -
     assert_same_logits(torch, model, module, "left")
 
 
-@pytest.mark.parametrize("shape", [pytest.param("125m", marks=pytest.mark.as_user), "350m"])  # 1.3b: of the first kind
+@pytest.mark.parametrize("shape", ["125m", pytest.param("350m", marks=pytest.mark.slow)])  # 1.3b: of the first kind
 def test_gradients_equal_torch(torch: ModuleType, tmp_path: Path, shape: str) -> None:
     """Of the next token's mean cross-entropy, for every parameter, compared through the loader's own name table."""
     model, module = random_opt(torch, tmp_path / "weights", **SHAPES[shape])

@@ -91,6 +91,7 @@ def test_a_module_splits_and_merges_and_its_leaves_are_where_the_models_are(quan
     assert_same(values(nnx.state(module)), quantized.params)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_tree(model: Model) -> None:
     found = nnx.jit(nnx.value_and_grad(loss))(to_flax(model))
 

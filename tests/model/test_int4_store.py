@@ -123,7 +123,7 @@ def uncached(random_params: RandomParams) -> tuple[Params, Output]:
     "pieces",
     [
         pytest.param([1] * 80, id="token by token"),
-        pytest.param([63, *[1] * 17], id="prefilled", marks=pytest.mark.as_user),
+        pytest.param([63, *[1] * 17], id="prefilled"),
         pytest.param([20, 5, 7, 1, 40, 7], id="pieces"),
     ],
 )

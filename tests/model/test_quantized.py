@@ -49,7 +49,6 @@ def test_equals_a_loop_over_slices_in_float64() -> None:
     np.testing.assert_array_equal(found.values, values)
 
 
-@pytest.mark.as_user
 @given(arrays(np.float32, (2, 6), elements=FINITE))
 @settings(max_examples=100, deadline=None, database=None, derandomize=True)
 def test_laws_of_any_finite_array(x: np.ndarray) -> None:
@@ -93,7 +92,6 @@ def test_golden_errors_of_a_seeded_array() -> None:
 GROUPED = [((3, 8), -1, 4), ((3, 7), -1, 3), ((7, 3), -2, 64), ((2, 5, 3), -3, 1)]
 
 
-@pytest.mark.as_user
 @pytest.mark.parametrize(("shape", "axis", "group"), GROUPED)
 def test_int4_equals_a_loop_over_groups_in_float64(shape: tuple[int, ...], axis: int, group: int) -> None:
     x = np.random.default_rng(0).standard_normal(shape, dtype=np.float32) + np.float32(3)

@@ -10,6 +10,7 @@ from chai_jax.report.page import write_page
 from chai_jax.report.tables import markdown, number
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stages", "dashes"), [(slice(0, 1), 1), (slice(None), 2)])
 def test_a_perplexity_beyond_floats(stages: slice, dashes: int, text_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(text_run, tmp_path / "run"))

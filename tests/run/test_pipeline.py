@@ -1,5 +1,6 @@
 """A run leaves what it promises, survives a kill at any moment, and stages compose in any order."""
 
+import hashlib
 import itertools
 import json
 import os
@@ -15,7 +16,8 @@ import pytest
 from chai_jax.adapt import checkpoints
 from chai_jax.config import PlanConfig, RunConfig, RunOptions, TrainOverrides
 from chai_jax.data.batches import encode
-from chai_jax.data.tasks import Task, get_task, load_rows
+from chai_jax.data.multiple_choice import Task
+from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.data.toy import toy_rows
 from chai_jax.errors import InputError, Stopped
 from chai_jax.files.atomic import read_jsonl
@@ -109,6 +111,7 @@ def test_a_run_leaves_what_it_promises(undisturbed: Path) -> None:
     assert all(step["step_s"] > 0 and step["tokens_per_s"] > 0 for step in steps)
 
 
+@pytest.mark.slow
 def test_interrupted_anywhere_it_ends_the_same(
     undisturbed: Path, small_model: Path, data: Path, tmp_path: Path, kill: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,3 +368,35 @@ def test_the_scores_of_a_run_are_those_of_its_models(finished: Path) -> None:
         assert accuracies["dense"] > 0.88
         assert accuracies["cluster"] < accuracies["distil"]
         assert accuracies["target"] > accuracies["dense"] - 0.1
+
+
+SST2_FILE = r"""
+context: "{{sentence}}\nQuestion: Is this sentence positive or negative?\nAnswer:"
+choices: [negative, positive]
+train: sst2/train.jsonl
+validation: sst2/validation.jsonl
+"""
+
+
+@pytest.mark.slow
+def test_a_task_file_is_calibrated_trained_and_scored_on_like_a_task_that_is_built_in(
+    undisturbed: Path, small_model: Path, data: Path, tmp_path: Path
+) -> None:
+    """SST-2 described by a file gives what SST-2 gives; records name the file; another content is another run."""
+    file = tmp_path / "films.yaml"
+    file.write_text(SST2_FILE)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    wanted = job(small_model, data, tmp_path / "out", task=str(file), order="distil")
+    pipeline.run(wanted)
+    about = {"task": "films", "task_file": str(file), "task_sha256": digest}
+    expected = [record | about for record in results(undisturbed)[:3]]
+    assert results(tmp_path / "out") == expected
+    saved = SavedRun.read(tmp_path / "out")
+    assert saved.config["task_sha256"] == digest
+    assert f"--task {file} " in saved.command
+    assert "sha256" not in saved.command
+    assert saved.scored_on == f"n = 32 validation examples of films (films.yaml, SHA-256 {digest[:12]}...)"
+    file.write_text(SST2_FILE + "# changed\n")
+    with pytest.raises(InputError, match=rf"holds a run with task_sha256 = '{digest}', not '[0-9a-f]+'; repeat its"):
+        pipeline.run(wanted)
+    assert RunConfig("a/b", task=str(file)).folder == Path("runs/b-films")

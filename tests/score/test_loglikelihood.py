@@ -101,7 +101,6 @@ def test_batching_and_order_do_not_matter(model: Model, examples: list[Encoded],
     np.testing.assert_allclose(found, score.loglikelihoods(model, examples)[order], rtol=1e-5)
 
 
-@pytest.mark.as_user
 def test_one_token_choices_share_a_forward_pass(model: Model, batches: list[Questions]) -> None:
     contexts = [(2, 5, 6), (2, 7, 8, 9)]
     choices = [Encoded((*context, answer), len(context)) for context in contexts for answer in (10, 20, 30)]
@@ -176,7 +175,6 @@ def test_short_answers_score_alike_alone_and_beside_long_ones(model: Model) -> N
     np.testing.assert_allclose(score.loglikelihoods(model, short), beside[:-1], atol=1e-5)
 
 
-@pytest.mark.as_user
 def test_scoring_reads_what_the_cache_stores(model: Model, examples: list[Encoded]) -> None:
     exact, damaged = (score.loglikelihoods(random_model(0, storage), examples)[:, 0] for storage in ("float32", "int8"))
     difference = np.abs(exact - damaged)

@@ -83,6 +83,7 @@ def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: 
     assert len({tuple(tokens) for tokens in found}) == len(PROMPTS)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four at once: the same text, and nothing of four rows before the vocabulary head."""
     tokens, mask = map(jnp.asarray, serve.pad_left(PROMPTS[:4], 1))
@@ -136,6 +137,7 @@ def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> No
     assert generate_tokens(stored, PROMPTS[:2], 12, stop=False) == [naive(stored, p, 12) for p in PROMPTS[:2]]
 
 
+@pytest.mark.slow
 def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
     """Blocks are of columns: the uncached model, padded on the left alike, says the same token by token."""
     stored = with_storage(model, "int4")
@@ -159,7 +161,6 @@ def test_quantized_and_half_precision_weights_give_what_the_forward_pass_gives(m
     assert generate_tokens(small, PROMPTS[:1], 12, stop=False) == [naive(small, PROMPTS[0], 12)]
 
 
-@pytest.mark.as_user
 def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path) -> None:
     from transformers import OPTConfig as TorchConfig
     from transformers import OPTForCausalLM
@@ -178,7 +179,7 @@ def test_matches_transformers_token_for_token(torch: ModuleType, tmp_path: Path)
         assert found == expected[0, len(prompt) :].tolist()
 
 
-@pytest.mark.as_user
+@pytest.mark.as_user(alone=True)
 def test_texts_are_those_of_transformers(torch: ModuleType, shared: Path) -> None:
     """Of a trained model, whose matrices are as large as a user's, each prompt alone and all in one batch."""
     from transformers import AutoTokenizer, OPTForCausalLM
@@ -234,6 +235,7 @@ def test_a_stopped_sequence_adds_nothing_and_the_loop_ends_with_the_last(model: 
     assert int(state.cache.length) == 16 + at - 1
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed_and_the_prompts_number_alone(model: Model) -> None:
     def drawn(batch_size: int, seed: int, prompts: tuple[list[int], ...] = PROMPTS) -> list[list[int]]:
         return generate_tokens(model, prompts, 8, 1.5, top_k=50, seed=seed, stop=False, batch_size=batch_size)

@@ -71,6 +71,7 @@ def test_greedy_tokens_are_the_models_own(model: Model, drafts: dict[str, Model]
             assert 0 <= found.kept < found.proposed
 
 
+@pytest.mark.slow
 def test_an_int8_model_is_decoded_as_by_itself(model: Model, drafts: dict[str, Model]) -> None:
     stored = with_storage(model, "int8")
     (expected,) = generate_tokens(stored, PROMPTS[:1], 21, stop=False)
@@ -119,6 +120,7 @@ def test_what_is_kept_or_redrawn_follows_the_models_distribution() -> None:
     assert abs((kept > 0).mean() - shared) < 4 * np.sqrt(shared * (1 - shared) / DRAWS)
 
 
+@pytest.mark.slow
 def test_sampling_follows_the_seed_and_every_proposal_of_the_model_itself_is_kept(
     model: Model, drafts: dict[str, Model]
 ) -> None:

@@ -146,7 +146,8 @@ ABSENT: tuple[Any, ...] = (None, False, 0, "", [], {})
 
 def _kind(hint: Any) -> type:
     """The type that a config.json has for a field: the first of several."""
-    return get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
+    first = get_args(hint)[0] if get_origin(hint) in (Union, UnionType) else hint
+    return get_origin(first) or first
 
 
 KINDS = {name: _kind(hint) for name, hint in get_type_hints(Architecture).items()}
