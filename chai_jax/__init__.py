@@ -1,4 +1,4 @@
-"""Make an OPT language model cheaper to serve, in JAX: cluster, distil, quantize, tune, and measure."""
+"""Make a language model cheaper to serve, in JAX: cluster, distil, quantize, tune, and measure."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -39,7 +39,7 @@ COMMANDS = {
     "aot": AotCommand,
     "env": EnvCommand,
 }
-ABOUT = "Make an OPT language model cheaper to serve: cluster, distil, quantize, tune, and measure."
+ABOUT = "Make a language model cheaper to serve: cluster, distil, quantize, tune, and measure."
 
 
 def parse(argv: Sequence[str]) -> Any:

@@ -61,7 +61,8 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
-    caption = f"C/H: clusters of heads; {', '.join(used)}: how many are cached so" + "; R: rank of keys, values" * ranks
+    told = f"C/H: clusters of key/value heads; {', '.join(used)}: how many are cached so"
+    caption = told + "; R: rank of keys, values" * ranks
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     table = Table(title="\n".join(_about(plan)), title_justify="left", caption=caption, caption_justify="left", **look)
     names = ["layer", "score", "tier", "share", "C/H", *(["R"] if ranks else []), *used, "weights"]

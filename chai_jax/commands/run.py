@@ -12,7 +12,7 @@ from chai_jax.stopping import listening
 
 @dataclass(frozen=True)
 class RunCommand(RunConfig):
-    """The whole job: cluster, distil, quantize and tune an OPT model, and measure it after every stage."""
+    """The whole job: cluster, distil, quantize and tune a model, and measure it after every stage."""
 
     model: Positional[str] = "toy"
     out: OptionalOutFolder = None

@@ -201,7 +201,8 @@ def latent_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
 
     G_h = [Wq_h; bq_h]' A [Wq_h; bq_h] weighs head h's key space; N = [Wk_h G_h^(1/2)]_h; S^(1/2) N = U s V'. The latent
     is x N V_R / s, head h reads it through Wk_h ~ (N V_R / s) R_h, R_h = U_R' S^(1/2) Wk_h, which its query absorbs:
-    exact, since OPT has no rotary positions. Objective: sum over heads of E |score_h - merged score_h|^2.
+    exact where positions do not turn keys (else see `rotary_merge`). Objective: sum over heads of E |score_h - merged
+    score_h|^2.
     """
     joined = weighed_keys(heads, x)
     u, s, vt = svd(rank, (x.root,), (joined,))

@@ -100,7 +100,8 @@ def write_card(folder: Path, model: Model, *, exported: bool) -> None:
 
 def _size(model: Model) -> str:
     config = model.config
-    return f"{config.num_layers} layers of {config.num_heads} heads, width {config.hidden_size}"
+    grouped = f" ({config.kv_heads} key/value heads)" if config.queries > 1 else ""
+    return f"{config.num_layers} layers of {config.num_heads} heads{grouped}, width {config.hidden_size}"
 
 
 def _ordinary(model: Model, name: str) -> str:

@@ -22,7 +22,7 @@ from chai_jax.plans.spec import Spec
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """An OPT, dense or compressed. Every stage returns a new one and leaves the caller's usable.
+    """A decoder, dense or compressed. Every stage returns a new one and leaves the caller's usable.
 
     Attributes:
         spec: what each layer now is.

@@ -57,7 +57,7 @@ def draw(run: SavedRun, folder: Path) -> list[Picture]:
         found.append(Picture(folder / one.name, one.title, f"{one.alt} The numbers: {one.name}.csv."))
     heads = run.path / "report" / "heads"
     if heads.with_suffix(".svg").is_file() and heads.with_suffix(".png").is_file():
-        alt = "Similarity of every two heads of each layer, ordered by cluster. The numbers: heads.csv."
+        alt = "Similarity of every two key/value heads of each layer, ordered by cluster. The numbers: heads.csv."
         found.append(Picture(heads, "Which heads attend alike", alt))
     return found
 

@@ -90,7 +90,7 @@ LAYERS: tuple[Column, ...] = (
     ("sensitivity", lambda row: "" if row.get("sensitivity") is None else f"{row['sensitivity']:.3g}"),
     ("tier", lambda row: row.get("tier", "")),
     ("share", lambda row: row.get("share", "")),
-    ("clusters of heads", lambda row: f"{row['clusters']} of {row['heads']}" if "heads" in row else ""),
+    ("clusters of key/value heads", lambda row: f"{row['clusters']} of {row['heads']}" if "heads" in row else ""),
     ("rank of keys, values", _ranks),
     ("critical", lambda row: str(row.get("critical", ""))),
     ("clusters stored as", lambda row: ", ".join(f"{n} {name}" for name, n in row.get("storage", {}).items())),

@@ -1,5 +1,6 @@
 """The model card carries the base model's name and licence on, through any number of savings."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from chai_jax.files.store import load, save
 from chai_jax.inputs.reading import SMALL
 from chai_jax.model.cache import bytes_per_token
 from chai_jax.model.model import Model
-from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.architecture import Architecture, Rotary
 
 CONFIG = Architecture(19, 12, 2, 3, 20, 16, 12)
 
@@ -75,6 +76,18 @@ def test_front_matter_that_is_none(tmp_path: Path) -> None:
     assert front_matter(card) == {}
     card.write_text("---\nlicense: mit\nbase_model:\n- a\ntags: []\n---\n")
     assert front_matter(card) == {"license": "mit", "tags": "[]"}
+
+
+def test_grouped_heads_are_told_apart(tmp_path: Path, random_model: Any) -> None:
+    """Of a family without a licence of its own, whose name the card says."""
+    config = dataclasses.replace(CONFIG, num_kv_heads=1, rotary=Rotary(), position_offset=0, norm="rms", gated=True)
+    config = dataclasses.replace(config, bias=False, activation="silu", family="llama")
+    save(random_model(config, storage="int8", source="someone/her-llama"), tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    assert "A compressed Llama (2 layers of 3 heads (1 key/value heads), width 12)" in text
+    assert "| 0 | dense | 1 | 1 | int8 | loaded |" in text
+    fields = metadata_load(tmp_path / "out/README.md")
+    assert (fields["base_model"], fields["license"], fields["tags"]) == ("someone/her-llama", "unknown", ["llama"])
 
 
 def test_numbers_are_the_model_s(tmp_path: Path, from_: Any) -> None:

@@ -191,7 +191,7 @@ ffi::Error AttendAll(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::A
                  static_cast<const T*>(values.untyped_data()),
                  scales[0], scales[1], allowed.typed_data(), out,
                  key[0], key[1], asked[2], value[1] / key[1], key[2], key[3], value[3]};
-  bool usual = group.rank == 64 && group.value_rank == 64;  // every OPT up to 1.3b, but for what was cut
+  bool usual = group.rank == 64 && group.value_rank == 64;  // of most small models, but for what was cut
   const int64_t bytes = keys.size_bytes() + values.size_bytes();
   return AllDone(InParallel(pool, group.batch * group.clusters, bytes, [&](int64_t task) {
     int64_t sequence = task / group.clusters, cluster = task % group.clusters;

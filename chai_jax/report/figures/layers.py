@@ -21,7 +21,7 @@ TIER_LOOKS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (
 def head_maps(
     path: Path, plan: Plan, correlation: Float[np.ndarray, "L H H"], config: Architecture, caption: str = ""
 ) -> list[Path]:
-    """How alike the heads of each layer attend, ordered by cluster, with each layer's clusters, tier and cache bytes.
+    """How alike each layer's key/value heads attend, ordered by cluster, with its clusters, tier and cache bytes.
 
     Args:
         path: of the files, without suffix.
@@ -55,7 +55,7 @@ def head_maps(
     for empty in axes[layers:]:
         empty.set_axis_off()
     figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of attention", shrink=0.8)
-    write_caption(figure, f"Heads, ordered by cluster (boxes). {caption}")
+    write_caption(figure, f"Key/value heads, ordered by cluster (boxes). {caption}")
     return write_picture(figure, path, rows)
 
 
