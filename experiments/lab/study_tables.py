@@ -93,7 +93,7 @@ def layer_spectra(model: Model, probe: Probe) -> list[Record]:
     """For keys and values of every layer, the share of the energy that each rank holds."""
     stream, rows = Stream(model, probe), []
     for layer in track(range(model.config.num_layers), "Spectra"):
-        found = spectra(dense_heads(model.params["layers"][str(layer)]), stream.input_moments)
+        found = spectra(dense_heads(model.config, model.params["layers"][str(layer)]), stream.input_moments)
         for what, singular in zip(("keys", "values"), found, strict=True):
             held = np.cumsum(singular**2) / np.sum(singular**2)
             rows += [

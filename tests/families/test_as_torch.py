@@ -1,6 +1,7 @@
 """Every family computes what transformers' model of it computes in torch: logits, gradients, texts, exports."""
 
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,8 @@ def torch_model(name: str, options: dict[str, Any]) -> Any:
     """A random model, all of whose parameters matter: norms and biases too."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     kind = f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM"
-    fields = options if name == "GPT2" else {**SIZES, **options}
+    # A copy: transformers writes into the dicts that it is given.
+    fields = deepcopy(options if name == "GPT2" else {**SIZES, **options})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = getattr(transformers, f"{name}Config")(**fields, attn_implementation="eager")

@@ -191,10 +191,10 @@ def test_what_padding_changes(random_params: RandomParams, padding: str) -> None
 def test_the_gradient_passes_storage_unchanged() -> None:
     x = jax.random.normal(jax.random.key(0), (1, 2, 40, 8))
     weights = jax.random.normal(jax.random.key(1), (2, *x.shape))
-    allowed = jnp.ones((1, 40, 40), bool)
+    real = jnp.ones((1, 40), bool)
 
     def read(x: jax.Array) -> jax.Array:
-        _, keys, values = cache.remember(None, x, x, "int4", jnp.int32(0), allowed)
+        _, keys, values = cache.remember(None, x, x, "int4", jnp.int32(0), real)
         return (weights[0] * keys.old + weights[1] * values.recent).sum()
 
     np.testing.assert_allclose(jax.jit(jax.grad(read))(x), weights[0] + weights[1], rtol=1e-6)
