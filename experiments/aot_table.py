@@ -1,4 +1,4 @@
-"""What opt-125m to 6.7b and two Llamas need and take on slices of eight TPUs, by the TPU's compiler. No TPU, no weights.
+"""What opt-125m to 6.7b and two Llamas need and take on slices of eight TPUs, by the TPU's compiler. No TPU is used.
 
     python experiments/aot_table.py --out experiments/results
 
