@@ -7,20 +7,11 @@ from functools import cached_property
 import jax.numpy as jnp
 
 from chai_jax.compress.low_rank import as_they_are, dense_heads, score_params, value_params
-from chai_jax.compress.merge import (
-    HeadWeights,
-    InputMoments,
-    OutputMoments,
-    Scores,
-    fitted_values,
-    latent_scores,
-    latent_values,
-    low_rank_scores,
-    low_rank_values,
-)
+from chai_jax.compress.merge import HeadWeights, InputMoments, OutputMoments, Scores, latent_scores, low_rank_scores
 from chai_jax.compress.moments import input_moments, output_moments
 from chai_jax.compress.rotary_merge import rotary_latent_scores, rotary_low_rank_scores
 from chai_jax.compress.slice import every_value, reorder, representative_scores, representative_values
+from chai_jax.compress.value_merge import fitted_values, latent_values, low_rank_values
 from chai_jax.console import track
 from chai_jax.errors import InputError
 from chai_jax.model.layerwise import Text, embed_text, how_in_float32, through

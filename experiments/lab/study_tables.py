@@ -10,7 +10,7 @@ from scipy import stats
 from chai_jax.analyse.probe import Probe
 from chai_jax.compress.cluster import Stream
 from chai_jax.compress.low_rank import dense_heads
-from chai_jax.compress.merge import spectra
+from chai_jax.compress.value_merge import spectra
 from chai_jax.console import track
 from chai_jax.files.atomic import write_json, write_text
 from chai_jax.model.model import Model

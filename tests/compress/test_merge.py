@@ -12,14 +12,11 @@ from chai_jax.compress.merge import (
     OutputMoments,
     Scores,
     Values,
-    fitted_values,
     latent_scores,
-    latent_values,
     low_rank_scores,
-    low_rank_values,
-    spectra,
     svd,
 )
+from chai_jax.compress.value_merge import fitted_values, latent_values, low_rank_values, spectra
 
 D, M, K, N = 6, 3, 2, 100
 

@@ -6,8 +6,9 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pytest
 
-from chai_jax.compress.merge import HeadWeights, InputMoments, Scores, latent_values, low_rank_values
+from chai_jax.compress.merge import HeadWeights, InputMoments, Scores
 from chai_jax.compress.rotary_merge import rotary_latent_scores, rotary_low_rank_scores
+from chai_jax.compress.value_merge import latent_values, low_rank_values
 
 D, M, N, K = 7, 3, 2, 6
 FREQUENCIES = np.array([1.0, 0.3, 0.05])
