@@ -1,4 +1,4 @@
-"""What opt-125m to 6.7b and Llama-3.2-1B need and take on slices of eight TPUs, by the TPU's compiler, without a TPU.
+"""What opt-125m to 6.7b and two Llamas need and take on slices of eight TPUs, by the TPU's compiler, without a TPU.
 
     python experiments/aot_table.py --out experiments/results
 
@@ -30,10 +30,10 @@ from chai_jax.model.sharding import Layout
 
 Record = dict[str, Any]
 OPTS = ("125m", "350m", "1.3b", "6.7b")
-LLAMAS = ("Llama-3.2-1B",)
+LLAMAS = ("Llama-3.2-1B", "Llama-3.1-8B")
 MODELS = (*OPTS, *LLAMAS)
 SLICES = ("v3:2x2", "v5e:2x4")
-OF_LLAMAS = ("v5e:2x4",)
+OF_LLAMAS = ("v5e:2x4", "v6e:2x4")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def rescues(row: TableRow) -> Iterator[TableRow]:
 def decoding(model: str, slice_: str) -> Iterator[TableRow]:
     """A token at 2,048 columns (8,192 of Llamas), dense and compressed: at one batch, and at the largest."""
     columns, weights = (8192, "bfloat16") if model in LLAMAS else (2048, "float16")
-    mesh = "2x4" if model == "6.7b" else None
+    mesh = "2x4" if model in ("6.7b", "Llama-3.1-8B") else None
     for cache, factor in (("dense", 1), ("compressed", 4)):
         row = TableRow(model, slice_, Job("decode", FIRST[model], columns, weights=weights), cache=cache, mesh=mesh)
         yield row
@@ -96,7 +96,7 @@ def decoding(model: str, slice_: str) -> Iterator[TableRow]:
 
 
 # Batches that the smallest slice holds with the dense cache.
-FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32, "Llama-3.2-1B": 384}
+FIRST = {"125m": 1536, "350m": 512, "1.3b": 256, "6.7b": 32, "Llama-3.2-1B": 384, "Llama-3.1-8B": 64}
 
 
 def rows() -> Iterator[TableRow]:

@@ -175,7 +175,7 @@ def test_what_does_not_fit_has_an_option_that_does(aot_table: Any) -> None:
             tried = (done[option.key]["fits"] for option in aot_table.rescues(row) if option.key in done)
             assert True in tried, row
     ratios = [float(line[5]) for line in aot_table.headline(list(done.values()))[1:]]
-    assert len(ratios) == 9
+    assert len(ratios) == 12
     assert min(ratios) > 3.5
 
 
