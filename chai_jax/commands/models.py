@@ -29,17 +29,20 @@ class EvaluateCommand:
     """Which split to score."""
     baseline: str | None = None
     """Compare with this model, example by example: paired differences and flips."""
+    window: int | None = None
+    """With --text: tokens read at once (default: the model's positions, at most 2048)."""
     limit: int | None = None
-    """Score only the first N examples."""
+    """Score only the first N examples, or windows of the text."""
     out: OptionalOutFolder = None
-    """Write the answer to every example to samples_TASK.jsonl in this folder."""
+    """Write the answer to every example to samples_TASK.jsonl, or the loss of every window to samples_text.jsonl, in
+    this folder."""
     revision: str | None = None
     """Revision of a hub model."""
     devices: DeviceConfig = field(default_factory=DeviceConfig)
 
     def run(self) -> Any:
         from chai_jax.data.tasks import TASKS, get_tasks
-        from chai_jax.evaluation.tasks import evaluate, perplexity
+        from chai_jax.evaluation.tasks import evaluate, evaluate_text
         from chai_jax.files.atomic import check_writable
         from chai_jax.machine.processes import once
         from chai_jax.run.devices import start
@@ -54,9 +57,12 @@ class EvaluateCommand:
         if self.out is not None:
             check_writable(self.out)
         model = open_model(self.model, self.revision, execution=execution)
-        if self.text is not None:
-            return {str(self.text): perplexity(model, self.text)}
         baseline = None if self.baseline is None else open_model(self.baseline, execution=execution)
+        if self.text is not None:
+            read = evaluate_text(model, self.text, self.window, self.limit, baseline)
+            if self.out is not None:
+                once(partial(read.write_samples, self.out / "samples_text.jsonl"))
+            return {str(self.text): read.metrics()}
         found = {}
         for task in tasks:
             result = evaluate(model, task, self.split, self.data_dir, self.limit, baseline)

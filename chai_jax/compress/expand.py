@@ -67,13 +67,14 @@ def grouped(model: Model) -> Model | None:
     an ordinary head's dimensions, and where the family can say so in its config.json.
     """
     first, config, family = model.spec.layers[0].groups[0], model.config, family_of(model.config)
-    counts = {layer.key_heads for layer in model.spec.layers}
+    count = model.spec.layers[0].key_heads
+    if any(layer.key_heads != count for layer in model.spec.layers):
+        return None
     for layer in model.spec.layers:
         alike = all((group.queries, group.values) == (first.queries, 1) for group in layer.groups)
         whole = layer.key_rank == layer.value_rank == config.head_dim and not layer.pairs
-        if not (alike and whole and layer.membership == "calibrated" and len(counts) == 1):
+        if not (alike and whole and layer.membership == "calibrated"):
             return None
-    (count,) = counts
     smaller = dataclasses.replace(
         config, num_heads=count * first.queries, num_kv_heads=count, head_size=config.head_dim
     )
@@ -116,18 +117,14 @@ def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[Laye
     groups = group_clusters("dense", clusters, storages, per_head=layer.queries)
     spec = LayerSpec("dense", clusters, groups, head_dim, head_dim, queries=layer.queries, window=layer.window)
     pairs = [layer.pairs[cluster] for cluster in keys] if layer.pairs else []
+    of_each_query = [one for one in pairs for _ in range(layer.queries)]
     return spec, {
         **params,
-        "query": {name: _whole(leaf, of_queries(pairs, layer.queries), head_dim) for name, leaf in query.items()},
+        "query": {name: _whole(leaf, of_each_query, head_dim) for name, leaf in query.items()},
         "key": {name: _whole(leaf, pairs, head_dim) for name, leaf in key.items()},
         "value": {name: _pad(leaf, -1, head_dim) for name, leaf in value.items()},
         "output": {**params["output"], "kernel": _pad(output, -2, head_dim)},
     }
-
-
-def of_queries(pairs: Sequence[tuple[int, ...]], each: int) -> list[tuple[int, ...]]:
-    """What each head has, for each of its queries."""
-    return [one for one in pairs for _ in range(each)]
 
 
 def _whole(leaf: Array, pairs: Sequence[tuple[int, ...]], head_dim: int) -> Array:

@@ -25,7 +25,7 @@ from functools import cached_property, partial
 
 import numpy as np
 import scipy.linalg
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 
 fast_einsum = partial(np.einsum, optimize=True)  # pairwise by BLAS; as it is, numpy loops over all letters at once
 NEGLIGIBLE = 1e-8  # of the norm: below it there is only rounding (weights are float32 at best)
@@ -158,23 +158,23 @@ def square_root(matrix: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
 
 
 def svd(
-    rank: int, left: Sequence[Float[np.ndarray, "_ _"]], right: Sequence[Float[np.ndarray, "_ _"]]
-) -> tuple[Float[np.ndarray, "M R"], Float[np.ndarray, " R"], Float[np.ndarray, "R N"]]:
+    rank: int, left: Sequence[Inexact[np.ndarray, "_ _"]], right: Sequence[Inexact[np.ndarray, "_ _"]]
+) -> tuple[Inexact[np.ndarray, "M R"], Float[np.ndarray, " R"], Inexact[np.ndarray, "R N"]]:
     """(U_R, s_R, V_R') of the product of the factors, `left` times `right`; what is beyond its own rank is zero.
 
     Between the two lie few dimensions (two heads of a wide model): left = Q L and right' = P R by QR, and only L R' is
     decomposed. What is negligible beside the factors' norms is their rounding, even where nothing larger is there.
     """
     one, two = (functools.reduce(np.matmul, factors) for factors in (left, right))
-    (q, core), (p, other) = (scipy.linalg.qr(matrix, mode="economic") for matrix in (one, two.T))
-    core = core @ other.T
+    (q, core), (p, other) = (scipy.linalg.qr(matrix, mode="economic") for matrix in (one, two.conj().T))
+    core = core @ other.conj().T
     try:
         u, s, vt = scipy.linalg.svd(core, full_matrices=False)
     except scipy.linalg.LinAlgError:  # the divide-and-conquer driver gives up on some matrices, this one does not
         u, s, vt = scipy.linalg.svd(core, full_matrices=False, lapack_driver="gesvd")
     kept = s[:rank] > NEGLIGIBLE * math.prod(np.linalg.norm(factor) for factor in (*left, *right))
     room = (0, max(0, rank - len(s)))
-    u, s, vt = (q @ u[:, :rank]) * kept, s[:rank] * kept, (vt[:rank] @ p.T) * kept[:, None]
+    u, s, vt = (q @ u[:, :rank]) * kept, s[:rank] * kept, (vt[:rank] @ p.conj().T) * kept[:, None]
     return np.pad(u, ((0, 0), room)), np.pad(s, room), np.pad(vt, (room, (0, 0)))
 
 

@@ -15,9 +15,7 @@ of the softmax, so nothing is centred: x stands for [x, 1], the last row of b_f 
 import numpy as np
 from jaxtyping import Complex, Float
 
-from chai_jax.compress.merge import HeadWeights, InputMoments, Scores, inverse
-
-NEGLIGIBLE = 1e-8  # of the largest singular value: below it there is only rounding
+from chai_jax.compress.merge import HeadWeights, InputMoments, Scores, inverse, svd
 
 Found = list[tuple[float, int, np.ndarray, np.ndarray]]  # (singular value, frequency, its key, its queries)
 
@@ -38,7 +36,7 @@ def rotary_low_rank_scores(heads: HeadWeights, x: InputMoments, rank: int, whole
         b = keys[:, :, f]  # [E, m]
         a = asking[:, :, f].reshape(len(b), -1, n).transpose(2, 0, 1) / b.shape[1]  # [n, E, m]
         left = np.concatenate([root @ one.conj() for one in a])  # [n E, m]
-        u, s, vh = _svd(left, b.T @ root)
+        u, s, vh = svd(b.shape[1], (left,), (b.T, root))
         key = b @ (left.T @ u.conj()) * inverse(s)
         inner = b.T @ (root @ vh.conj().T)  # [m, c], so that the conjugate query is conj(a) inner
         queries = np.stack([(one.conj() @ inner).conj() for one in a], axis=1)  # [E, n, c]
@@ -59,7 +57,7 @@ def rotary_latent_scores(heads: HeadWeights, x: InputMoments, rank: int, whole: 
         b, a = keys[:, :, f], asking[:, :, f]  # [E, m], [E, m n]
         asked = np.sum(np.abs(root @ a) ** 2, axis=0).reshape(-1, n).sum(axis=1)
         weighed = b * np.sqrt(asked)
-        u, s, vh = _svd(root, weighed)
+        u, s, vh = svd(b.shape[1], (root @ weighed,), (np.eye(b.shape[1]),))
         key = weighed @ vh.conj().T * inverse(s)
         read = u.conj().T @ (root @ b)  # [c, m]
         found += [(s[c], f, key[:, c], a * np.repeat(read[c], n).conj()) for c in range(len(s))]
@@ -74,15 +72,6 @@ def _complex(x: Float[np.ndarray, "*rows K"]) -> Complex[np.ndarray, "*rows K2"]
 def _keys(heads: HeadWeights) -> Complex[np.ndarray, "E m K2"]:
     assert heads.key_bias is not None
     return _complex(np.concatenate([heads.key, heads.key_bias[None]]))
-
-
-def _svd(left: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """U, s, V' of left times right, as many as one of them has columns or rows; what is only rounding is zero."""
-    q, core = np.linalg.qr(left)
-    p, other = np.linalg.qr(right.conj().T)
-    u, s, vh = np.linalg.svd(core @ other.conj().T, full_matrices=False)
-    kept = s > NEGLIGIBLE * np.linalg.norm(left) * np.linalg.norm(right)
-    return q @ u, s * kept, vh @ p.conj().T
 
 
 def _scores(found: Found, rank: int, whole: bool) -> Scores:

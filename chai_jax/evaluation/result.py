@@ -225,6 +225,10 @@ class TextResult:
         """
         return cls(_column(samples, "loss", float), _column(samples, "tokens", int))
 
+    def write_samples(self, path: str | Path) -> None:
+        """Write `samples` as JSON lines, atomically."""
+        write_jsonl(Path(path), self.samples())
+
 
 def _accuracy(name: str, right: Bool[np.ndarray, " N"]) -> Metrics:
     return {

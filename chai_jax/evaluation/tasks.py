@@ -21,9 +21,10 @@ from chai_jax.evaluation.result import Metrics, Result, TextResult
 from chai_jax.model.model import Model
 from chai_jax.score.loglikelihood import loglikelihoods
 
-__all__ = ["Result", "TextResult", "evaluate", "evaluate_rows", "evaluate_windows", "perplexity"]
+__all__ = ["Result", "TextResult", "evaluate", "evaluate_rows", "evaluate_text", "evaluate_windows", "perplexity"]
 
 BATCH_SIZE = 32
+LONGEST_WINDOW = 2048  # if nothing is said: attention to all of 131,072 positions would take a CPU for ever
 
 
 def evaluate(
@@ -116,22 +117,46 @@ def evaluate_windows(
     return TextResult(losses, np.array([len(window.tokens) - window.start for window in encoded]), text_bytes)
 
 
-def perplexity(model: Model, text: str | Path, window: int | None = None, batch_size: int = BATCH_SIZE) -> Metrics:
-    """Token perplexity of a whole text in non-overlapping windows, each `</s>` and `window` - 1 tokens of the text.
+def evaluate_text(
+    model: Model,
+    text: str | Path,
+    window: int | None = None,
+    limit: int | None = None,
+    baseline: Model | None = None,
+    batch_size: int = BATCH_SIZE,
+) -> TextResult:
+    """Loss of a model on a text, read in windows that do not overlap (see `chai_jax.data.text.windows`).
 
     Args:
         text: the text itself, or the `Path` of a file (gzipped or not).
-        window: the model's number of positions if not given.
-
-    Returns:
-        `TextResult.metrics`: n (tokens), perplexity, loss (nats per token), their standard errors, bits_per_byte.
+        window: tokens of a window; if not given, the model's positions, at most `LONGEST_WINDOW`.
+        limit: only the first windows.
+        baseline: a model to compare with, window by window.
+        batch_size: windows per device and batch.
 
     Raises:
-        InputError: an unreadable file, less than two windows of text, a window out of range, no tokenizer.
+        InputError: an unreadable file, less than two windows of text, a window out of range, no tokenizer, a baseline
+            that cuts the text into other tokens.
     """
-    window = model.config.max_positions if window is None else window
-    if not 2 <= window <= model.config.max_positions:
-        raise InputError(f"window is {window}; expected 2 to the model's {model.config.max_positions} positions")
+    most = model.config.max_positions
+    window = min(most, LONGEST_WINDOW) if window is None else window
+    if not 2 <= window <= most:
+        raise InputError(f"window is {window}; expected 2 to the model's {most} positions")
+    if limit is not None and limit < 2:
+        raise InputError(f"limit is {limit}; expected at least 2 windows, or there is no standard error")
     text = read_text_file(text) if isinstance(text, Path) else text
-    encoded = windows(require_tokenizer(model.tokenizer, model.source), text, window)
-    return evaluate_windows(model, encoded, batch_size, len(text.encode())).metrics()
+    results = []
+    for one in (model, *([] if baseline is None else [baseline])):
+        encoded = windows(require_tokenizer(one.tokenizer, one.source), text, window)
+        size = len(text.encode()) if limit is None or limit >= len(encoded) else None
+        results.append(evaluate_windows(one, encoded[:limit], batch_size, size))
+    return results[0] if baseline is None else results[0].against(results[1])
+
+
+def perplexity(model: Model, text: str | Path, window: int | None = None, batch_size: int = BATCH_SIZE) -> Metrics:
+    """Token perplexity of a text: `evaluate_text(...).metrics()`.
+
+    Returns:
+        n (tokens), windows, perplexity, loss (nats per token), their standard errors, bits_per_byte.
+    """
+    return evaluate_text(model, text, window, batch_size=batch_size).metrics()

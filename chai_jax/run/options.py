@@ -69,7 +69,7 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
     shares, score_merge, value_merge = merges_of(wanted, config)
     check_merges(config, shares, score_merge, value_merge, wanted.membership)
     if wanted.kv_heads is not None:
-        _check_kv_heads(wanted, config)
+        _check_kv_heads(wanted.kv_heads, wanted, config)
 
 
 def merges_of(wanted: PlanConfig, config: Architecture) -> tuple[tuple[str, ...], str, str]:
@@ -84,17 +84,16 @@ def merges_of(wanted: PlanConfig, config: Architecture) -> tuple[tuple[str, ...]
     return shares, wanted.score_merge or usual["scores"], wanted.value_merge or usual["values"]
 
 
-def _check_kv_heads(wanted: PlanConfig, config: Architecture) -> None:
+def _check_kv_heads(count: int, wanted: PlanConfig, config: Architecture) -> None:
     """Grouped queries are made by one rule, for every layer alike."""
     others = {"--kv-budget": wanted.kv_budget, "--share": wanted.share, "--clusters": wanted.clusters}
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise InputError(f"--kv-heads is given with {given[0]}; it decides all that is merged: leave one of them out")
     check_merges(config, ("kv",), "low_rank", "low_rank")
-    if not 1 <= (wanted.kv_heads or 0) <= config.kv_heads or config.kv_heads % (wanted.kv_heads or 1):
+    if count < 1 or config.kv_heads % count:
         raise InputError(
-            f"--kv-heads is {wanted.kv_heads}; expected a number that divides the model's {config.kv_heads} key and "
-            "value heads"
+            f"--kv-heads is {count}; expected a number that divides the model's {config.kv_heads} key and value heads"
         )
 
 

@@ -216,6 +216,23 @@ def test_the_commands_say_which_file(own: Path, small_model: Path, capsys: pytes
     assert json.loads(capsys.readouterr().out.splitlines()[-1]).items() >= about.items()
 
 
+def test_a_text_is_compared_window_by_window(
+    tmp_path: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the plot is dull . the cast is good . " * 9)
+    job = ["evaluate", str(small_model), "--text", str(text), "--window", "8"]
+    assert main([*job, "--limit", "3", "--baseline", str(small_model), "-o", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])[str(text)]
+    assert (found["windows"], found["n"]) == (3, 3 * 7)
+    assert (found["difference"], found["difference_interval"]) == (0.0, [0.0, 0.0])
+    assert "bits_per_byte" not in found  # of a part of the text
+    samples = [json.loads(line) for line in (tmp_path / "samples_text.jsonl").read_text().splitlines()]
+    assert sum(sample["loss"] for sample in samples) == pytest.approx(found["loss"] * found["n"])
+    assert main([*job, "--limit", "1"]) == 2
+    assert "limit is 1; expected at least 2 windows" in capsys.readouterr().err
+
+
 def test_a_bad_file_is_refused_before_the_model_is_read(
     own: Path, small_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

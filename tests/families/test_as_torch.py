@@ -111,8 +111,15 @@ def logits(model: Any, tokens: np.ndarray, mask: np.ndarray) -> np.ndarray:
     return found.logits.numpy()
 
 
-ALL = [pytest.param(*case, id=name) for name, case in CASES.items()]
-ALL += [pytest.param(*case, id=name, marks=pytest.mark.slow) for name, case in OPTIONS.items()]
+def cases(*quick: str) -> Any:
+    """Every family with all options, of which those in `quick` are tried by every run of the tests."""
+    params = [
+        pytest.param(*case, id=name, marks=[] if name in quick else pytest.mark.slow)
+        for name, case in {**CASES, **OPTIONS}.items()
+    ]
+    return pytest.mark.parametrize(("name", "options"), params)
+
+
 TOKENS = np.random.default_rng(0).integers(3, 60, (3, 20)).astype(np.int32)
 LEFT = np.arange(20) >= np.array([[0], [7], [0]])
 RIGHT = np.arange(20) < np.array([[20], [13], [20]])
@@ -135,7 +142,7 @@ def both(made: dict[str, Any], folder: Path, name: str, options: dict[str, Any])
     return found
 
 
-@pytest.mark.parametrize(("name", "options"), ALL)
+@cases(*CASES)
 def test_logits_and_an_exported_folder(
     made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
@@ -154,21 +161,8 @@ def test_logits_and_an_exported_folder(
     assert (back.config, back.spec) == (ours.config, ours.spec)
 
 
-FEW = [pytest.param(*CASES[name], id=name) for name in ("llama", "mistral", "gpt_neox")]
-
-
-@pytest.mark.parametrize(("name", "options"), FEW)
+@cases("llama", "mistral")
 def test_texts(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    check_texts(made, tmp_path, name, options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), ALL)
-def test_all_texts(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    check_texts(made, tmp_path, name, options)
-
-
-def check_texts(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """Fifty greedy tokens with the cache, of prompts of several lengths in one batch."""
     torch = pytest.importorskip("torch")
     torchs, ours = both(made, tmp_path, name, options)
@@ -181,18 +175,8 @@ def check_texts(made: dict[str, Any], tmp_path: Path, name: str, options: dict[s
         assert tokens == wanted
 
 
-@pytest.mark.parametrize(("name", "options"), [pytest.param(*CASES[name], id=name) for name in ("qwen3", "gpt_neox")])
+@cases("qwen3", "gpt_neox")
 def test_gradients(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    check_gradients(made, tmp_path, name, options)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "options"), ALL)
-def test_all_gradients(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
-    check_gradients(made, tmp_path, name, options)
-
-
-def check_gradients(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """Of a loss over all real tokens, with respect to every parameter."""
     torch = pytest.importorskip("torch")
     torchs, ours = both(made, tmp_path, name, options)

@@ -163,7 +163,9 @@ WINDOWS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_t
 OWN = (*ROTARY, *WINDOWS)
 
 
-def shape(vocabulary: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int, positions: int, **rest: Any):  # type: ignore[no-untyped-def]
+def shape(
+    vocabulary: int, width: int, layers: int, heads: int, kv_heads: int, ffn: int, positions: int, **rest: Any
+) -> Architecture:
     """The shape of a published model."""
     return Architecture(
         vocabulary,

@@ -20,7 +20,7 @@ MOST_AXES = 4  # as in ggml
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a tensor is.
 
     Attributes:
@@ -46,7 +46,7 @@ class Header:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Place]
+    tensors: dict[str, Location]
     data: np.ndarray
 
 
@@ -81,14 +81,14 @@ def read_header(path: Path) -> Header:
             f"{shown(path)} is one of {metadata[SPLIT]!s:.20} files of a model; expected it whole: put them together "
             "with llama-gguf-split --merge"
         )
-    found = dict(cursor.place() for _ in range(tensors))
+    found = dict(cursor.location() for _ in range(tensors))
     if len(found) < tensors:
         raise cursor.refused("has two tensors of one name")
     step = metadata.get("general.alignment", 32)
     if type(step) is not int or step < 1 or step & (step - 1):
         raise cursor.refused(f"has general.alignment {step!r:.80}")
     begin = -(-cursor.at // step) * step
-    places = {name: Place(each.shape, each.kind, begin + each.start) for name, each in found.items()}
+    places = {name: Location(each.shape, each.kind, begin + each.start) for name, each in found.items()}
     return Header(path, metadata, places, data)
 
 
@@ -140,11 +140,11 @@ class _Cursor:
             raise self.refused(f"has an array {key!r:.80} of type {kind}, which is not read")
         return np.frombuffer(self.take(count * np.dtype(NUMBERS[kind]).itemsize), NUMBERS[kind])
 
-    def place(self) -> tuple[str, Place]:
+    def location(self) -> tuple[str, Location]:
         """A tensor's name and place; its start is counted from where the numbers begin."""
         name, axes = self.text("a tensor's name"), self.number("u4")
         if axes > MOST_AXES:
             raise self.refused(f"has a tensor {name!r:.80} of {axes} axes")
         shape = tuple(self.number("u8") for _ in range(axes))[::-1]
         kind, start = self.number("u4"), self.number("u8")
-        return name, Place(shape, kind, start)
+        return name, Location(shape, kind, start)
