@@ -30,7 +30,7 @@ from chai_jax.errors import InputError
 from chai_jax.evaluation.harness_tasks import local_rows, write_tasks
 from chai_jax.evaluation.tasks import evaluate_rows
 from chai_jax.files.export import export
-from chai_jax.files.store import save
+from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture
@@ -411,3 +411,26 @@ def test_agrees_with_the_harness_and_torch(shared: Path, torch: Any, tmp_path: P
             if measure in record:
                 assert record[measure]["different_predictions"] == []
                 assert record[measure]["harness"] == pytest.approx(record[measure]["chai_jax"], rel=1e-12)
+
+
+@pytest.mark.slow
+def test_agrees_with_torch(shared: Path, torch: Any, tmp_path: Path) -> None:
+    """The experiment; of a model with other weights it says that they disagree."""
+    model, other = shared / "models/opt-mini", tmp_path / "other"
+    script = [sys.executable, str(ROOT / "experiments/agree_with_torch.py"), str(model)]
+    text = ["--text", str(shared / "data/wikitext2/test.raw.txt.gz"), "--windows", "3", "--window", "64"]
+    chosen = [*text, "--prompts", "2", "--tokens", "20", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([*script, *chosen], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert json.loads((tmp_path / "out/agreement.json").read_text()).items() >= record.items()
+    assert record["windows"]["n"] == 3 * 63
+    assert record["texts"]["equal"] == 2
+    changed = load(model)
+    changed.params["final_norm"]["scale"] = changed.params["final_norm"]["scale"] * 1.1
+    export(changed, other)
+    done = subprocess.run([*script, "--theirs", str(other), *chosen], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert not record["windows"]["agrees"]
