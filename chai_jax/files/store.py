@@ -22,8 +22,9 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import STORAGES
 from chai_jax.plans.plan import Plan
-from chai_jax.plans.spec import STORAGES, Spec
+from chai_jax.plans.spec import Spec
 
 
 def load(
@@ -125,7 +126,7 @@ def is_ordinary(model: Model) -> bool:
     """Whether a Hugging Face folder says all there is to say of a model: dense, float weights, float cache."""
     storages = {storage for layer in model.spec.layers for storage in layer.storages}
     quantized = any(is_leaf(leaf) for _, leaf in flatten(model.params)[0])
-    return model.spec.is_dense and not quantized and not {"int8", "int4"} & storages
+    return model.spec.is_dense and not quantized and storages <= {"float32", "bfloat16"}
 
 
 def save(model: Model, path: str | Path) -> None:

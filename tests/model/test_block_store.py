@@ -13,7 +13,7 @@ import pytest
 from chai_jax.model import cache
 from chai_jax.model.decoder import Output, forward
 from chai_jax.model.execution import Execution
-from chai_jax.model.int4_store import BLOCK, BY_CHANNEL, BY_TOKEN, BlockStore, append_blocks, empty_blocks
+from chai_jax.model.block_store import BlockStore, append_blocks, empty_blocks
 from chai_jax.model.params import Params
 from chai_jax.model.self_attention import Seen
 from chai_jax.plans.architecture import Architecture
