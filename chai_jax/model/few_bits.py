@@ -115,7 +115,7 @@ def _pack(numbers: UInt8[Array, "*blocks M R"], side: Side) -> UInt8[Array, "*bl
     size = numbers.shape[at]
     numbers = jnp.pad(numbers, [(0, -size % 8 if axis == at else 0) for axis in range(numbers.ndim)])
     shape = numbers.shape
-    eights = numbers.reshape(*shape[:at], -1, 8, *shape[at + 1 :])
+    eights = numbers.reshape(*shape[:at], shape[at] // 8, 8, *shape[at + 1 :])
     place = jnp.arange(8, dtype=jnp.uint8).reshape(8, *(1,) * (numbers.ndim - at - 1))
     planes = [((eights >> bit & 1) << place).sum(axis=at + 1, dtype=jnp.uint8) for bit in range(side.bits)]
     return jnp.stack(planes, axis=-3)
@@ -129,7 +129,7 @@ def _unpack(planes: UInt8[Array, "*blocks bits M8 R8"], side: Side, size: int) -
     def plane(number: int) -> Array:
         packed = planes[..., number, :, :]
         bits = jnp.expand_dims(packed, at + 1) >> place & 1
-        bits = bits.reshape(*packed.shape[:at], -1, *packed.shape[at + 1 :])
+        bits = bits.reshape(*packed.shape[:at], 8 * packed.shape[at], *packed.shape[at + 1 :])
         return jax.lax.slice_in_dim(bits, 0, size, axis=at)
 
     return [plane(number) for number in range(side.bits)]
