@@ -105,7 +105,7 @@ def with_storage(model: Model, storage: str) -> Model:
     """The same model with its whole cache stored in one format.
 
     Raises:
-        InputError: `storage` is none of float32, bfloat16, int8, int4.
+        InputError: `storage` is none of `STORAGES`.
     """
     if storage not in STORAGES:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")

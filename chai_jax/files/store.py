@@ -46,7 +46,7 @@ def load(
         source: folder, .gguf file or hub id.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or float16, to cast the weights of an ordinary model to.
-        storage: cache format of an ordinary model: float32 (if not said otherwise), bfloat16, int8 or int4.
+        storage: cache format of an ordinary model: one of `STORAGES`; float32, if not said otherwise.
         tokenizer: whether to load the tokenizer too; a folder without one gives None.
         execution: how the model is run: dtype, devices and kernels; as suits the devices here, if not given.
 

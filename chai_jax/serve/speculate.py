@@ -27,6 +27,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import BLOCKS
 from chai_jax.plans.spec import Spec
 from chai_jax.serve.decode import bucket, pad_left, prefill, serving_params
 from chai_jax.serve.generate import STREAM_TOKENS, as_text, encode_prompt, keys_of
