@@ -20,7 +20,7 @@ from chai_jax.analyse.allocate import Choice, allocate
 from chai_jax.analyse.costs import CostMeter, FindClusters, LayerCosts, Sizes, interpolate, latent, measure_costs
 from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
 from chai_jax.analyse.probe import Probe
-from chai_jax.analyse.sensitivity import evenly_spaced, tiers
+from chai_jax.analyse.sensitivity import evenly_spaced, joined, tiers
 from chai_jax.compress.quantize import store_weights
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
@@ -28,6 +28,7 @@ from chai_jax.model.layerwise import rest_of
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, Params, declare
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import FEW
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.plans.planned import planned_layer
 from chai_jax.plans.spec import Spec
@@ -44,7 +45,7 @@ class Budget:
         cache: bytes of the cache per token, as a fraction of the dense bfloat16 cache.
         model: bytes of the weights, as a fraction of the dense model in bfloat16; None: weights stay as loaded.
         shares: some of `qk`, `qkv`, `kv`.
-        storages: cache formats, some of `bfloat16`, `int8`, `int4`.
+        storages: cache formats, some of `STORAGES`.
         pinned: layers that stay as they are, with a bfloat16 cache.
         ranks: whether the keys and values of `qkv` clusters may have fewer dimensions than a head.
         tokens: about how many calibration tokens to measure on.
@@ -111,7 +112,8 @@ def plan_within(
     def find(index: int, count: int) -> tuple[ClusterPlan, ...]:
         return find_clusters(probe.correlation[index], count, seed)
 
-    text = evenly_spaced(probe, budget.tokens)
+    few = set(FEW) & set(budget.storages)
+    text = joined(probe, budget.tokens, config.max_positions) if few else evenly_spaced(probe, budget.tokens)
     storages = [name for name in budget.storages if name != "bfloat16"]
     measured = list(
         measure_costs(

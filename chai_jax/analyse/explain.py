@@ -7,9 +7,10 @@ from rich.table import Table
 
 from chai_jax.model.cache import BYTES, bytes_per_token
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import STORAGES
 from chai_jax.plans.plan import Plan
 from chai_jax.plans.planned import planned_spec
-from chai_jax.plans.spec import STORAGES, Spec
+from chai_jax.plans.spec import Spec
 
 
 def cache_fraction(plan: Plan, config: Architecture) -> float:

@@ -83,8 +83,8 @@ class BenchCommand:
     """Beside each dense MODEL, time variants that keep this fraction of the key/value heads in every layer."""
     share: Literal["qk", "qkv"] = "qkv"
     """With --clusters: what the heads of a cluster share."""
-    storage: Literal["float32", "bfloat16", "int8", "int4"] | None = None
-    """With --clusters: cache format of the variants (default: that of MODEL)."""
+    storage: Annotated[str | None, arg(metavar="FORMAT")] = None
+    """With --clusters: cache format of the variants, such as int8 or k4v4 (default: that of MODEL)."""
     attention: Literal["auto", "xla", "pallas", "native"] = "auto"
     """What attention runs on. `xla`: XLA's own programs. `pallas`: kernels for one NVIDIA GPU, or one TPU from v4 on.
     `native`: kernels for one CPU. `auto`: kernels on one GPU, or on one CPU if there is a C++ compiler."""

@@ -12,9 +12,10 @@ from chai_jax.errors import InputError
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4, quantize_int8
+from chai_jax.plans.formats import STORAGES
 from chai_jax.plans.plan import LayerPlan, Plan
 from chai_jax.plans.planned import cluster_order
-from chai_jax.plans.spec import STORAGES, LayerSpec, Spec
+from chai_jax.plans.spec import LayerSpec, Spec
 
 # The contracted axes of each kernel of a layer: int8 weights have one scale per output channel, int4 weights one for
 # each GROUP entries along the last of these axes.
@@ -104,7 +105,7 @@ def with_storage(model: Model, storage: str) -> Model:
     """The same model with its whole cache stored in one format.
 
     Raises:
-        InputError: `storage` is none of float32, bfloat16, int8, int4.
+        InputError: `storage` is none of `STORAGES`.
     """
     if storage not in STORAGES:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")

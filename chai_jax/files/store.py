@@ -22,8 +22,9 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.quantized import is_leaf
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import STORAGES
 from chai_jax.plans.plan import Plan
-from chai_jax.plans.spec import STORAGES, Spec
+from chai_jax.plans.spec import Spec
 
 
 def load(
@@ -45,7 +46,7 @@ def load(
         source: folder, .gguf file or hub id.
         revision: branch, tag or commit of a hub id.
         dtype: float32, bfloat16 or float16, to cast the weights of an ordinary model to.
-        storage: cache format of an ordinary model: float32 (if not said otherwise), bfloat16, int8 or int4.
+        storage: cache format of an ordinary model: one of `STORAGES`; float32, if not said otherwise.
         tokenizer: whether to load the tokenizer too; a folder without one gives None.
         execution: how the model is run: dtype, devices and kernels; as suits the devices here, if not given.
 
@@ -125,7 +126,7 @@ def is_ordinary(model: Model) -> bool:
     """Whether a Hugging Face folder says all there is to say of a model: dense, float weights, float cache."""
     storages = {storage for layer in model.spec.layers for storage in layer.storages}
     quantized = any(is_leaf(leaf) for _, leaf in flatten(model.params)[0])
-    return model.spec.is_dense and not quantized and not {"int8", "int4"} & storages
+    return model.spec.is_dense and not quantized and storages <= {"float32", "bfloat16"}
 
 
 def save(model: Model, path: str | Path) -> None:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from chai_jax.model.int4_store import Windowed
+from chai_jax.model.block_store import Windowed
 from chai_jax.model.kernels import decode_gpu, prefill_gpu, prefill_tpu
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.products import product

@@ -14,21 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import layout as memory
 from jaxtyping import Array, Bool, Float, Int32
 
-from chai_jax.model.int4_store import (
-    BLOCK,
-    BY_CHANNEL,
-    BY_TOKEN,
-    BlockStore,
-    Windowed,
-    append_blocks,
-    empty_blocks,
-    extend_blocks,
-    pad,
-)
+from chai_jax.model.block_store import BlockStore, Windowed, append_blocks, empty_blocks, extend_blocks, pad
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
 from chai_jax.model.sharding import Layout
+from chai_jax.plans.formats import BLOCKS, Blocks, Side
 from chai_jax.plans.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -136,10 +127,10 @@ def remember(
         real: which columns hold tokens, these among them.
         layout: as of `append`.
     """
-    if storage == "int4":
-        stores = (None, None) if past is None else (past.keys, past.values)
-        keys, read_keys = _remember_blocks(stores[0], key, start, real, BY_CHANNEL)
-        values, read_values = _remember_blocks(stores[1], value, start, real, BY_TOKEN)
+    if storage in BLOCKS:
+        format, stores = BLOCKS[storage], (None, None) if past is None else (past.keys, past.values)
+        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys)
+        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values)
         return GroupCache(keys, values), read_keys, read_values
     new = GroupCache(store(key, storage), store(value, storage))
     if past is None:
@@ -148,12 +139,14 @@ def remember(
     return new, new.keys, new.values
 
 
-def _remember_blocks(past: BlockStore | None, x: Array, start: Array, real: Array, axis: int) -> tuple[BlockStore, Any]:
+def _remember_blocks(
+    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side
+) -> tuple[BlockStore, Any]:
     batch, heads, rows, rank = x.shape
     if past is None:
-        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, axis), x, start, real)
+        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, side)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
-    stored, read = append_blocks(past, x, start, real)
+    stored, read = append_blocks(past, x, start, real, side)
     return stored, read.recent if rows == 1 else read  # one row has one block of its own
 
 
@@ -190,15 +183,14 @@ def extend(cache: Cache, capacity: int) -> Cache:
 def group_bytes_per_token(group: Group, layer: LayerSpec) -> int | float:
     """The formula: C (R_k + values R_v) entries of the format's bytes, and scales.
 
-    int8: one for each cached head. int4: a scale and a lowest value for each channel of a key once a block, and for
-    each `BLOCK` channels of a value at every token (an odd number of which rounds up to whole bytes); a whole number
-    of bytes a token if the rank of keys is a multiple of 8.
+    int8: one for each cached head. Formats of blocks: `Side.bytes_of_block`, which need not be a whole number a token.
     """
     keys, values = group.clusters, group.value_heads
-    if group.storage == "int4":
-        key_block = (BLOCK // 2 + 2 * SCALE_BYTES) * layer.key_rank
-        value = -(-layer.value_rank // 2) + 2 * SCALE_BYTES * -(-layer.value_rank // BLOCK)
-        return _whole(keys * key_block / BLOCK + values * value)
+    if group.storage in BLOCKS:
+        format = BLOCKS[group.storage]
+        block = keys * format.keys.bytes_of_block(format.block, layer.key_rank)
+        block += values * format.values.bytes_of_block(format.block, layer.value_rank)
+        return _whole(block / format.block)
     entries = keys * layer.key_rank + values * layer.value_rank
     return entries * BYTES[group.storage] + ((keys + values) * SCALE_BYTES if group.storage == "int8" else 0)
 
@@ -209,22 +201,26 @@ def bytes_per_token(spec: Spec) -> int | float:
 
 
 def bytes_per_sequence(spec: Spec) -> int:
-    """Cache bytes of one sequence however long, by formula: of int4 storage, the block in progress in bfloat16; of
-    membership per prompt, H + C numbers of 4 bytes in each such layer."""
+    """Cache bytes of one sequence however long, by formula: of formats of blocks, the block in progress and the first
+    tokens in bfloat16; of membership per prompt, H + C numbers of 4 bytes in each such layer."""
 
     def of(group: Group, layer: LayerSpec) -> int:
         entries = group.clusters * layer.key_rank + group.value_heads * layer.value_rank
-        window = BLOCK * BYTES["bfloat16"] * entries if group.storage == "int4" else 0
+        format = BLOCKS.get(group.storage)
+        window = (format.block + format.sinks) * BYTES["bfloat16"] * entries if format else 0
         return window + (4 * (group.assigned + group.clusters) if group.assigned else 0)
 
     return sum(of(group, layer) for layer in spec.layers for group in layer.groups)
 
 
 def cache_bytes(spec: Spec, batch: int, capacity: int) -> int:
-    """Cache bytes of `batch` sequences of `capacity` columns, by formula; of int4 only whole blocks count."""
-    blocks = capacity // BLOCK * BLOCK
+    """Cache bytes of `batch` sequences of `capacity` columns, by formula; of blocks only whole ones count."""
+
+    def whole_blocks(group: Group) -> int:
+        return capacity // BLOCKS[group.storage].block * BLOCKS[group.storage].block
+
     columns = sum(
-        (blocks if group.storage == "int4" else capacity) * group_bytes_per_token(group, layer)
+        (whole_blocks(group) if group.storage in BLOCKS else capacity) * group_bytes_per_token(group, layer)
         for layer in spec.layers
         for group in layer.groups
     )
@@ -241,14 +237,15 @@ def empty(spec: Spec, batch: int, capacity: int) -> Cache:
     Its `nbytes` is `cache_bytes(spec, batch, capacity)`.
     """
 
-    def leaf(heads: int, rank: int, storage: str, axis: int) -> Leaf | BlockStore:
-        if storage == "int4":
-            return empty_blocks(batch, heads, capacity, rank, axis)
+    def leaf(heads: int, rank: int, storage: str, side: str) -> Leaf | BlockStore:
+        if storage in BLOCKS:
+            format = BLOCKS[storage]
+            return empty_blocks(batch, heads, capacity, rank, format, getattr(format, side))
         return store(jnp.zeros((batch, heads, capacity, rank)), storage)
 
     def group_cache(group: Group, layer: LayerSpec) -> GroupCache:
-        keys = leaf(group.clusters, layer.key_rank, group.storage, BY_CHANNEL)
-        values = leaf(group.value_heads, layer.value_rank, group.storage, BY_TOKEN)
+        keys = leaf(group.clusters, layer.key_rank, group.storage, "keys")
+        values = leaf(group.value_heads, layer.value_rank, group.storage, "values")
         return GroupCache(keys, values, calibrated(layer.clusters, batch) if group.assigned else None)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)
@@ -260,5 +257,6 @@ def measured_bytes_per_token(spec: Spec) -> int | float:
 
     What a sequence costs however long it is (`bytes_per_sequence`) is not in it.
     """
-    one, two = (empty(spec, batch=1, capacity=capacity).nbytes for capacity in (BLOCK, 2 * BLOCK))
-    return _whole((two - one) / BLOCK)
+    block = max(format.block for format in BLOCKS.values())  # which the others divide
+    one, two = (empty(spec, batch=1, capacity=capacity).nbytes for capacity in (block, 2 * block))
+    return _whole((two - one) / block)

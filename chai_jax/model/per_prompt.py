@@ -20,8 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend, mix_values, scores_of
+from chai_jax.model.block_store import Windowed
 from chai_jax.model.cache import GroupCache, remember
-from chai_jax.model.int4_store import Windowed
+from chai_jax.model.few_bits import turned
 from chai_jax.model.membership import Membership, calibrated, cluster_heads, features
 from chai_jax.model.quantized import Leaf
 from chai_jax.model.sharding import Layout
@@ -109,6 +110,7 @@ def attend_per_prompt(
         layout: how the past is split over devices.
     """
     (group,) = layer.groups
+    value = turned(value, group.storage)
     remembered = partial(remember, past, storage=group.storage, start=start, real=real, layout=layout)
     if past is not None:
         membership = past.membership
@@ -126,4 +128,4 @@ def attend_per_prompt(
         full = real & (number < layer.warmup) & long_enough[:, None]
         at = jnp.clip(number, 0, first.shape[2] - 1)
         heads = jnp.where(full[:, None, :, None], jnp.take_along_axis(first, at[:, None, :, None], axis=2), heads)
-    return heads, scores, probabilities, dataclasses.replace(new, membership=membership)
+    return turned(heads, group.storage), scores, probabilities, dataclasses.replace(new, membership=membership)

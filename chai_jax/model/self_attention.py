@@ -11,15 +11,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.model.attention import attend, attend_in_order, attend_one, attend_prefill
+from chai_jax.model.block_store import of_rows
 from chai_jax.model.cache import GroupCache, remember
 from chai_jax.model.execution import Execution
-from chai_jax.model.int4_store import of_rows
+from chai_jax.model.few_bits import turned
 from chai_jax.model.layers import at_columns, norm, project, project_to_heads
 from chai_jax.model.params import PROJECTIONS, Params
 from chai_jax.model.per_prompt import attend_per_prompt
 from chai_jax.model.place import Place
 from chai_jax.model.rotary import rotate, turns
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import BLOCKS
 from chai_jax.plans.spec import Group, LayerSpec
 
 
@@ -116,17 +118,18 @@ def attention(
     heads, scores, probabilities, caches = [], [], [], []
     for index, (group, queries, keys, values) in enumerate(by_group(layer, query, key, value)):
         before = None if past is None else past[index]
+        values = turned(values, group.storage)
         new, keys, values = remember(before, keys, values, group.storage, place.start, place.real, how.layout)
         caches.append(new)
         queries = at_columns(queries, wanted, 3)
         keys, values = of_rows(keys, wanted), of_rows(values, wanted)
-        # What is read of int4 is made for this step, not stored: a kernel would save nothing.
-        if kernel is not None and group.storage != "int4":
+        # What is read of blocks is made for this step, not stored: a kernel would save nothing.
+        if kernel is not None and group.storage not in BLOCKS:
             heads.append(kernel(queries, keys, values, readable, scale, group.values))
             continue
         by_xla = attend_in_order if in_order else attend
         out, score, probability = by_xla(queries, keys, values, readable, scale, group.values)
-        heads.append(out)
+        heads.append(turned(out, group.storage))
         scores.append(score.reshape(score.shape[0], -1, *score.shape[3:]))
         probabilities.append(probability.reshape(scores[-1].shape))
     joined = jnp.concatenate(heads, axis=1)

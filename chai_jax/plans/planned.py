@@ -6,8 +6,9 @@ from itertools import pairwise
 
 from chai_jax.errors import InputError
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import STORAGES
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
-from chai_jax.plans.spec import STORAGES, LayerSpec, Spec, group_clusters
+from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
 
 def planned_spec(plan: Plan, config: Architecture) -> Spec:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 from chai_jax.errors import InputError
 from chai_jax.inputs.fields import LATER, Count, Number, parse_as, without_defaults
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import BLOCKS, STORAGES
 
 SHARES = ("dense", "qk", "qkv", "kv")
-STORAGES = ("float32", "bfloat16", "int8", "int4")
 WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
 MEMBERSHIPS = ("calibrated", "prompt")
 StorageName = Annotated[str, STORAGES]
@@ -163,9 +163,9 @@ class Spec:
     def stored_by_token(self) -> bool:
         """Whether what is cached of a token depends on itself and earlier tokens alone, so that sequences may branch.
 
-        int4 quantizes neighbouring tokens together, and clusters found per prompt depend on the prompt's length.
+        Formats of blocks quantize neighbouring tokens together, and clusters found per prompt depend on the length.
         """
-        return all(layer.membership == "calibrated" and "int4" not in layer.storages for layer in self.layers)
+        return all(layer.membership == "calibrated" and not set(BLOCKS) & set(layer.storages) for layer in self.layers)
 
     def with_layer(self, index: int, layer: LayerSpec) -> "Spec":
         """The same spec with layer `index` replaced."""

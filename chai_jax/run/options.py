@@ -18,8 +18,8 @@ from chai_jax.errors import InputError
 from chai_jax.machine.processes import once
 from chai_jax.model.model import Model
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import STORAGES
 from chai_jax.plans.plan import Plan, check_merges
-from chai_jax.plans.spec import STORAGES
 from chai_jax.report.figures import head_maps
 from chai_jax.run.work import Work
 

@@ -27,6 +27,7 @@ from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import BLOCKS
 from chai_jax.plans.spec import Spec
 from chai_jax.serve.decode import bucket, pad_left, prefill, serving_params
 from chai_jax.serve.generate import STREAM_TOKENS, as_text, encode_prompt, keys_of
@@ -203,16 +204,18 @@ def speculate(
         piece: tokens between two looks at what is there; all at once, if not given.
 
     Raises:
-        InputError: as `generate_tokens`, for either model; `count` below 1, other tokens, or an int4 cache, whose
-            blocks cannot be taken back.
+        InputError: as `generate_tokens`, for either model; `count` below 1, other tokens, or a cache of blocks, which
+            cannot be taken back.
     """
     if count < 1:
         raise InputError(f"the draft is to propose {count} tokens a round; expected at least 1")
     check_vocabulary(model, draft, ("model", "draft"))
     for each in (model, draft):
         check_prompts(each, [prompt], max_new_tokens)
-        if any(group.storage == "int4" for layer in each.spec.layers for group in layer.groups):
-            raise InputError("an int4 cache cannot take tokens back; expected a model and a draft without one")
+        if any(group.storage in BLOCKS for layer in each.spec.layers for group in layer.groups):
+            raise InputError(
+                "a cache of blocks (int4, k4v4, ...) cannot take tokens back; expected a model and a draft without one"
+            )
     request = Request.checked(model, max_new_tokens, temperature, top_k, top_p, seed, stop)
     sampling, eos = request.sampling, request.eos
     how = model.how

@@ -28,6 +28,7 @@ from chai_jax.model.model import Model
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.plans.planned import planned_spec
 from chai_jax.plans.spec import Spec
+from tests.analyse.conftest import PRE
 
 Make = Callable[..., Model]
 DENSE = bytes_per_token(Spec.dense(3, 6, 8, "bfloat16"))
@@ -282,3 +283,20 @@ def test_bad_budgets_are_refused(model: Model, seen: Probe) -> None:
         plan_within(model, seen, Budget(0.5, pinned=(3,)))
     with pytest.raises(InputError, match="of another model"):
         plan_within(model, dataclasses.replace(seen, fingerprint="other"), Budget(0.5))
+
+
+@pytest.mark.slow
+def test_few_bits_do_damage_to_short_texts_too(make: Make, seen: Probe, tmp_path: Path) -> None:
+    """Read one after another; more bits are nearer, and the planner gives them to layers that need them."""
+    model = make(dataclasses.replace(PRE, max_positions=200))
+    random = np.random.default_rng(1)
+    more = probe(model, [random.integers(4, 64, 20).tolist() for _ in range(60)])
+    few, file = ("k4v4", "k3v3", "k2v2"), tmp_path / "costs.json"
+    made = plan_within(model, more, Budget(0.24, shares=("qkv",), storages=few, ranks=False), file=file)
+    small = quantize(cluster(model, made, more), made)
+    assert small.kv_bytes_per_token <= 0.24 * DENSE
+    costs = [layer["cache"] for layer in json.loads(file.read_text())["layers"]]
+    for layer in costs:
+        assert layer["k2v2"] > layer["k3v3"] > layer["k4v4"] > 1e-7
+    with pytest.raises(InputError, match="leave out formats of few bits"):
+        plan_within(make(), seen, Budget(0.24, shares=("qkv",), storages=few))

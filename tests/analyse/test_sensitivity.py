@@ -9,7 +9,7 @@ import pytest
 
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import probe
-from chai_jax.analyse.sensitivity import critical, perturbed, sensitivities, tiers
+from chai_jax.analyse.sensitivity import critical, joined, perturbed, sensitivities, tiers
 from chai_jax.compress.quantize import CONTRACTED
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
@@ -141,3 +141,24 @@ def test_what_heads_of_a_cluster_cancel_does_not_count() -> None:
     assert critical(outputs, ((0, 1), (2,))) == (False, True)
     assert critical(np.abs(outputs), ((0, 1), (2,))) == (True, False)
     assert critical(outputs, ((0,), (1,), (2,))) == (True, True, False)
+
+
+def test_short_texts_are_joined() -> None:
+    """Two texts in three, one after another, in whole windows of a few blocks."""
+
+    @dataclasses.dataclass
+    class Read:
+        tokens: np.ndarray
+        mask: np.ndarray
+
+    tokens = np.arange(60 * 20, dtype=np.int32).reshape(60, 20)
+    mask = np.arange(20) < np.where(np.arange(60) % 2, 20, 10)[:, None]  # 900 tokens
+    windows, real = joined(Read(tokens, mask), 600, 1000)
+    chosen = tokens[np.arange(40) * 60 // 40][mask[np.arange(40) * 60 // 40]]
+    assert windows.shape == (1, 512)
+    np.testing.assert_array_equal(windows[0], chosen[:512])
+    assert real.all()
+    assert joined(Read(tokens, mask), 10**6, 300)[0].shape == (3, 300)
+    for few, positions in ((100, 1000), (10**6, 127)):
+        with pytest.raises(InputError, match="expected at least 128 of both"):
+            joined(Read(tokens, mask), few, positions)

@@ -1,0 +1,167 @@
+"""Keys or values in whole blocks of columns of few bits, the block in progress in bfloat16.
+
+A scale over columns, as keys have, needs all of them at hand. So a block is quantized once, when its last column is
+written, and its tokens stay in bfloat16 until then. A format's `sinks`, the first tokens of a sequence, stay so for
+good.
+
+What a token reads depends on columns alone: few bits in the blocks before its own, bfloat16 in its own block. So
+prefill, training and decoding read the same numbers, and of a text shorter than a block all is bfloat16. Masked columns
+take up their place in a block but do not enter its scales, nor do sinks. Padding on the right changes nothing; padding
+on the left moves the borders of the blocks along the text, unless it is a multiple of the block.
+"""
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int32
+
+from chai_jax.model.few_bits import FewBits, quantize_few, read_few
+from chai_jax.model.quantized import Int4Array, dequantize, quantize_int4
+from chai_jax.plans.formats import GRID, Blocks, Side
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["blocks", "recent", "sinks"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class BlockStore:
+    """Keys or values of a cache of S columns: N = S // M blocks of M columns, the block last written to, the sinks."""
+
+    # Any, because tree operations put other things (shapes, shardings) in their places.
+    blocks: Any  # Int4Array or FewBits [B, heads, N, M, R]; one not yet complete holds zeros
+    recent: Any  # bfloat16 [B, heads, M, R]; column s is at s % M
+    sinks: Any  # bfloat16 [B, heads, sinks, R], the first real tokens
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes + self.recent.nbytes + self.sinks.nbytes
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["old", "recent", "fresh"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Windowed:
+    """What T rows read of S columns: `recent` where row and column are of one block (`fresh`), else `old`."""
+
+    old: Any  # [B, heads, S, R], read back from few bits
+    recent: Any  # [B, heads, S, R], as `old` but for the rows' own blocks, read back from bfloat16
+    fresh: Any  # bool [T, S]
+
+    def upto(self, rows: slice) -> "Windowed":
+        """The part that these rows read: no column behind the last of them."""
+        old, recent = (part[:, :, : rows.stop] for part in (self.old, self.recent))
+        return Windowed(old, recent, self.fresh[rows, : rows.stop])
+
+
+def of_rows(stored: Any, rows: Int32[Array, "B N"] | None) -> Any:
+    """What some of the rows read of keys or values.
+
+    Args:
+        stored: for all rows; only a `Windowed` differs from row to row.
+        rows: of each sequence the rows that are wanted; all, if not given.
+    """
+    if rows is None or not isinstance(stored, Windowed):
+        return stored
+    return dataclasses.replace(stored, fresh=stored.fresh[rows][:, None, None])
+
+
+def quantized(x: Float[Array, "B heads N M R"], side: Side) -> Int4Array | FewBits:
+    """Whole blocks as they are stored."""
+    return quantize_int4(x, side.along, GRID) if side.scales == "grid" else quantize_few(x, side)
+
+
+def empty_blocks(batch: int, heads: int, capacity: int, rank: int, format: Blocks, side: Side) -> BlockStore:
+    """A store of `capacity` columns; `side` is the format's `keys` or `values`."""
+    columns = jax.ShapeDtypeStruct((batch, heads, capacity // format.block, format.block, rank), jnp.float32)
+    shapes = jax.eval_shape(partial(quantized, side=side), columns)
+    blocks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    recent, sinks = (jnp.zeros((batch, heads, size, rank), jnp.bfloat16) for size in (format.block, format.sinks))
+    return BlockStore(blocks, recent, sinks)
+
+
+def extend_blocks(past: BlockStore, capacity: int) -> BlockStore:
+    """The same store with room for `capacity` columns."""
+    room = capacity // past.recent.shape[2] - jax.tree.leaves(past.blocks)[0].shape[2]
+    return dataclasses.replace(past, blocks=jax.tree.map(lambda x: pad(x, 2, room), past.blocks))
+
+
+def append_blocks(
+    past: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"], side: Side
+) -> tuple[BlockStore, Windowed]:
+    """The store with T more tokens in columns `start`..., and what each of these T rows reads, in x's dtype.
+
+    Args:
+        real: which columns hold real tokens, the new ones included.
+        side: as of `empty_blocks`.
+    """
+    rows, columns, block = x.shape[2], real.shape[1], past.recent.shape[2]
+    touched = -(-(block - 1 + rows) // block)  # blocks, at most
+    first = start // block
+    base = first * block
+    window = _window(past.recent, x, start - base, touched * block)
+    number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+    sinks = _first_tokens(past.sinks, x, start, jnp.where(real, number, -1))
+
+    numbers = first + jnp.arange(touched, dtype=jnp.int32)
+    complete = (numbers + 1) * block <= start + rows
+    scaled = real & (number >= sinks.shape[2])
+    held = jax.lax.dynamic_slice_in_dim(pad(scaled, 1, touched * block), base, touched * block, axis=1)
+    new = quantized(_fill(window, held, block).astype(jnp.float32), side)
+    place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
+    blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
+    last = (start + rows - 1) // block * block - base
+    after = BlockStore(blocks, jax.lax.dynamic_slice_in_dim(window, last, block, axis=2), sinks)
+
+    read = read_few(blocks).astype(x.dtype) if isinstance(blocks, FewBits) else dequantize(blocks, x.dtype)
+    old = pad(read.reshape(*x.shape[:2], -1, x.shape[3]), 2, touched * block)
+    old = _with_sinks(old, sinks, real, number)
+    recent = jax.lax.dynamic_update_slice_in_dim(old, window.astype(x.dtype), base, axis=2)
+    own = (start + jnp.arange(rows, dtype=jnp.int32)) // block
+    fresh = own[:, None] == jnp.arange(columns, dtype=jnp.int32) // block
+    return after, Windowed(old[:, :, :columns], recent[:, :, :columns], fresh)
+
+
+def _window(recent: Array, x: Array, used: Array, width: int) -> Array:
+    """bfloat16 [B, heads, width, R]: the `used` columns of the block in progress, then the new ones, then zeros."""
+    block = recent.shape[2]
+    kept = jnp.where(jnp.arange(block, dtype=jnp.int32)[:, None] < used, recent, jnp.zeros_like(recent))
+    window = pad(kept, 2, width - block)
+    return jax.lax.dynamic_update_slice_in_dim(window, x.astype(jnp.bfloat16), used, axis=2)
+
+
+def _fill(window: Array, real: Array, block: int) -> Array:
+    """The window as blocks [B, heads, N, M, R], masked columns replaced by the largest real entry of the block."""
+    blocks = window.reshape(*window.shape[:2], -1, block, window.shape[3])
+    mask = real.reshape(real.shape[0], 1, -1, block, 1)
+    largest = jnp.max(blocks, axis=-2, keepdims=True, where=mask, initial=-jnp.inf)
+    largest = jnp.where(mask.any(axis=-2, keepdims=True), largest, jnp.zeros_like(largest))
+    return jnp.where(mask, blocks, largest)
+
+
+def _first_tokens(sinks: Array, x: Array, start: Array, number: Int32[Array, "B S"]) -> Array:
+    """The sinks with those of the new tokens that are among a sequence's first."""
+    count = sinks.shape[2]
+    if not count:
+        return sinks
+    new = jax.lax.dynamic_slice_in_dim(number, start, x.shape[2], axis=1)
+    # In the order of columns there are at most `count` of them, and those come one after another.
+    hits = new[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]  # [B, sinks, T]
+    at = jnp.argmax(hits, axis=2)[:, None, :, None]
+    chosen = jnp.take_along_axis(x, at, axis=2).astype(jnp.bfloat16)
+    return jnp.where(hits.any(axis=2)[:, None, :, None], chosen, sinks)
+
+
+def _with_sinks(old: Array, sinks: Array, real: Bool[Array, "B S"], number: Int32[Array, "B S"]) -> Array:
+    """`old` [B, heads, >= S, R] with the sinks in their columns."""
+    count = sinks.shape[2]
+    if not count:
+        return old
+    hits = (number[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]) & real[:, None]  # [B, sinks, S]
+    column = jnp.where(hits.any(axis=2), jnp.argmax(hits, axis=2), old.shape[2])  # none: dropped
+    write = jax.vmap(lambda each, at, first: each.at[:, at].set(first, mode="drop"))
+    return write(old, column, sinks.astype(old.dtype))
+
+
+def pad(x: Array, axis: int, room: int) -> Array:
+    """`room` zeros more behind an axis."""
+    return jnp.pad(x, [(0, room if at == axis else 0) for at in range(x.ndim)])

@@ -1,0 +1,154 @@
+"""Numbers of two to four bits: how keys and values are quantized, packed and read back (formats `kNvM`).
+
+Keys have outliers that keep to channels, so that a channel of a block of tokens shares a scale (Liu et al. 2024, KIVI,
+arXiv 2402.02750). Values have none that a rotation would not even out: turned by a Hadamard matrix their numbers are
+close to normally distributed, for which the best levels are known (Max 1960, Quantizing for minimum distortion, table
+I; Ashkboos et al. 2024, QuaRot, arXiv 2404.00456, and Zandieh et al. 2025, TurboQuant, arXiv 2504.19874, do so).
+"""
+
+import dataclasses
+from functools import cache, partial, reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.linalg
+from jaxtyping import Array, Float, UInt8
+
+from chai_jax.plans.formats import BLOCKS, Side
+
+# Of a normal distribution with deviation 1, by bits; the negative ones are their mirror image.
+NORMAL = {
+    2: (0.4528, 1.510),
+    3: (0.2451, 0.7560, 1.344, 2.152),
+    4: (0.1284, 0.3881, 0.6568, 0.9424, 1.256, 1.618, 2.069, 2.733),
+}
+# What a scale's byte stands for: 21 octaves in steps of 6 %. A table, so that every program reads the same number.
+SCALES = np.exp2((np.arange(256) - 160) / 12).astype(np.float32)
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=["planes", "scale", "low"], meta_fields=["side", "size"])
+@dataclasses.dataclass(frozen=True)
+class FewBits:
+    """Blocks [..., M, R] of M columns and R channels, bit by bit: eight neighbours along `side.along` share a byte."""
+
+    # Any, because tree operations put other things (shapes, shardings) in their places.
+    planes: Any  # uint8 [..., bits, M / 8, R], or [..., bits, M, R / 8 rounded up]
+    scale: Any  # by channel uint8 [..., R], which `SCALES` explains; by token bfloat16 [..., M]
+    low: Any  # by channel bfloat16 [..., R], the lowest value; by token None
+    side: Side
+    size: int  # M or R, whichever is packed
+
+    @property
+    def nbytes(self) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+
+
+def quantize_few(x: Float[Array, "*blocks M R"], side: Side) -> FewBits:
+    """Quantize blocks; no gradient flows through it."""
+    x = jax.lax.stop_gradient(x.astype(jnp.float32))
+    return (_by_channel if side.scales == "channel" else _by_token)(x, side)
+
+
+def _by_channel(x: Array, side: Side) -> FewBits:
+    """Even levels from the lowest value, rounded down to bfloat16, to the highest: no entry is more than half a scale
+    off, unless its channel spans more than the largest scale's levels (3,600 in four bits)."""
+    steps, lowest, highest = 2**side.bits - 1, x.min(axis=-2), x.max(axis=-2)
+    low = lowest.astype(jnp.bfloat16)
+    below = jnp.nextafter(low, jnp.full_like(low, -jnp.inf))
+    low = jnp.where(low.astype(jnp.float32) > lowest, below, low)
+    codes = jnp.searchsorted(jnp.asarray(SCALES), (highest - low.astype(jnp.float32)) / steps)
+    scale = jnp.minimum(codes, 255).astype(jnp.uint8)
+    each = (x - low.astype(jnp.float32)[..., None, :]) / jnp.asarray(SCALES)[scale][..., None, :]
+    numbers = jnp.clip(jnp.round(each), 0, steps).astype(jnp.uint8)
+    return FewBits(_pack(numbers, side), scale, low, side, x.shape[-2])
+
+
+def _by_token(x: Array, side: Side) -> FewBits:
+    """The nearest levels of a normal distribution with the token's deviation; its scale is then refitted by least
+    squares, min_s |x - s levels|^2."""
+    deviation = jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
+    unit = x / jnp.where(deviation > 0, deviation, 1.0)
+    numbers = sum((unit > border).astype(jnp.uint8) for border in _borders(side.bits))
+    assert isinstance(numbers, jax.Array)
+    planes = _pack(numbers, side)
+    levels = _levels(_unpack(planes, side, x.shape[-1]), side.bits)
+    squares = jnp.sum(levels**2, axis=-1)
+    scale = (jnp.sum(x * levels, axis=-1) / squares).astype(jnp.bfloat16)
+    return FewBits(planes, scale, None, side, x.shape[-1])
+
+
+def read_few(x: FewBits) -> Float[Array, "*blocks M R"]:
+    """The blocks that were quantized, in float32."""
+    bits = _unpack(x.planes, x.side, x.size)
+    if x.side.scales == "token":
+        return _levels(bits, x.side.bits) * x.scale.astype(jnp.float32)[..., None]
+    numbers = reduce(jnp.bitwise_or, (bit << at for at, bit in enumerate(bits)))
+    scale = jnp.asarray(SCALES)[x.scale]
+    return numbers.astype(jnp.float32) * scale[..., None, :] + x.low.astype(jnp.float32)[..., None, :]
+
+
+def _levels(bits: list[UInt8[Array, "..."]], count: int) -> Float[Array, "..."]:
+    """The level of each number: a tree of choices, bit by bit, which is faster than looking it up in a table."""
+    found: list[Any] = [np.float32(level) for level in _all_levels(count)]
+    for bit in bits:
+        chosen = bit.astype(bool)
+        found = [jnp.where(chosen, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
+    return found[0]
+
+
+@cache
+def _all_levels(bits: int) -> tuple[float, ...]:
+    positive = NORMAL[bits]
+    return (*(-level for level in reversed(positive)), *positive)
+
+
+def _borders(bits: int) -> list[np.float32]:
+    """Half way between the levels."""
+    levels = np.asarray(_all_levels(bits))
+    return list(((levels[1:] + levels[:-1]) / 2).astype(np.float32))
+
+
+def _pack(numbers: UInt8[Array, "*blocks M R"], side: Side) -> UInt8[Array, "*blocks bits M8 R8"]:
+    at = numbers.ndim + side.along
+    size = numbers.shape[at]
+    numbers = jnp.pad(numbers, [(0, -size % 8 if axis == at else 0) for axis in range(numbers.ndim)])
+    shape = numbers.shape
+    eights = numbers.reshape(*shape[:at], shape[at] // 8, 8, *shape[at + 1 :])
+    place = jnp.arange(8, dtype=jnp.uint8).reshape(8, *(1,) * (numbers.ndim - at - 1))
+    planes = [((eights >> bit & 1) << place).sum(axis=at + 1, dtype=jnp.uint8) for bit in range(side.bits)]
+    return jnp.stack(planes, axis=-3)
+
+
+def _unpack(planes: UInt8[Array, "*blocks bits M8 R8"], side: Side, size: int) -> list[UInt8[Array, "*blocks M R"]]:
+    """The bits of each number, the lowest first."""
+    at = planes.ndim - 1 + side.along
+    place = jnp.arange(8, dtype=jnp.uint8).reshape(8, *(1,) * (planes.ndim - at - 2))
+
+    def plane(number: int) -> Array:
+        packed = planes[..., number, :, :]
+        bits = jnp.expand_dims(packed, at + 1) >> place & 1
+        bits = bits.reshape(*packed.shape[:at], 8 * packed.shape[at], *packed.shape[at + 1 :])
+        return jax.lax.slice_in_dim(bits, 0, size, axis=at)
+
+    return [plane(number) for number in range(side.bits)]
+
+
+def turned(x: Float[Array, "*rows R"], storage: str) -> Float[Array, "*rows R"]:
+    """Values as their format wants them, or what was mixed of such values turned back: the matrix is its own inverse.
+
+    Attention mixes turned values, so that only one row a head is turned back and nothing that is cached.
+    """
+    if storage not in BLOCKS or BLOCKS[storage].values.scales != "token":
+        return x
+    matrix = jnp.asarray(hadamard(x.shape[-1]), x.dtype)
+    return jnp.matmul(x, matrix, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@cache
+def hadamard(size: int) -> np.ndarray:
+    """Hadamard's matrix over sqrt(size); where `size` is no power of two, the largest that divides it, repeated."""
+    part = size & -size
+    matrix: np.ndarray = np.kron(np.eye(size // part), scipy.linalg.hadamard(part) / np.sqrt(part))
+    return matrix.astype(np.float32)
