@@ -44,7 +44,7 @@ class Budget:
     Attributes:
         cache: bytes of the cache per token, as a fraction of the dense bfloat16 cache.
         model: bytes of the weights, as a fraction of the dense model in bfloat16; None: weights stay as loaded.
-        shares: some of `qk`, `qkv`, `kv`.
+        shares: some of `qk`, `qkv`, `kv`; none: no heads are merged.
         storages: cache formats, some of `STORAGES`.
         pinned: layers that stay as they are, with a bfloat16 cache.
         ranks: whether the keys and values of `qkv` clusters may have fewer dimensions than a head.
@@ -69,8 +69,8 @@ class Budget:
                 raise InputError(
                     f"the {name} budget is {value}; expected a fraction of the dense bfloat16 one, above 0"
                 )
-        if not self.shares or not self.storages:
-            raise InputError("the planner has nothing to choose from; expected a share and a storage at least")
+        if not self.storages:
+            raise InputError("the planner has nothing to choose from; expected a storage at least")
 
     def check_layers(self, layers: int) -> None:
         """Raise InputError where a layer is pinned that a model of so many layers has not."""
@@ -103,7 +103,7 @@ def plan_within(
             measurements.
     """
     config, weights = model.config, ("bfloat16", "int8") if budget.model else ()
-    base = Plan((), budget.shares[0], score_merge=score_merge, value_merge=value_merge, method="kl")
+    base = Plan((), (*budget.shares, "qkv")[0], score_merge=score_merge, value_merge=value_merge, method="kl")
     base.check()
     check_probe(model, probe)
     budget.check_layers(config.num_layers)
@@ -239,8 +239,11 @@ def _weight_bytes(declared: Params, weights: str, loaded: Any) -> int:
 
 
 def _sensitivity(config: Architecture, costs: LayerCosts) -> float:
-    """A layer's score: the cost of half its clusters (or of a latent of an eighth of its width), in nats per token."""
+    """A layer's score: the cost of half its clusters (or of a latent of an eighth of its width; or, where no heads are
+    merged, of the worst format), in nats per token."""
     for sizes in costs.clusters.values():
         return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.kv_heads)))
+    if not costs.latent:
+        return max(costs.cache.values())
     rank = max(1, round(REFERENCE_RANK * config.kv_width))
     return sum(interpolate(costs.latent[name], rank) for name in ("key", "value"))
