@@ -37,7 +37,7 @@ def plan_for(
     check_options(wanted, model.config)
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
     if wanted.kv_heads is not None:
-        plan = grouped_plan(model, seen, wanted.kv_heads, seed)
+        plan = grouped_plan(model, seen, wanted.kv_heads, seed, wanted.queries)
     elif wanted.kv_budget is None:
         plan = _by_clusters(model, seen, wanted, seed)
     else:
@@ -68,6 +68,8 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
         _check_prompt(wanted)
     shares, score_merge, value_merge = merges_of(wanted, config)
     check_merges(config, shares, score_merge, value_merge, wanted.membership)
+    if wanted.queries is not None:
+        _check_queries(wanted.queries, wanted, config)
     if wanted.kv_heads is not None:
         _check_kv_heads(wanted.kv_heads, wanted, config)
 
@@ -94,6 +96,23 @@ def _check_kv_heads(count: int, wanted: PlanConfig, config: Architecture) -> Non
     if count < 1 or config.kv_heads % count:
         raise InputError(
             f"--kv-heads is {count}; expected a number that divides the model's {config.kv_heads} key and value heads"
+        )
+
+
+def _check_queries(count: int, wanted: PlanConfig, config: Architecture) -> None:
+    """Queries are merged for good, within each key head."""
+    others = {"--membership prompt": wanted.membership == "prompt", "--kv-budget": wanted.kv_budget is not None}
+    given = [name for name, value in others.items() if value]
+    if given:
+        why = "where all weights stay" if wanted.membership == "prompt" else "which chooses among merges of keys and values"
+        raise InputError(f"--queries is given with {given[0]}, {why}: leave one of them out")
+    if config.queries == 1:
+        raise InputError(
+            f"--queries is {count}; the model has one query for each key head, so there is nothing to merge: leave it out"
+        )
+    if not 1 <= count <= config.queries:
+        raise InputError(
+            f"--queries is {count}; expected a number from 1 to {config.queries}, the queries of each key head"
         )
 
 
@@ -126,19 +145,23 @@ def budget_of(wanted: PlanConfig, shares: tuple[str, ...] = ("qkv", "kv")) -> Bu
 
 def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
     (share,), score_merge, value_merge = merges_of(wanted, model.config)
+    clusters = parse_clusters(wanted.clusters or "elbow")
+    if wanted.queries_alone:
+        clusters = model.config.kv_heads
     return make_plan(
         model,
         seen,
         share=share,
         layers=wanted.layers or 0.0,
         first=wanted.first,
-        clusters=parse_clusters(wanted.clusters or "elbow"),
+        clusters=clusters,
         rank=wanted.rank,
         score_merge=score_merge,
         value_merge=value_merge,
         sensitivity=wanted.sensitivity,
         membership=wanted.membership,
         warmup_tokens=wanted.warmup_tokens,
+        queries=wanted.queries,
         seed=seed,
     )
 
