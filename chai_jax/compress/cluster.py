@@ -61,28 +61,6 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     return model.replace(spec=spec, params={**model.params, "layers": layers}, plan=plan)
 
 
-def merged_layer(
-    model: Model, index: int, wanted: LayerPlan, plan: Plan, stream: Stream | None = None
-) -> tuple[LayerSpec, Params]:
-    """Layer `index` of a dense model with fixed clusters: queries of a head are merged first, then the heads."""
-    if wanted.query_clusters:
-        model = _with_fewer_queries(model, index, wanted)
-    if wanted.merged:
-        return LayerMerge(model, index, wanted, plan, stream).made()
-    layer = model.spec.layers[index]
-    return dataclasses.replace(layer, share=wanted.shares(plan.share)), model.params["layers"][str(index)]
-
-
-def _with_fewer_queries(model: Model, index: int, wanted: LayerPlan) -> Model:
-    """The model with the queries of layer `index` merged; its heads are still those of a dense layer."""
-    layer, params = model.spec.layers[index], model.params["layers"][str(index)]
-    new = merged_queries(params, [wanted.query_clusters[heads[0]] for heads in layer.clusters])
-    groups = group_clusters("dense", layer.clusters, layer.storages, per_head=wanted.queries or layer.queries)
-    fewer = dataclasses.replace(layer, groups=groups, queries=wanted.queries or layer.queries)
-    layers = {**model.params["layers"], str(index): new}
-    return model.replace(spec=model.spec.with_layer(index, fewer), params={**model.params, "layers": layers})
-
-
 def _check_plain(index: int, layer: LayerSpec, params: Params) -> None:
     kernels = [params[name]["kernel"] for name in ("query", "key", "value", "output")]
     if layer.share != "dense" or any(isinstance(kernel, Quantized) for kernel in kernels):
@@ -216,3 +194,25 @@ class LayerMerge:
         layers, params = (self.dense, spec), (self.old, merged)
         how = how_in_float32(self.stream.model)
         return output_moments(self.config, layers, how, params, clusters, self.stream.x, self.stream.mask)
+
+
+def merged_layer(
+    model: Model, index: int, wanted: LayerPlan, plan: Plan, stream: Stream | None = None
+) -> tuple[LayerSpec, Params]:
+    """Layer `index` of a dense model with fixed clusters: queries of a head are merged first, then the heads."""
+    if wanted.query_clusters:
+        model = _with_fewer_queries(model, index, wanted)
+    if wanted.merged:
+        return LayerMerge(model, index, wanted, plan, stream).made()
+    layer = model.spec.layers[index]
+    return dataclasses.replace(layer, share=wanted.shares(plan.share)), model.params["layers"][str(index)]
+
+
+def _with_fewer_queries(model: Model, index: int, wanted: LayerPlan) -> Model:
+    """The model with the queries of layer `index` merged; its heads are still those of a dense layer."""
+    layer, params = model.spec.layers[index], model.params["layers"][str(index)]
+    new = merged_queries(params, [wanted.query_clusters[heads[0]] for heads in layer.clusters])
+    groups = group_clusters("dense", layer.clusters, layer.storages, per_head=wanted.queries or layer.queries)
+    fewer = dataclasses.replace(layer, groups=groups, queries=wanted.queries or layer.queries)
+    layers = {**model.params["layers"], str(index): new}
+    return model.replace(spec=model.spec.with_layer(index, fewer), params={**model.params, "layers": layers})
