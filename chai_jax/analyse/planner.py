@@ -101,9 +101,7 @@ def plan(
     return made
 
 
-def grouped_plan(
-    model: Model, probe: Probe, kv_heads: int, seed: int = 0, queries: int | None = None
-) -> Plan:
+def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0, queries: int | None = None) -> Plan:
     """A plan by which every layer has so many key and value heads, each read by as many queries as any other.
 
     Heads that attend alike are grouped, and each group reads one key and one value of an ordinary head's dimensions,

@@ -15,7 +15,7 @@ from chai_jax.analyse.cluster import Clusters, clusters_of, medoid
 from chai_jax.analyse.probe import Probe, correlation_of
 from chai_jax.compress.slice import of_heads
 from chai_jax.errors import InputError
-from chai_jax.plans.plan import QueryClusters
+from chai_jax.plans.queries import QueryClusters
 
 
 def query_clusters(probe: Probe, count: int, seed: int = 0) -> list[QueryClusters]:

@@ -16,6 +16,7 @@ from chai_jax.errors import InputError
 from chai_jax.inputs.fields import LATER, Count, Number, brief, parse_as, without_defaults
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.queries import QueryClusters, check_queries
 from chai_jax.plans.spec import SHARES, MembershipName, StorageName, WeightsName
 
 SCORE_MERGES = ("representative", "low_rank")
@@ -23,7 +24,6 @@ VALUE_MERGES = ("representative", "low_rank", "fit")
 TIERS = ("high", "medium", "low")
 METHODS = ("attention", "perturbation", "kl")  # of scoring layers, see chai_jax.analyse.sensitivity
 Share = Annotated[str, SHARES[1:]]
-QueryClusters = tuple[tuple[tuple[Number, ...], ...], ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ class Plan:
             )
         for index, layer in enumerate(self.layers):
             _check_heads(f"plan layer {index}", layer)
-            _check_queries(f"plan layer {index}", layer)
+            heads = sum(len(one.heads) for one in layer.clusters)
+            check_queries(f"plan layer {index}", heads, layer.query_clusters)
             self._check_ranks(index, layer)
         if self.membership == "prompt":
             self._check_prompt()
@@ -285,27 +286,3 @@ def _check_heads(where: str, layer: LayerPlan) -> None:
     if not heads or heads[-1] != len(heads) - 1:
         missing = next((at for at, head in enumerate(heads) if at != head), 0)
         raise InputError(f"{where} lacks head {missing}; expected every head from 0 to {max(heads, default=0)} once")
-
-
-def _check_queries(where: str, layer: LayerPlan) -> None:
-    """Each query of each head is in one cluster, and all heads have as many queries, in as many clusters."""
-    heads = sum(len(one.heads) for one in layer.clusters)
-    if layer.query_clusters and len(layer.query_clusters) != heads:
-        raise InputError(
-            f"{where} has query_clusters of {len(layer.query_clusters)} heads; expected an entry for each of its {heads}"
-        )
-    shapes = []
-    for head, clusters in enumerate(layer.query_clusters):
-        queries = sorted(query for one in clusters for query in one)
-        if not queries or not all(clusters) or queries != list(range(len(queries))):
-            raise InputError(
-                f"{where}.query_clusters[{head}] is {brief(clusters)}; expected each query of the head, from 0 on, in "
-                "exactly one cluster"
-            )
-        shapes.append((len(clusters), len(queries)))
-    if len(set(shapes)) > 1:
-        (count, queries_of), other = shapes[0], next(shape for shape in shapes if shape != shapes[0])
-        raise InputError(
-            f"{where}.query_clusters has {count} clusters of {queries_of} queries for one head, {other[0]} of {other[1]} "
-            "for another; expected the same for every head"
-        )

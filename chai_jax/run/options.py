@@ -64,12 +64,12 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
         raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
     elif wanted.pin:
         raise InputError("--pin is given without --kv-budget; only the planner reads it: leave it out")
+    if wanted.queries is not None:
+        _check_queries(wanted.queries, wanted, config)
     if wanted.membership == "prompt":
         _check_prompt(wanted)
     shares, score_merge, value_merge = merges_of(wanted, config)
     check_merges(config, shares, score_merge, value_merge, wanted.membership)
-    if wanted.queries is not None:
-        _check_queries(wanted.queries, wanted, config)
     if wanted.kv_heads is not None:
         _check_kv_heads(wanted.kv_heads, wanted, config)
 
@@ -104,7 +104,11 @@ def _check_queries(count: int, wanted: PlanConfig, config: Architecture) -> None
     others = {"--membership prompt": wanted.membership == "prompt", "--kv-budget": wanted.kv_budget is not None}
     given = [name for name, value in others.items() if value]
     if given:
-        why = "where all weights stay" if wanted.membership == "prompt" else "which chooses among merges of keys and values"
+        why = (
+            "where all weights stay"
+            if wanted.membership == "prompt"
+            else "which chooses among merges of keys and values"
+        )
         raise InputError(f"--queries is given with {given[0]}, {why}: leave one of them out")
     if config.queries == 1:
         raise InputError(
