@@ -68,17 +68,8 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     caption = told + "; R: rank of keys, values" * ranks + "; Q/n: queries that a key/value head keeps" * fewer
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     table = Table(title="\n".join(_about(plan)), title_justify="left", caption=caption, caption_justify="left", **look)
-    names = [
-        "layer",
-        "score",
-        "tier",
-        "share",
-        "C/H",
-        *(["Q/n"] if fewer else []),
-        *(["R"] if ranks else []),
-        *used,
-        "weights",
-    ]
+    optional = [name for name, is_there in (("Q/n", fewer), ("R", ranks)) if is_there]
+    names = ["layer", "score", "tier", "share", "C/H", *optional, *used, "weights"]
     for name in names + (["B/token", "saved"] if config else []):
         table.add_column(name, justify="left" if name in ("tier", "share", "weights") else "right")
     for row in rows:

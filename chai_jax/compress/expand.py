@@ -20,7 +20,7 @@ from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 def expand(model: Model) -> Model:
     """A dense model with equal logits (float32 rounding aside): shared heads are repeated, ranks padded with zeros.
 
-    Where queries of a head were merged, the first stands in for those that are gone, and they add nothing to the output.
+    Where queries of a head were merged, the first stands in for those that are gone, and these add nothing.
     Each head keeps its cluster's cache format. Quantized weights become float32. The heads come in the order in which
     they are stored, which changes no logit.
 

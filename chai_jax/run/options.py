@@ -112,7 +112,7 @@ def _check_queries(count: int, wanted: PlanConfig, config: Architecture) -> None
         raise InputError(f"--queries is given with {given[0]}, {why}: leave one of them out")
     if config.queries == 1:
         raise InputError(
-            f"--queries is {count}; the model has one query for each key head, so there is nothing to merge: leave it out"
+            f"--queries is {count}; the model has one query for each key head, there is nothing to merge: leave it out"
         )
     if not 1 <= count <= config.queries:
         raise InputError(

@@ -212,7 +212,7 @@ def test_planted_groups_are_found() -> None:
 
 
 def test_queries_are_compared_as_heads_are(tmp_path: Path) -> None:
-    """Sums over the queries of a head, one by one, are the head's; a probe of an earlier version has the heads' alone."""
+    """Sums over the queries of a head, one by one, are the head's; an earlier version's probe has no others."""
     seen = probed()
     assert seen.queries is not None
     np.testing.assert_allclose(np.einsum("lhjgj->lhg", seen.queries.reshape(2, 2, 4, 2, 4)), seen.attention, rtol=1e-5)
