@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
 
 from chai_jax.analyse.cluster import Clusters, clusters_of, medoid
 from chai_jax.analyse.probe import Probe, correlation_of
@@ -20,6 +21,9 @@ from chai_jax.plans.queries import QueryClusters
 
 def query_clusters(probe: Probe, count: int, seed: int = 0) -> list[QueryClusters]:
     """For each layer, the queries of every key head in `count` clusters, each led by its medoid; () where all stay.
+
+    Merges of key heads pair the queries of two heads by their order. So the clusters of a head come in the order in
+    which the queries that lead them correlate best, in sum, with those of the layer's first head.
 
     Raises:
         InputError: a count that cannot be, or a probe that records no queries.
@@ -35,8 +39,13 @@ def query_clusters(probe: Probe, count: int, seed: int = 0) -> list[QueryCluster
         raise InputError(f"queries is {count}; expected a number from 1 to {each}, the queries of each key head")
     if count == each:
         return [()] * len(probe.queries)
-    correlations = correlation_of(probe.queries)
-    return [tuple(_clusters(own[np.ix_(at, at)], count, seed) for at in _heads(heads, each)) for own in correlations]
+    at, found = _heads(heads, each), []
+    for own in correlation_of(probe.queries):
+        clusters = [_clusters(own[np.ix_(head, head)], count, seed) for head in at]
+        kept = [[head[one[0]] for one in mine] for head, mine in zip(at, clusters, strict=True)]
+        pairs = (linear_sum_assignment(own[np.ix_(kept[0], mine)], maximize=True) for mine in kept)
+        found.append(tuple(tuple(mine[to] for to in order) for mine, (_, order) in zip(clusters, pairs, strict=True)))
+    return found
 
 
 def of_kept(probe: Probe, clusters: Sequence[QueryClusters]) -> Probe:

@@ -12,6 +12,7 @@ from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.planner import grouped_plan
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import Probe, probe
+from chai_jax.analyse.queries import of_kept
 from chai_jax.config import PlanConfig
 from chai_jax.console import console
 from chai_jax.errors import InputError
@@ -44,7 +45,8 @@ def plan_for(
         plan = _by_budget(model, seen, wanted, seed, costs if jax.process_count() == 1 else None)
     if picture is not None:
         caption = f"{seen.rows} calibration tokens of {work.name}."
-        once(partial(head_maps, picture, plan, seen.correlation, model.config, caption))
+        compared = of_kept(seen, [layer.query_clusters for layer in plan.layers])
+        once(partial(head_maps, picture, plan, compared.correlation, model.config, caption))
     return plan
 
 
@@ -101,15 +103,15 @@ def _check_kv_heads(count: int, wanted: PlanConfig, config: Architecture) -> Non
 
 def _check_queries(count: int, wanted: PlanConfig, config: Architecture) -> None:
     """Queries are merged for good, within each key head."""
-    others = {"--membership prompt": wanted.membership == "prompt", "--kv-budget": wanted.kv_budget is not None}
-    given = [name for name, value in others.items() if value]
-    if given:
-        why = (
-            "where all weights stay"
-            if wanted.membership == "prompt"
-            else "which chooses among merges of keys and values"
+    if wanted.membership == "prompt":
+        raise InputError(
+            "--queries is given with --membership prompt, where all weights stay; expected one of them: leave one out"
         )
-        raise InputError(f"--queries is given with {given[0]}, {why}: leave one of them out")
+    if wanted.kv_budget is not None:
+        raise InputError(
+            "--queries is given with --kv-budget; the planner measures merges of keys and values alone: leave one of "
+            "them out"
+        )
     if config.queries == 1:
         raise InputError(
             f"--queries is {count}; the model has one query for each key head, there is nothing to merge: leave it out"

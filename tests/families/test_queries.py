@@ -205,10 +205,25 @@ def test_planted_groups_are_found() -> None:
     planted: QueryClusters = (((2, 0), (1, 3)), ((0, 1), (2, 3)))
     model = with_copies(model_of(LLAMA), planted, noise=0.01)
     made = make_plan(model, probe(model, WINDOWS), queries=2, clusters=2)
-    wanted = [[{0, 2}, {1, 3}], [{0, 1}, {2, 3}]]
+    wanted = [{frozenset({0, 2}), frozenset({1, 3})}, {frozenset({0, 1}), frozenset({2, 3})}]
     for layer in made.layers:
         assert not layer.clustered
-        assert [[set(one) for one in own] for own in layer.query_clusters] == wanted
+        assert [set(map(frozenset, own)) for own in layer.query_clusters] == wanted
+
+
+def test_queries_of_two_heads_are_paired_as_they_attend() -> None:
+    """Two equal keys, whose like queries stand in another order: queries merge, then the heads, and nothing is lost."""
+    model = with_copies(model_of(LLAMA), (((0, 1), (2, 3)), ((0, 1), (2, 3))))
+    layers = {}
+    for index, layer in model.params["layers"].items():
+        query, key = layer["query"]["kernel"], layer["key"]["kernel"]
+        query = query.at[:, 4:].set(query[:, np.asarray([2, 3, 0, 1])])
+        layers[index] = {**layer, "query": {"kernel": query}, "key": {"kernel": key.at[:, 1].set(key[:, 0])}}
+    model = model.replace(params={**model.params, "layers": layers})
+    seen = probe(model, WINDOWS)
+    assert (seen.correlation[:, 0, 1] < 0.9).all()
+    made = make_plan(model, seen, queries=2, clusters=1, layers=1.0, share="qk", sensitivity="attention")
+    np.testing.assert_allclose(logits(cluster(model, made)), logits(model), atol=1e-5)
 
 
 def test_queries_are_compared_as_heads_are(tmp_path: Path) -> None:
