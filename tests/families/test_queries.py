@@ -137,7 +137,7 @@ MERGES: dict[str, tuple[tuple[ClusterPlan, ...], dict[str, Any]]] = {
 }
 
 
-USUAL = ("queries", "then kv")
+USUAL = ("queries",)
 TRIED = [pytest.param(merge, marks=[] if merge in USUAL else [pytest.mark.slow]) for merge in MERGES]
 
 
