@@ -23,9 +23,10 @@ def explain(plan: Plan, config: Architecture | None = None) -> list[dict[str, An
     """A plan as plain rows, one per layer; with a model's configuration also bytes, and a last row of totals.
 
     `kv_bytes_per_token` and `dense_kv_bytes_per_token` (bfloat16) are by formula, for one sequence;
-    `kv_reduction` is 1 - their ratio.
+    `kv_reduction` is 1 - their ratio. `queries` says how many queries each head keeps, where the plan merges any.
     """
     rows = []
+    queries = next((sum(map(len, layer.query_clusters[0])) for layer in plan.layers if layer.query_clusters), None)
     for index, layer in enumerate(plan.layers):
         storages = [one.storage for one in layer.clusters]
         rows.append(
@@ -33,9 +34,10 @@ def explain(plan: Plan, config: Architecture | None = None) -> list[dict[str, An
                 "layer": index,
                 "sensitivity": plan.sensitivity[index] if plan.sensitivity else None,
                 "tier": layer.tier,
-                "share": plan.share_of(index) if layer.merged else "dense",
+                "share": layer.shares(plan.share),
                 "heads": sum(len(one.heads) for one in layer.clusters),
                 "clusters": len(layer.clusters),
+                **({} if queries is None else {"queries": {"kept": layer.queries or queries, "of": queries}}),
                 "key_rank": layer.key_rank,
                 "value_rank": layer.value_rank,
                 "critical": sum(one.critical for one in layer.clusters),
@@ -62,11 +64,13 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     rows = explain(plan, config)
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
+    fewer = any(row.get("queries") for row in rows)
     told = f"C/H: clusters of key/value heads; {', '.join(used)}: how many are cached so"
-    caption = told + "; R: rank of keys, values" * ranks
+    caption = told + "; R: rank of keys, values" * ranks + "; Q/n: queries that a key/value head keeps" * fewer
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     table = Table(title="\n".join(_about(plan)), title_justify="left", caption=caption, caption_justify="left", **look)
-    names = ["layer", "score", "tier", "share", "C/H", *(["R"] if ranks else []), *used, "weights"]
+    optional = [name for name, is_there in (("Q/n", fewer), ("R", ranks)) if is_there]
+    names = ["layer", "score", "tier", "share", "C/H", *optional, *used, "weights"]
     for name in names + (["B/token", "saved"] if config else []):
         table.add_column(name, justify="left" if name in ("tier", "share", "weights") else "right")
     for row in rows:
@@ -76,7 +80,8 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
             counts = (str(row["storage"].get(name, 0)) for name in used)
             rank = [f"{row['key_rank'] or '-'},{row['value_rank'] or '-'}"] if ranks else []
             share = f"{row['clusters']}/{row['heads']}"
-            cells = [score, row["tier"], row["share"], share, *rank, *counts, row["weights"]]
+            kept = [f"{row['queries']['kept']}/{row['queries']['of']}"] if fewer else []
+            cells = [score, row["tier"], row["share"], share, *kept, *rank, *counts, row["weights"]]
         if config:
             cells += [f"{row['kv_bytes_per_token']:,}", f"{row['kv_reduction']:.1%}"]
         table.add_row(str(row["layer"]), *cells)

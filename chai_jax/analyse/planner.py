@@ -8,6 +8,7 @@ from jaxtyping import Float
 
 from chai_jax.analyse.cluster import balanced_clusters, cluster_count, clusters_of, medoid
 from chai_jax.analyse.probe import Probe, fingerprint
+from chai_jax.analyse.queries import of_kept, query_clusters
 from chai_jax.analyse.sensitivity import critical, sensitivities, tiers
 from chai_jax.console import track
 from chai_jax.errors import InputError
@@ -37,6 +38,7 @@ def plan(
     sensitivity: str = "kl",
     membership: str = "calibrated",
     warmup_tokens: int = 5,
+    queries: int | None = None,
     seed: int = 0,
 ) -> Plan:
     """Decide which heads of a dense model share keys (and values), and in which formats its layers are stored.
@@ -58,6 +60,8 @@ def plan(
             known to be redundant and medium layers store all in bfloat16; the clusters of the plan are those of
             prompts shorter than the warm-up.
         warmup_tokens: on which a prompt's clusters are found.
+        queries: that each key head keeps in every layer, of a model with grouped queries; heads are then compared by
+            these alone. None: all.
         seed: of K-Means.
 
     Raises:
@@ -72,24 +76,32 @@ def plan(
     if not 0 < rank <= 1:
         raise InputError(f"rank is {rank}; expected a fraction of the width above 0, up to 1")
     check_probe(model, probe)
+    fewer = query_clusters(probe, queries, seed) if queries is not None else [()] * model.config.num_layers
+    probe = of_kept(probe, fewer)
     latent = round_up(rank, model.config.kv_width) if share == "kv" else None
     keys = latent and model.config.even(latent)
     candidates = [
-        LayerPlan(find_clusters(correlation, 1 if latent else clusters, seed), key_rank=keys, value_rank=latent)
-        for correlation in track(list(probe.correlation), "Clustering the heads")
+        LayerPlan(
+            find_clusters(correlation, 1 if latent else clusters, seed),
+            key_rank=keys,
+            value_rank=latent,
+            query_clusters=own,
+        )
+        for correlation, own in zip(track(list(probe.correlation), "Clustering the heads"), fewer, strict=True)
     ]
     scores = sensitivities(model, probe, candidates, base, sensitivity)
     chosen = _clustered(probe, candidates, layers, scores if first == "insensitive" else None)
     entries = []
     for index, tier in enumerate(tiers(scores)):
-        layer = candidates[index] if index in chosen else LayerPlan(singletons(model.config.kv_heads))
+        alone = LayerPlan(singletons(model.config.kv_heads), query_clusters=fewer[index])
+        layer = candidates[index] if index in chosen else alone
         entries.append(_with_formats(layer, tier, probe.outputs[index], membership))
     made = dataclasses.replace(base, layers=tuple(entries), sensitivity=scores)
     made.check()
     return made
 
 
-def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0) -> Plan:
+def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0, queries: int | None = None) -> Plan:
     """A plan by which every layer has so many key and value heads, each read by as many queries as any other.
 
     Heads that attend alike are grouped, and each group reads one key and one value of an ordinary head's dimensions,
@@ -98,12 +110,15 @@ def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0) -> Pl
 
     Args:
         kv_heads: a divisor of the model's.
+        queries: that each of the model's key heads keeps; None: all.
     """
     check_probe(model, probe)
+    fewer = query_clusters(probe, queries, seed) if queries is not None else [()] * model.config.num_layers
     layers = []
-    for correlation in probe.correlation:
+    for correlation, own in zip(of_kept(probe, fewer).correlation, fewer, strict=True):
         members = balanced_clusters(correlation, kv_heads, seed)
-        layers.append(LayerPlan(tuple(ClusterPlan(heads, medoid(correlation, heads)) for heads in members)))
+        clusters = tuple(ClusterPlan(heads, medoid(correlation, heads)) for heads in members)
+        layers.append(LayerPlan(clusters, query_clusters=own))
     plan = Plan(tuple(layers), "kv")
     plan.check()
     return plan

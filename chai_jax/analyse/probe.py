@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, jaxtyped
 
+from chai_jax.compress.slice import of_heads
 from chai_jax.console import track
 from chai_jax.data.batches import Windows
 from chai_jax.data.text import windows as cut
@@ -55,6 +56,7 @@ class Probe:
         tokens: the calibration windows, padded on the right.
         mask: True where a token is real.
         fingerprint: of the probed model (see `fingerprint`).
+        queries: as `attention`, of the model's query heads; None where each head has one.
     """
 
     attention: Float[np.ndarray, "L H H"]
@@ -63,6 +65,7 @@ class Probe:
     tokens: Int32[np.ndarray, "N W"]
     mask: Bool[np.ndarray, "N W"]
     fingerprint: str
+    queries: Float[np.ndarray, "L Q Q"] | None = None
 
     @property
     def rows(self) -> int:
@@ -72,14 +75,13 @@ class Probe:
     @property
     def correlation(self) -> Float[np.ndarray, "L H H"]:
         """G / sqrt(G_hh G_gg): 1 where two heads always attend alike, 0 for a head that is flat on all rows."""
-        norm = np.sqrt(np.einsum("lhh->lh", self.attention))
-        scale = norm[:, :, None] * norm[:, None, :]
-        return np.divide(self.attention, scale, out=np.zeros_like(self.attention), where=scale > 0)
+        return correlation_of(self.attention)
 
     def save(self, path: str | Path) -> None:
         """Write the probe as an .npz file."""
         with new_file(Path(path)) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **dataclasses.asdict(self))
+            fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            np.savez_compressed(file, **{name: value for name, value in fields.items() if value is not None})
 
     @classmethod
     def load(cls, path: str | Path) -> "Probe":
@@ -98,6 +100,13 @@ class Probe:
         return cls(**{**fields, "fingerprint": str(fields["fingerprint"])})
 
 
+def correlation_of(attention: Float[np.ndarray, "L H H"]) -> Float[np.ndarray, "L H H"]:
+    """See `Probe.correlation`; of key heads or of query heads."""
+    norm = np.sqrt(np.einsum("lhh->lh", attention))
+    scale = norm[:, :, None] * norm[:, None, :]
+    return np.divide(attention, scale, out=np.zeros_like(attention), where=scale > 0)
+
+
 def _read_arrays(path: str | Path) -> dict[str, Any]:
     """The arrays of a saved probe, each of the shape and type that its field declares, its statistics finite."""
     found: dict[str, Any] = {}
@@ -106,6 +115,10 @@ def _read_arrays(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"more than {MOST_PROBE_BYTES:,} bytes")
         for field in dataclasses.fields(Probe):
             kind: Any = field.type
+            if field.name == "queries":
+                if "queries.npy" not in packed.namelist():  # one query a head, or a probe of an earlier version
+                    continue
+                kind = Float[np.ndarray, "L Q Q"]
             with packed.open(f"{field.name}.npy") as member:
                 array = found[field.name] = np.lib.format.read_array(member, allow_pickle=False)
             if kind is str:
@@ -145,6 +158,7 @@ def probe(
         tokens=tokens,
         mask=mask,
         fingerprint=fingerprint(model),
+        queries=_in_head_order(model.spec, sums["queries"], model.config.queries) if "queries" in sums else None,
     )
 
 
@@ -207,6 +221,7 @@ def head_sums(seen: Seen, params: Params) -> HeadSums:
         "attention": jnp.einsum("hjgj->hg", attention.reshape(by_head)) if n > 1 else attention,
         "outputs": outputs.reshape(by_head).sum(axis=(1, 3)) if n > 1 else outputs,
         "scores": jnp.sum(jnp.where(pairs[:, None], jnp.abs(seen.scores), 0.0)),
+        **({"queries": attention} if n > 1 else {}),
     }
 
 
@@ -247,10 +262,10 @@ def _accumulate(model: Model, batches: Sequence[tuple[np.ndarray, np.ndarray]]) 
     return totals
 
 
-def _in_head_order(spec: Spec, stored: Float[np.ndarray, "L H H"]) -> Float[np.ndarray, "L H H"]:
+def _in_head_order(spec: Spec, stored: Float[np.ndarray, "L H H"], each: int = 1) -> Float[np.ndarray, "L H H"]:
     """Undo the order in which each layer stores its heads (quantizing a dense model may have sorted them by format)."""
     out = np.empty_like(stored)
     for index, layer in enumerate(spec.layers):
-        heads = [heads[0] for heads in layer.clusters]
+        heads = of_heads([heads[0] for heads in layer.clusters], each)
         out[index][np.ix_(heads, heads)] = stored[index]
     return out

@@ -14,7 +14,7 @@ from jaxtyping import Float
 
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
-from chai_jax.compress.cluster import LayerMerge, Stream
+from chai_jax.compress.cluster import Stream, merged_layer
 from chai_jax.compress.quantize import layer_with_storage, store_weights
 from chai_jax.console import track
 from chai_jax.errors import InputError
@@ -62,9 +62,8 @@ def perturbed(
 ) -> tuple[LayerSpec, Params]:
     """Layer `index` merged as `wanted` and stored as the low tier is; `stream` where the merge needs text."""
     spec, params = model.spec.layers[index], model.params["layers"][str(index)]
-    if wanted.merged:
-        merge = LayerMerge(model, index, wanted, plan, stream)
-        spec, params = merge.made()
+    if wanted.merged or wanted.query_clusters:
+        spec, params = merged_layer(model, index, wanted, plan, stream)
     return layer_with_storage(spec, "int8"), store_weights(params, "int8")
 
 

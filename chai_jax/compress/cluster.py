@@ -10,7 +10,7 @@ from chai_jax.compress.low_rank import as_they_are, dense_heads, score_params, v
 from chai_jax.compress.merge import HeadWeights, InputMoments, OutputMoments, Scores, latent_scores, low_rank_scores
 from chai_jax.compress.moments import input_moments, output_moments
 from chai_jax.compress.rotary_merge import rotary_latent_scores, rotary_low_rank_scores
-from chai_jax.compress.slice import every_value, reorder, representative_scores, representative_values
+from chai_jax.compress.slice import every_value, merged_queries, reorder, representative_scores, representative_values
 from chai_jax.compress.value_merge import fitted_values, latent_values, low_rank_values
 from chai_jax.console import track
 from chai_jax.errors import InputError
@@ -30,6 +30,8 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     and output head on one latent key and value. Cache formats stay as they are; layers without a merge stay untouched,
     bit for bit. With membership `prompt` all weights stay: which heads are kept is decided as the model runs.
 
+    Queries of a head are merged first, where the plan says so (see `chai_jax.compress.slice.merged_queries`).
+
     Args:
         text: calibration windows (a probe will do). Merges by representatives need none; all others are fitted to its
             hidden states, which go through the dense layers one by one.
@@ -47,13 +49,12 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
     layers, spec = dict(model.params["layers"]), model.spec
     stream = Stream(model, text) if plan.needs_text and text is not None else None
     for index, wanted in enumerate(track(plan.layers, "Merging the heads")):
-        if wanted.merged:
+        if wanted.merged or wanted.query_clusters:
             _check_plain(index, spec.layers[index], layers[str(index)])
             if plan.membership == "prompt":
                 new, params = _assign(index, spec.layers[index], layers[str(index)], wanted, plan.warmup_tokens)
             else:
-                merge = LayerMerge(model, index, wanted, plan, stream)
-                new, params = merge.made()
+                new, params = merged_layer(model, index, wanted, plan, stream)
             spec, layers[str(index)] = spec.with_layer(index, new), params
         if stream is not None:
             stream.advance()
@@ -117,7 +118,7 @@ class LayerMerge:
         self.kept = [stored_at[one.keep] for one in clusters]
         self.members = [[stored_at[head] for head in one.heads] for one in clusters]
         heads = tuple(one.heads for one in clusters)
-        self.each, self.ordinary_key = self.config.queries, wanted.key_rank is None
+        self.each, self.ordinary_key = self.dense.queries, wanted.key_rank is None
         self.spec = LayerSpec(
             self.share,
             heads,
@@ -193,3 +194,25 @@ class LayerMerge:
         layers, params = (self.dense, spec), (self.old, merged)
         how = how_in_float32(self.stream.model)
         return output_moments(self.config, layers, how, params, clusters, self.stream.x, self.stream.mask)
+
+
+def merged_layer(
+    model: Model, index: int, wanted: LayerPlan, plan: Plan, stream: Stream | None = None
+) -> tuple[LayerSpec, Params]:
+    """Layer `index` of a dense model with fixed clusters: queries of a head are merged first, then the heads."""
+    if wanted.query_clusters:
+        model = _with_fewer_queries(model, index, wanted)
+    if wanted.merged:
+        return LayerMerge(model, index, wanted, plan, stream).made()
+    layer = model.spec.layers[index]
+    return dataclasses.replace(layer, share=wanted.shares(plan.share)), model.params["layers"][str(index)]
+
+
+def _with_fewer_queries(model: Model, index: int, wanted: LayerPlan) -> Model:
+    """The model with the queries of layer `index` merged; its heads are still those of a dense layer."""
+    layer, params = model.spec.layers[index], model.params["layers"][str(index)]
+    new = merged_queries(params, [wanted.query_clusters[heads[0]] for heads in layer.clusters])
+    groups = group_clusters("dense", layer.clusters, layer.storages, per_head=wanted.queries or layer.queries)
+    fewer = dataclasses.replace(layer, groups=groups, queries=wanted.queries or layer.queries)
+    layers = {**model.params["layers"], str(index): new}
+    return model.replace(spec=model.spec.with_layer(index, fewer), params={**model.params, "layers": layers})

@@ -13,12 +13,14 @@ from chai_jax.errors import InputError
 from chai_jax.files.families.registry import family_of
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
 
 def expand(model: Model) -> Model:
     """A dense model with equal logits (float32 rounding aside): shared heads are repeated, ranks padded with zeros.
 
+    Where queries of a head were merged, the first stands in for those that are gone, and these add nothing.
     Each head keeps its cluster's cache format. Quantized weights become float32. The heads come in the order in which
     they are stored, which changes no logit.
 
@@ -46,7 +48,7 @@ def expand(model: Model) -> Model:
                 f"layer {index} has keys with several numbers of one frequency, a dense head has one of each; such a "
                 f"model has no ordinary {name} form: save it instead of exporting it"
             )
-        new, layers[str(index)] = _expand_layer(layer, params["layers"][str(index)], model.config.head_dim)
+        new, layers[str(index)] = _expand_layer(layer, params["layers"][str(index)], model.config)
         spec_layers.append(new)
     return model.replace(spec=Spec(tuple(spec_layers)), params={**params, "layers": layers}, plan=None)
 
@@ -86,9 +88,16 @@ def grouped(model: Model) -> Model | None:
     return model.replace(config=smaller, spec=Spec(layers), params=dequantize_weights(model.params), plan=None)
 
 
-def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[LayerSpec, Params]:
+def _expand_layer(layer: LayerSpec, params: Params, config: Architecture) -> tuple[LayerSpec, Params]:
     if layer.share == "dense":
         return dataclasses.replace(layer, weights="loaded"), params
+    head_dim, each = config.head_dim, config.queries
+
+    def all_queries(heads: Sequence[int]) -> list[int]:
+        """Where the queries (or outputs) of these heads are: the first again for each that was merged away."""
+        own = [of_heads([head], layer.queries) for head in heads]
+        return [at for one in own for at in one + one[:1] * (each - layer.queries)]
+
     # For each dense head: the key and value head it reads, or None where nothing is left for it to do; for each query
     # of it, the query head and the output head.
     queries: list[int] = []
@@ -96,7 +105,7 @@ def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[Laye
     values: list[int | None] = []
     for cluster, heads in enumerate(layer.clusters):
         for slot in range(len(heads)):
-            queries += of_heads([len(keys) if layer.share == "kv" else cluster], layer.queries)
+            queries += all_queries([len(keys) if layer.share == "kv" else cluster])
             keys.append(cluster)
             if layer.share == "qk":
                 values.append(len(values))
@@ -104,20 +113,21 @@ def _expand_layer(layer: LayerSpec, params: Params, head_dim: int) -> tuple[Laye
                 values.append(cluster if slot == 0 or layer.share == "kv" else None)
     kept = jnp.asarray([value is not None for value in values])
     chosen = [0 if value is None else value for value in values]
-    outputs = queries if layer.share == "kv" else of_heads(chosen, layer.queries)
+    outputs = queries if layer.share == "kv" else all_queries(chosen)
     query, key = take_heads(params["query"], queries), take_heads(params["key"], keys)
     value = {
         name: jnp.where(kept[:, None], leaf, jnp.zeros_like(leaf))
         for name, leaf in take_heads(params["value"], chosen).items()
     }
     output = jnp.take(params["output"]["kernel"], jnp.asarray(outputs), axis=0)
-    output = jnp.where(jnp.repeat(kept, layer.queries)[:, None, None], output, jnp.zeros_like(output))
+    adds = (kept[:, None] & (jnp.arange(each) < layer.queries)).reshape(-1)
+    output = jnp.where(adds[:, None, None], output, jnp.zeros_like(output))
     storages = [storage for heads, storage in zip(layer.clusters, layer.storages, strict=True) for _ in heads]
     clusters = tuple((head,) for heads in layer.clusters for head in heads)
-    groups = group_clusters("dense", clusters, storages, per_head=layer.queries)
-    spec = LayerSpec("dense", clusters, groups, head_dim, head_dim, queries=layer.queries, window=layer.window)
+    groups = group_clusters("dense", clusters, storages, per_head=each)
+    spec = LayerSpec("dense", clusters, groups, head_dim, head_dim, queries=each, window=layer.window)
     pairs = [layer.pairs[cluster] for cluster in keys] if layer.pairs else []
-    of_each_query = [one for one in pairs for _ in range(layer.queries)]
+    of_each_query = [one for one in pairs for _ in range(each)]
     return spec, {
         **params,
         "query": {name: _whole(leaf, of_each_query, head_dim) for name, leaf in query.items()},

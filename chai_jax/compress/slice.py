@@ -23,6 +23,27 @@ def representative_scores(params: Params, kept: Sequence[int], each: int = 1) ->
     return {"query": take_heads(params["query"], of_heads(kept, each)), "key": take_heads(params["key"], kept)}
 
 
+def merged_queries(params: Params, clusters: Sequence[Sequence[Sequence[int]]]) -> Params:
+    """Queries of each head merged: of each cluster its first query stays, and output projections are summed.
+
+    Queries of a head read one key and one value. Where they share the attention A of their first, what they add to the
+    layer's output is A V W_1 + A V W_2 = A V (W_1 + W_2), so that one query and one output projection do the same.
+
+    Args:
+        clusters: of each head, in the order stored, the clusters of its queries, by their numbers in the head.
+    """
+    each = sum(map(len, clusters[0]))
+    kept = [head * each + one[0] for head, own in enumerate(clusters) for one in own]
+    members = [[head * each + query for query in one] for head, own in enumerate(clusters) for one in own]
+    output, kernel = params["output"], np.asarray(params["output"]["kernel"], np.float32)
+    summed = np.stack([kernel[one].sum(axis=0) for one in members])
+    return {
+        **params,
+        "query": take_heads(params["query"], kept),
+        "output": {**output, "kernel": jnp.asarray(summed, output["kernel"].dtype)},
+    }
+
+
 def every_value(params: Params, members: Sequence[Sequence[int]], each: int = 1) -> Params:
     """Value and output projections of all heads, in the order of their clusters (`qk`)."""
     everyone = [head for heads in members for head in heads]

@@ -116,6 +116,10 @@ class PlanConfig:
     kv_heads: int | None = None
     """Instead of clusters: merge every layer's key and value heads to this number, of equal size. The result is an
     ordinary model with grouped queries, which `chai-jax export` writes for every engine."""
+    queries: int | None = None
+    """Query heads that each key head keeps, in every layer: those that attend alike are merged (models with grouped
+    queries only). Alone it leaves keys and values as they are; with --kv-heads, --clusters, --share or --layers these
+    merge next."""
     score_merge: Literal["representative", "low_rank"] | None = None
     """How queries and keys of a cluster are merged (default: representative; with --kv-budget: low_rank)."""
     value_merge: Literal["representative", "low_rank", "fit"] | None = None
@@ -138,8 +142,16 @@ class PlanConfig:
     calibration: int = 128
     """Examples, or windows of text, for calibration; training does not see them."""
 
+    @property
+    def queries_alone(self) -> bool:
+        """Whether queries are merged and nothing else."""
+        others = (self.kv_heads, self.kv_budget, self.clusters, self.share, self.layers)
+        return self.queries is not None and all(option is None for option in others)
+
     def filled(self, usual: "PlanConfig") -> "PlanConfig":
-        """With the `usual` layers and clusters where none were asked for."""
+        """With the `usual` layers and clusters where none were asked for; neither where other options decide."""
+        if self.kv_heads is not None or self.queries_alone:
+            return self
         layers = usual.layers if self.layers is None else self.layers
         return replace(self, layers=layers, clusters=self.clusters or usual.clusters)
 
@@ -152,6 +164,7 @@ class PlanConfig:
         require_positive("--model-budget", self.model_budget)
         require_count("--warmup-tokens", self.warmup_tokens)
         require(self.kv_heads is None or self.kv_heads > 0, "--kv-heads", self.kv_heads, "a number above 0")
+        require_count("--queries", self.queries)
         require_count("--calibration", self.calibration)
 
 

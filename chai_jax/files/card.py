@@ -119,7 +119,7 @@ def _compressed(model: Model, name: str) -> str:
         if all(layer.membership == "calibrated" for layer in model.spec.layers)
         else f"nor can any export be, for no ordinary {name} finds its clusters anew for every prompt"
     )
-    rows = "\n".join(_row(index, layer) for index, layer in enumerate(model.spec.layers))
+    rows = "\n".join(_row(index, layer, config.queries) for index, layer in enumerate(model.spec.layers))
     return (
         f"A compressed {name} ({_size(model)}). Its weights take {model.nbytes:,} bytes, its K,V cache "
         f"{model.kv_bytes_per_token:,} bytes per token ({dense:,} for the same model dense in bfloat16). transformers "
@@ -129,9 +129,10 @@ def _compressed(model: Model, name: str) -> str:
     )
 
 
-def _row(index: int, layer: LayerSpec) -> str:
+def _row(index: int, layer: LayerSpec, queries: int) -> str:
     storage = ", ".join(sorted(set(layer.storages)))
     share = f"{layer.share}, per prompt" if layer.membership == "prompt" else layer.share
+    share += f", {layer.queries} of {queries} queries a key head" if layer.queries < queries else ""
     return f"| {index} | {share} | {layer.key_heads} | {layer.value_heads} | {storage} | {layer.weights} |"
 
 

@@ -89,7 +89,8 @@ def read_spec(path: Path, config: Architecture) -> tuple[Spec, dict[str, Any]]:
                 f"{path} layer {index} does not have each of the {config.kv_heads} heads once: save the model again"
             )
         own, theirs = (layer.queries, layer.window), (config.queries, config.windows[index] if config.windows else 0)
-        if own != theirs:
+        may_have_fewer = layer.share != "dense" and layer.membership == "calibrated"
+        if own[1] != theirs[1] or own[0] > theirs[0] or (own[0] < theirs[0] and not may_have_fewer):
             raise InputError(
                 f"{path} layer {index} has (queries, window) {own}, config.json {theirs}: save the model again"
             )

@@ -7,15 +7,16 @@ are frozen, hashable and plain JSON, and are checked before anything is done wit
 import dataclasses
 import math
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
 from chai_jax.errors import InputError
-from chai_jax.inputs.fields import Count, Number, brief, parse_as
+from chai_jax.inputs.fields import LATER, Count, Number, brief, parse_as, without_defaults
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.queries import QueryClusters, check_queries
 from chai_jax.plans.spec import SHARES, MembershipName, StorageName, WeightsName
 
 SCORE_MERGES = ("representative", "low_rank")
@@ -51,6 +52,8 @@ class LayerPlan:
         share: of the layer's clusters; None: the plan's.
         key_rank: R of the shared keys; None: the head dimension.
         value_rank: likewise of the shared values.
+        query_clusters: for each key and value head the clusters of the queries that read it, by their numbers in the
+            head, each led by the one that represents it: one query of a cluster stays. Empty: all stay.
     """
 
     clusters: tuple[ClusterPlan, ...]
@@ -59,6 +62,7 @@ class LayerPlan:
     share: Share | None = None
     key_rank: Count | None = None
     value_rank: Count | None = None
+    query_clusters: QueryClusters = field(default=(), metadata=LATER)
 
     @property
     def clustered(self) -> bool:
@@ -68,6 +72,20 @@ class LayerPlan:
     def merged(self) -> bool:
         """Whether keys or values change at all: heads are merged, or their rank is cut."""
         return self.clustered or self.key_rank is not None or self.value_rank is not None
+
+    @property
+    def queries(self) -> int | None:
+        """Queries that each head keeps; None: all."""
+        return len(self.query_clusters[0]) if self.query_clusters else None
+
+    def shares(self, usual: str) -> str:
+        """What is shared in the model that is made: `dense` for nothing, `usual` where the layer names nothing else.
+
+        Queries of a head that are merged share their attention and, as they did, the head's key and value: `qkv`.
+        """
+        if not self.merged:
+            return "qkv" if self.query_clusters else "dense"
+        return self.share or usual
 
 
 @dataclass(frozen=True)
@@ -108,7 +126,8 @@ class Plan:
         return "kv" in shares or bool(merged and low_rank)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """Plain JSON; fields that came later are left out where they are at their defaults."""
+        return {**dataclasses.asdict(self), "layers": [without_defaults(layer) for layer in self.layers]}
 
     @classmethod
     def from_json(cls, value: Any) -> "Plan":
@@ -151,6 +170,8 @@ class Plan:
             )
         for index, layer in enumerate(self.layers):
             _check_heads(f"plan layer {index}", layer)
+            heads = sum(len(one.heads) for one in layer.clusters)
+            check_queries(f"plan layer {index}", heads, layer.query_clusters)
             self._check_ranks(index, layer)
         if self.membership == "prompt":
             self._check_prompt()
@@ -185,6 +206,11 @@ class Plan:
                     f"plan layer {index}: prompt membership with two storages in a layer; clusters change from prompt "
                     "to prompt: give all its clusters one storage"
                 )
+            if layer.query_clusters:
+                raise InputError(
+                    f"plan layer {index} merges queries with prompt membership, where all weights stay: use membership "
+                    "'calibrated', or leave query_clusters out"
+                )
 
     def check_model(self, config: Architecture) -> None:
         """Refuse a plan made for a model of another shape, or ranks that are larger than the model's width.
@@ -206,6 +232,11 @@ class Plan:
                 raise InputError(
                     f"plan layer {index} has key_rank {layer.key_rank}; rotary keys are complex numbers: expected an "
                     "even rank"
+                )
+            if layer.query_clusters and (found := sum(map(len, layer.query_clusters[0]))) != config.queries:
+                raise InputError(
+                    f"plan layer {index} has query_clusters of {found} queries a head, the model has {config.queries}: "
+                    "make a plan for this model with chai-jax plan"
                 )
         shares = {self.share_of(index) for index, layer in enumerate(self.layers) if layer.merged}
         check_merges(config, shares, self.score_merge, self.value_merge, self.membership)

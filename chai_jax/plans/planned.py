@@ -32,13 +32,13 @@ def planned_spec(plan: Plan, config: Architecture) -> Spec:
 
 def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerSpec:
     """The spec of one layer; `share` is the plan's, for a layer that names none."""
-    share = (wanted.share or share) if wanted.merged else "dense"
+    share, queries = wanted.shares(share), wanted.queries or config.queries
     storages = [one.storage for one in wanted.clusters]
     order = cluster_order(share, [one.heads for one in wanted.clusters], storages)
     clusters = tuple(wanted.clusters[at].heads for at in order)
-    groups = group_clusters(share, clusters, [storages[at] for at in order], per_head=config.queries)
+    groups = group_clusters(share, clusters, [storages[at] for at in order], per_head=queries)
     ranks = (wanted.key_rank or config.head_dim, wanted.value_rank or config.head_dim)
-    made = LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=config.queries)
+    made = LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=queries)
     return made if wanted.key_rank is None else dataclasses.replace(made, pairs=_any_pairs(made, config))
 
 

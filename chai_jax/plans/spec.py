@@ -56,7 +56,8 @@ class LayerSpec:
     stored, in their original order, and `clusters` (each led by its representative) are those of shorter sequences.
 
     Attributes:
-        queries: query heads of each head: a head is a key, a value and the queries that read it.
+        queries: query heads of each head: a head is a key, a value and the queries that read it. Fewer than the model
+            has, where queries of a head were merged; its share is then never `dense`.
         window: how many tokens a token reads at most, itself included; 0: all.
         pairs: where rotary keys are merged, the frequency (its number in a head) of each complex number that the keys
             of a cluster are made of; empty: every frequency once, in order.

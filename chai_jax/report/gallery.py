@@ -211,11 +211,13 @@ def steps(run: SavedRun) -> list[PictureRow]:
 def does(run: SavedRun, stage: str) -> str:
     """What a stage does, by this run's plan and settings."""
     layers, config = run.plan.layers, run.config
-    merged = [layer for layer in layers if layer.merged]
+    merged, fewer = [layer for layer in layers if layer.merged], [layer for layer in layers if layer.query_clusters]
+    queries = f"queries of a key head in {len(fewer)} of {len(layers)} layers"
+    heads = f"heads in {len(merged)} of {len(layers)} layers ({run.plan.share})"
     tiers = Counter(layer.tier for layer in layers)
     words = {
         "dense": f"the model as it was, {len(layers)} layers",
-        "cluster": f"merges heads in {len(merged)} of {len(layers)} layers ({run.plan.share})",
+        "cluster": "merges " + ("; ".join([queries, *([heads] if merged else [])]) if fewer else heads),
         "distil": "learns from " + ("a larger teacher" if config.get("teacher") else "the dense model"),
         "quantize": f"stores by tier: {tiers['high']} high, {tiers['medium']} medium, {tiers['low']} low",
         "target": f"tunes some layers only ({config.get('policy')})",

@@ -12,6 +12,7 @@ from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.planner import grouped_plan
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import Probe, probe
+from chai_jax.analyse.queries import of_kept
 from chai_jax.config import PlanConfig
 from chai_jax.console import console
 from chai_jax.errors import InputError
@@ -37,14 +38,15 @@ def plan_for(
     check_options(wanted, model.config)
     seen = probe(model, work.calibration, window=max(map(len, work.calibration)))
     if wanted.kv_heads is not None:
-        plan = grouped_plan(model, seen, wanted.kv_heads, seed)
+        plan = grouped_plan(model, seen, wanted.kv_heads, seed, wanted.queries)
     elif wanted.kv_budget is None:
         plan = _by_clusters(model, seen, wanted, seed)
     else:
         plan = _by_budget(model, seen, wanted, seed, costs if jax.process_count() == 1 else None)
     if picture is not None:
         caption = f"{seen.rows} calibration tokens of {work.name}."
-        once(partial(head_maps, picture, plan, seen.correlation, model.config, caption))
+        compared = of_kept(seen, [layer.query_clusters for layer in plan.layers])
+        once(partial(head_maps, picture, plan, compared.correlation, model.config, caption))
     return plan
 
 
@@ -64,6 +66,8 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
         raise InputError("--model-budget is given without --kv-budget; expected both: add --kv-budget 1")
     elif wanted.pin:
         raise InputError("--pin is given without --kv-budget; only the planner reads it: leave it out")
+    if wanted.queries is not None:
+        _check_queries(wanted.queries, wanted, config)
     if wanted.membership == "prompt":
         _check_prompt(wanted)
     shares, score_merge, value_merge = merges_of(wanted, config)
@@ -97,6 +101,27 @@ def _check_kv_heads(count: int, wanted: PlanConfig, config: Architecture) -> Non
         )
 
 
+def _check_queries(count: int, wanted: PlanConfig, config: Architecture) -> None:
+    """Queries are merged for good, within each key head."""
+    if wanted.membership == "prompt":
+        raise InputError(
+            "--queries is given with --membership prompt, where all weights stay; expected one of them: leave one out"
+        )
+    if wanted.kv_budget is not None:
+        raise InputError(
+            "--queries is given with --kv-budget; the planner measures merges of keys and values alone: leave one of "
+            "them out"
+        )
+    if config.queries == 1:
+        raise InputError(
+            f"--queries is {count}; the model has one query for each key head, there is nothing to merge: leave it out"
+        )
+    if not 1 <= count <= config.queries:
+        raise InputError(
+            f"--queries is {count}; expected a number from 1 to {config.queries}, the queries of each key head"
+        )
+
+
 def _check_prompt(wanted: PlanConfig) -> None:
     """Clusters per prompt need heads that are not merged for good."""
     if wanted.kv_budget is not None:
@@ -126,19 +151,23 @@ def budget_of(wanted: PlanConfig, shares: tuple[str, ...] = ("qkv", "kv")) -> Bu
 
 def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Plan:
     (share,), score_merge, value_merge = merges_of(wanted, model.config)
+    clusters = parse_clusters(wanted.clusters or "elbow")
+    if wanted.queries_alone:
+        clusters = model.config.kv_heads
     return make_plan(
         model,
         seen,
         share=share,
         layers=wanted.layers or 0.0,
         first=wanted.first,
-        clusters=parse_clusters(wanted.clusters or "elbow"),
+        clusters=clusters,
         rank=wanted.rank,
         score_merge=score_merge,
         value_merge=value_merge,
         sensitivity=wanted.sensitivity,
         membership=wanted.membership,
         warmup_tokens=wanted.warmup_tokens,
+        queries=wanted.queries,
         seed=seed,
     )
 

@@ -98,6 +98,7 @@ WRONG: dict[type, dict[str, list[Any]]] = {
         "share": [*NO_NAMES[1:], "dense"],
         "key_rank": NO_COUNTS,
         "value_rank": NO_COUNTS,
+        "query_clusters": [None, {}, "x", 4, [None], [[4]], *([[[0, wrong]]] for wrong in [None, *NO_COUNTS[1:]])],
     },
     ClusterPlan: {
         "heads": [None, 0, {}, "02", *([0, wrong] for wrong in [None, *NO_COUNTS[1:]])],

@@ -42,8 +42,9 @@ def head_maps(
             edge += size
         axes[index].set_xticks(range(len(order)), [str(head) for head in order], fontsize=6)
         axes[index].set_yticks(range(len(order)), [str(head) for head in order], fontsize=6)
+        queries = f", {about['queries']['kept']}/{about['queries']['of']} queries" if "queries" in about else ""
         axes[index].set_title(
-            f"layer {index}: {about['clusters']} of {about['heads']}, {about['share']}\n"
+            f"layer {index}: {about['clusters']} of {about['heads']}, {about['share']}{queries}\n"
             f"{about['tier']}, {about['kv_bytes_per_token']:,} B/token",
             fontsize=7,
         )
