@@ -164,6 +164,7 @@ def test_bad_run_arguments(model: Path, data: Path, capsys: pytest.CaptureFixtur
     assert "leave one of them out" in refused(capsys, *prompt, "--kv-budget", "0.5")
     assert "add --kv-budget 1" in refused(capsys, *job, "--model-budget", "0.5")
     assert "only the planner reads it" in refused(capsys, *job, "--pin", "0")
+    assert "--share none is given without --kv-budget" in refused(capsys, *job, "--share", "none")
     assert "--rank is 1.5" in refused(capsys, *job, "--rank", "1.5")
     budget = (*job, "--kv-budget")
     assert "--kv-budget is -0.5" in refused(capsys, *budget, "-0.5")
@@ -181,6 +182,16 @@ def test_more_clusters_than_heads(model: Path, data: Path, capsys: pytest.Captur
         capsys, "plan", model, "--task", "sst2", "--data-dir", data, "--clusters", "5", "--out", plan
     )
     assert not plan.exists()
+
+
+def test_formats_alone(model: Path, data: Path, tmp_path: Path) -> None:
+    """With a budget the planner may be told to merge nothing."""
+    out = tmp_path / "plan.json"
+    job = ["plan", str(model), "--task", "sst2", "--data-dir", str(data), "--calibration", "2", "--out", str(out)]
+    assert main([*job, "--kv-budget", "0.6", "--share", "none"]) == 0
+    layers = json.loads(out.read_text())["layers"]
+    assert all(len(one["heads"]) == 1 for layer in layers for one in layer["clusters"])
+    assert {one["storage"] for layer in layers for one in layer["clusters"]} == {"int8"}
 
 
 def plan_json(**changes: object) -> str:

@@ -96,9 +96,10 @@ class DeviceConfig:
 class PlanConfig:
     """The plan: which heads are merged, and what is stored in which format."""
 
-    share: Literal["qk", "qkv", "kv"] | None = None
+    share: Literal["qk", "qkv", "kv", "none"] | None = None
     """What the heads of a cluster share. `qk`: query and key. `qkv`: the value too. `kv`: one latent key and value for
-    all heads of a layer (default: qkv; with --kv-budget: qkv or kv, whichever costs less)."""
+    all heads of a layer. `none`, with --kv-budget: no heads are merged (default: qkv; with --kv-budget: qkv or kv,
+    whichever costs less)."""
     membership: Literal["calibrated", "prompt"] = "calibrated"
     """Clusters are found once, on calibration text, or anew on the first tokens of each prompt (for --share qk, without
     --kv-budget)."""

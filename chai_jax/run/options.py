@@ -68,6 +68,8 @@ def check_options(wanted: PlanConfig, config: Architecture) -> None:
         raise InputError("--pin is given without --kv-budget; only the planner reads it: leave it out")
     if wanted.queries is not None:
         _check_queries(wanted.queries, wanted, config)
+    if wanted.share == "none" and wanted.kv_budget is None:
+        raise InputError("--share none is given without --kv-budget; only the planner then has anything to do: add one")
     if wanted.membership == "prompt":
         _check_prompt(wanted)
     shares, score_merge, value_merge = merges_of(wanted, config)
@@ -84,7 +86,8 @@ def merges_of(wanted: PlanConfig, config: Architecture) -> tuple[tuple[str, ...]
         shares: tuple[str, ...] = (share,)
     else:
         usual = {"scores": "representative" if config.qk_norm else "low_rank", "values": "low_rank"}
-        shares = (wanted.share,) if wanted.share else ("qkv",) if config.qk_norm else ("qkv", "kv")
+        usual_shares = ("qkv",) if config.qk_norm else ("qkv", "kv")
+        shares = () if wanted.share == "none" else (wanted.share,) if wanted.share else usual_shares
     return shares, wanted.score_merge or usual["scores"], wanted.value_merge or usual["values"]
 
 
