@@ -21,8 +21,6 @@ from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.formats import BLOCKS
 from chai_jax.plans.spec import LayerSpec, Spec, group_clusters
 
-pytestmark = pytest.mark.slow  # together they take two minutes
-
 CONFIG = Architecture(60, 24, 2, 3, 32, 128, 24)
 LENGTH = 80
 INT4, BLOCK = BLOCKS["int4"], BLOCKS["int4"].block
@@ -97,6 +95,7 @@ def naive_heads(seen: Seen, params: Params) -> np.ndarray:
     return heads
 
 
+@pytest.mark.slow
 def test_a_layer_equals_a_loop_over_heads_and_rows(
     random_params: RandomParams, layers_seen: Callable[..., list[Seen]]
 ) -> None:
@@ -116,6 +115,7 @@ def test_a_layer_equals_a_loop_over_heads_and_rows(
     assert np.abs(found - near)[:, :, BLOCK:].max() > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["k4v4", "k3v2"])
 def test_first_tokens_and_the_block_in_progress_are_whole(
     random_params: RandomParams, layers_seen: Callable[..., list[Seen]], storage: str
@@ -151,7 +151,11 @@ def test_first_tokens_and_the_block_in_progress_are_whole(
                 np.testing.assert_allclose(found[row, h, t], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.fixture(scope="module", params=["int4", "k4v3", "k2v4"])
+def slow(*values: object) -> list[object]:
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
+
+
+@pytest.fixture(scope="module", params=["k4v3", *slow("int4", "k2v4")])
 def uncached(request: pytest.FixtureRequest, random_params: RandomParams) -> tuple[Spec, Params, Output]:
     spec = mixed_spec(request.param)
     params = random_params(CONFIG, spec, 0.2)
@@ -161,9 +165,9 @@ def uncached(request: pytest.FixtureRequest, random_params: RandomParams) -> tup
 @pytest.mark.parametrize(
     "pieces",
     [
-        pytest.param([1] * 80, id="token by token"),
+        pytest.param([1] * 80, id="token by token", marks=pytest.mark.slow),
         pytest.param([63, *[1] * 17], id="prefilled"),
-        pytest.param([20, 5, 7, 1, 40, 7], id="pieces"),
+        pytest.param([20, 5, 7, 1, 40, 7], id="pieces", marks=pytest.mark.slow),
     ],
 )
 def test_cached_equals_uncached_at_every_step(uncached: tuple[Spec, Params, Output], pieces: list[int]) -> None:
@@ -187,6 +191,7 @@ def test_cached_equals_uncached_at_every_step(uncached: tuple[Spec, Params, Outp
     assert np.concatenate(same).mean() > 0.99  # the rest a step of bfloat16 apart, or of int4 because of that
 
 
+@pytest.mark.slow
 def test_a_block_is_stored_once_when_it_is_complete() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 1, 70, 8))
     past, real = empty_blocks(2, 1, 96, 8, INT4, INT4.keys), jnp.ones((2, 96), bool)
@@ -203,6 +208,7 @@ def test_a_block_is_stored_once_when_it_is_complete() -> None:
     assert not np.asarray(past.recent[:, :, 6:]).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int4", "k3v3"])
 @pytest.mark.parametrize(("name", "rank"), [("keys", 5), ("values", 5), ("values", 40)])
 def test_masked_columns_do_not_enter_scales(storage: str, name: str, rank: int) -> None:
@@ -217,6 +223,7 @@ def test_masked_columns_do_not_enter_scales(storage: str, name: str, rank: int) 
     np.testing.assert_array_equal(*(np.asarray(read)[:, :, np.asarray(real[0])] for read in reads))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int4", "k4v4"])
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_what_padding_changes(random_params: RandomParams, padding: str, storage: str) -> None:
@@ -231,7 +238,7 @@ def test_what_padding_changes(random_params: RandomParams, padding: str, storage
     np.testing.assert_allclose(padded, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("storage", ["int4", "k2v2"])
+@pytest.mark.parametrize("storage", [*slow("int4"), "k2v2"])
 def test_the_gradient_passes_storage_unchanged(storage: str) -> None:
     x = jax.random.normal(jax.random.key(0), (1, 2, 40, 8))
     weights = jax.random.normal(jax.random.key(1), (2, *x.shape))
@@ -244,6 +251,7 @@ def test_the_gradient_passes_storage_unchanged(storage: str) -> None:
     np.testing.assert_allclose(jax.jit(jax.grad(read))(x), weights[0] + weights[1], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("storage", ["int4", "k3v4"])
 @pytest.mark.parametrize("capacity", [20, 64, 70, 130])
 def test_bytes_of_allocated_arrays_equal_the_formula(capacity: int, storage: str) -> None:

@@ -138,9 +138,10 @@ def test_attention_reads_what_the_cache_stores(model: Model, storage: str) -> No
 
 
 @pytest.mark.slow
-def test_int4_caches_fill_blocks_while_decoding(model: Model) -> None:
+@pytest.mark.parametrize("storage", ["int4", "k3v3"])
+def test_caches_of_blocks_fill_them_while_decoding(model: Model, storage: str) -> None:
     """Blocks are of columns: the uncached model, padded on the left alike, says the same token by token."""
-    stored = with_storage(model, "int4")
+    stored = with_storage(model, storage)
     prompts = [list(range(4, 4 + length)) for length in (20, 26)]
     found = generate_tokens(stored, prompts, 40, stop=False)
     tokens, mask = np.full((2, 80), 1, np.int32), np.zeros((2, 80), bool)
