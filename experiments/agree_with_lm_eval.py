@@ -4,7 +4,7 @@
 
 Needs torch and lm-eval[hf]. The harness's own tasks (sst2, rte, piqa, hellaswag, wikitext) read the rows of $DATA.
 
-- dense: the harness runs the dense OPT $MODEL with transformers in float32 on the CPU. Beside it `evaluate` for the
+- dense: the harness runs the dense $MODEL with transformers in float32 on the CPU. Beside it `evaluate` for the
   choices, and `chai-jax lm-eval`'s model for wikitext, whose documents are scored whole in windows.
 - compressed: `evaluate` beside `chai-jax lm-eval`'s model, both on $MODEL with half of the heads of every layer
   clustered and quantized by tier (calibrated on training rows of the first task, not tuned), or on --compressed FOLDER.
@@ -166,7 +166,7 @@ def agreement(chosen: argparse.Namespace) -> Record:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="folder or hub id of a dense OPT")
+    parser.add_argument("model", help="folder or hub id of a dense model")
     parser.add_argument(
         "--data-dir", type=Path, required=True, help="holds TASK/validation.jsonl[.gz], wikitext2/, ..."
     )

@@ -1,5 +1,6 @@
-"""The experiments on serving: what they count is there to be counted."""
+"""The experiments on serving and on the cache: what they count is there to be counted."""
 
+import dataclasses
 import importlib
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
+from chai_jax.compress.quantize import with_storage
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params, init
@@ -75,3 +78,29 @@ def test_a_model_keeps_all_that_itself_has_proposed() -> None:
     assert other["acceptance"] < 1
     assert other["tokens_per_round"] < 4
     assert 0 < itself["speed_up"][1] <= itself["speed_up"][0] <= itself["speed_up"][2]
+
+
+@pytest.mark.slow
+def test_damage_of_few_bits_is_that_of_each_window() -> None:
+    """Against logits of one window at a time, in float64; a cache that is the same does none."""
+    few = script("few_bits")
+    config = dataclasses.replace(CONFIG, max_positions=200)
+    random = np.random.default_rng(2)
+    model = with_storage(dataclasses.replace(tiny(0), config=config, params=wide(config)), "bfloat16")
+    changed = [model, with_storage(model, "k2v2")]
+    tokens = random.integers(4, 61, (5, 150)).astype(np.int32)
+    (same, rose), (kl, rise) = few.damage(model, changed, tokens)
+    np.testing.assert_allclose([same, rose], 0, atol=1e-6)
+    for row, window in enumerate(tokens):
+        right, wrong = (
+            log_softmax(np.asarray(one(window[None])[0, :-1], np.float64), axis=-1) for one in (model, changed[1])
+        )
+        np.testing.assert_allclose(kl[row], (np.exp(right) * (right - wrong)).sum(-1).mean(), rtol=1e-3)
+        at = np.arange(149), window[1:]
+        np.testing.assert_allclose(rise[row], (right[at] - wrong[at]).mean(), rtol=1e-3, atol=1e-6)
+    assert kl.min() > 1e-5
+
+
+def wide(config: Architecture) -> Params:
+    spec = Spec.of(config)
+    return init(config, spec, jax.random.key(0), std=0.4)

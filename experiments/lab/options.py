@@ -27,7 +27,7 @@ class Common:
     """What every experiment is done with."""
 
     model: Annotated[Positional[tuple[str, ...]], arg(metavar="MODEL ...")]
-    """Hub ids or folders of dense OPTs. Each gets its rows."""
+    """Hub ids or folders of dense models. Each gets its rows."""
     data_dir: Path | None = None
     """Folder with TASK/train.jsonl and TASK/validation.jsonl, or .jsonl.gz (default: the Hugging Face hub)."""
     seeds: Annotated[str, arg(metavar="SEED,...")] = "0,1,2"
@@ -98,7 +98,7 @@ def start(experiment: Callable[[Any], Record], kind: type[Any], about: str | Non
     try:
         options = read(kind, None, description=about)
         if not options.model:
-            raise InputError("no MODEL is given; expected one or more hub ids or folders of dense OPTs")
+            raise InputError("no MODEL is given; expected one or more hub ids or folders of dense models")
         # Stages of one shape recur from seed to seed and script to script: their programs are compiled once.
         jax.config.update("jax_compilation_cache_dir", str((options.out / "programs").absolute()))
         print(json.dumps(experiment(options)))
