@@ -31,11 +31,11 @@ class BlockStore:
     # Any, because tree operations put other things (shapes, shardings) in their places.
     blocks: Any  # Int4Array or FewBits [B, heads, N, M, R]; one not yet complete holds zeros
     recent: Any  # bfloat16 [B, heads, M, R]; column s is at s % M
-    sinks: Any  # bfloat16 [B, heads, sinks, R], the first real tokens
+    sinks: Any  # bfloat16 [B, heads, sinks, R], the first real tokens; None where the format has none
 
     @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes + self.recent.nbytes + self.sinks.nbytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["old", "recent", "fresh"], meta_fields=[])
@@ -76,7 +76,7 @@ def empty_blocks(batch: int, heads: int, capacity: int, rank: int, format: Block
     shapes = jax.eval_shape(partial(quantized, side=side), columns)
     blocks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     recent, sinks = (jnp.zeros((batch, heads, size, rank), jnp.bfloat16) for size in (format.block, format.sinks))
-    return BlockStore(blocks, recent, sinks)
+    return BlockStore(blocks, recent, sinks if format.sinks else None)
 
 
 def extend_blocks(past: BlockStore, capacity: int) -> BlockStore:
@@ -99,13 +99,14 @@ def append_blocks(
     first = start // block
     base = first * block
     window = _window(past.recent, x, start - base, touched * block)
-    number = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-    sinks = _first_tokens(past.sinks, x, start, jnp.where(real, number, -1))
+    number = jnp.where(real, jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1, -1)
+    sinks, whole = past.sinks, 0
+    if sinks is not None:
+        sinks, whole = _first_tokens(sinks, x, start, number), sinks.shape[2]
 
     numbers = first + jnp.arange(touched, dtype=jnp.int32)
     complete = (numbers + 1) * block <= start + rows
-    scaled = real & (number >= sinks.shape[2])
-    held = jax.lax.dynamic_slice_in_dim(pad(scaled, 1, touched * block), base, touched * block, axis=1)
+    held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, touched * block), base, touched * block, axis=1)
     new = quantized(_fill(window, held, block).astype(jnp.float32), side)
     place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
     blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
@@ -114,7 +115,8 @@ def append_blocks(
 
     read = read_few(blocks).astype(x.dtype) if isinstance(blocks, FewBits) else dequantize(blocks, x.dtype)
     old = pad(read.reshape(*x.shape[:2], -1, x.shape[3]), 2, touched * block)
-    old = _with_sinks(old, sinks, real, number)
+    if sinks is not None:
+        old = _with_sinks(old, sinks, number)
     recent = jax.lax.dynamic_update_slice_in_dim(old, window.astype(x.dtype), base, axis=2)
     own = (start + jnp.arange(rows, dtype=jnp.int32)) // block
     fresh = own[:, None] == jnp.arange(columns, dtype=jnp.int32) // block
@@ -141,8 +143,6 @@ def _fill(window: Array, real: Array, block: int) -> Array:
 def _first_tokens(sinks: Array, x: Array, start: Array, number: Int32[Array, "B S"]) -> Array:
     """The sinks with those of the new tokens that are among a sequence's first."""
     count = sinks.shape[2]
-    if not count:
-        return sinks
     new = jax.lax.dynamic_slice_in_dim(number, start, x.shape[2], axis=1)
     # In the order of columns there are at most `count` of them, and those come one after another.
     hits = new[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]  # [B, sinks, T]
@@ -151,12 +151,9 @@ def _first_tokens(sinks: Array, x: Array, start: Array, number: Int32[Array, "B 
     return jnp.where(hits.any(axis=2)[:, None, :, None], chosen, sinks)
 
 
-def _with_sinks(old: Array, sinks: Array, real: Bool[Array, "B S"], number: Int32[Array, "B S"]) -> Array:
+def _with_sinks(old: Array, sinks: Array, number: Int32[Array, "B S"]) -> Array:
     """`old` [B, heads, >= S, R] with the sinks in their columns."""
-    count = sinks.shape[2]
-    if not count:
-        return old
-    hits = (number[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]) & real[:, None]  # [B, sinks, S]
+    hits = number[:, None] == jnp.arange(sinks.shape[2], dtype=jnp.int32)[:, None]  # [B, sinks, S]
     column = jnp.where(hits.any(axis=2), jnp.argmax(hits, axis=2), old.shape[2])  # none: dropped
     write = jax.vmap(lambda each, at, first: each.at[:, at].set(first, mode="drop"))
     return write(old, column, sinks.astype(old.dtype))
