@@ -8,8 +8,8 @@ made on windows of the calibration text, which may share nothing with the text, 
 Sizes are summed from allocated arrays: of one more token, and of a whole sequence of --window tokens with the first
 tokens and the block in progress, which stay in bfloat16, as a fraction of the dense bfloat16 cache.
 
-Expected: damage grows as bits go, more by the values' bits than by the keys'; mixtures lie on or below the line between
-formats. Writes few_bits.json, .csv and .md, and the planner's measurements, which the next call reads back.
+Expected of a well-trained model: values bear three bits, keys (per channel, after their rotation) four; two bits are
+ruinous for keys. Writes few_bits.json, .csv and .md, and the planner's measurements, which the next call reads back.
 """
 
 from collections.abc import Iterator, Sequence
