@@ -76,7 +76,7 @@ def plan(
     if not 0 < rank <= 1:
         raise InputError(f"rank is {rank}; expected a fraction of the width above 0, up to 1")
     check_probe(model, probe)
-    fewer = query_clusters(probe, queries, seed) if queries is not None else [()] * model.config.num_layers
+    fewer = query_clusters(probe, queries, seed)
     probe = of_kept(probe, fewer)
     latent = round_up(rank, model.config.kv_width) if share == "kv" else None
     keys = latent and model.config.even(latent)
@@ -113,7 +113,7 @@ def grouped_plan(model: Model, probe: Probe, kv_heads: int, seed: int = 0, queri
         queries: that each of the model's key heads keeps; None: all.
     """
     check_probe(model, probe)
-    fewer = query_clusters(probe, queries, seed) if queries is not None else [()] * model.config.num_layers
+    fewer = query_clusters(probe, queries, seed)
     layers = []
     for correlation, own in zip(of_kept(probe, fewer).correlation, fewer, strict=True):
         members = balanced_clusters(correlation, kv_heads, seed)

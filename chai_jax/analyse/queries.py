@@ -19,8 +19,9 @@ from chai_jax.errors import InputError
 from chai_jax.plans.queries import QueryClusters
 
 
-def query_clusters(probe: Probe, count: int, seed: int = 0) -> list[QueryClusters]:
-    """For each layer, the queries of every key head in `count` clusters, each led by its medoid; () where all stay.
+def query_clusters(probe: Probe, count: int | None, seed: int = 0) -> list[QueryClusters]:
+    """For each layer, the queries of every key head in `count` clusters, each led by its medoid; () where all stay
+    (None: all do).
 
     Merges of key heads pair the queries of two heads by their order. So the clusters of a head come in the order in
     which the queries that lead them correlate best, in sum, with those of the layer's first head.
@@ -28,6 +29,8 @@ def query_clusters(probe: Probe, count: int, seed: int = 0) -> list[QueryCluster
     Raises:
         InputError: a count that cannot be, or a probe that records no queries.
     """
+    if count is None:
+        return [()] * len(probe.attention)
     heads = probe.attention.shape[1]
     if probe.queries is None:
         raise InputError(

@@ -70,6 +70,11 @@ def quantized(x: Float[Array, "B heads N M R"], side: Side) -> Int4Array | FewBi
     return quantize_int4(x, side.along, GRID) if side.scales == "grid" else quantize_few(x, side)
 
 
+def quantized_as(x: Float[Array, "B heads N M R"], like: Int4Array | FewBits) -> Int4Array | FewBits:
+    """Whole blocks in the format of others, of which only the structure is read."""
+    return quantize_few(x, like.side) if isinstance(like, FewBits) else quantize_int4(x, like.axis, like.group)
+
+
 def empty_blocks(batch: int, heads: int, capacity: int, rank: int, format: Blocks, side: Side) -> BlockStore:
     """A store of `capacity` columns; `side` is the format's `keys` or `values`."""
     columns = jax.ShapeDtypeStruct((batch, heads, capacity // format.block, format.block, rank), jnp.float32)
@@ -86,13 +91,12 @@ def extend_blocks(past: BlockStore, capacity: int) -> BlockStore:
 
 
 def append_blocks(
-    past: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"], side: Side
+    past: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"]
 ) -> tuple[BlockStore, Windowed]:
     """The store with T more tokens in columns `start`..., and what each of these T rows reads, in x's dtype.
 
     Args:
         real: which columns hold real tokens, the new ones included.
-        side: as of `empty_blocks`.
     """
     rows, columns, block = x.shape[2], real.shape[1], past.recent.shape[2]
     touched = -(-(block - 1 + rows) // block)  # blocks, at most
@@ -107,7 +111,7 @@ def append_blocks(
     numbers = first + jnp.arange(touched, dtype=jnp.int32)
     complete = (numbers + 1) * block <= start + rows
     held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, touched * block), base, touched * block, axis=1)
-    new = quantized(_fill(window, held, block).astype(jnp.float32), side)
+    new = quantized_as(_fill(window, held, block).astype(jnp.float32), past.blocks)
     place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
     blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
     last = (start + rows - 1) // block * block - base

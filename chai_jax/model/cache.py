@@ -144,9 +144,9 @@ def _remember_blocks(
 ) -> tuple[BlockStore, Any]:
     batch, heads, rows, rank = x.shape
     if past is None:
-        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, side)
+        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
-    stored, read = append_blocks(past, x, start, real, side)
+    stored, read = append_blocks(past, x, start, real)
     return stored, read.recent if rows == 1 else read  # one row has one block of its own
 
 

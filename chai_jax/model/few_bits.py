@@ -70,13 +70,12 @@ def _by_token(x: Array, side: Side) -> FewBits:
     squares, min_s |x - s levels|^2."""
     deviation = jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
     unit = x / jnp.where(deviation > 0, deviation, 1.0)
-    numbers = sum((unit > border).astype(jnp.uint8) for border in _borders(side.bits))
-    assert isinstance(numbers, jax.Array)
-    planes = _pack(numbers, side)
-    levels = _levels(_unpack(planes, side, x.shape[-1]), side.bits)
-    squares = jnp.sum(levels**2, axis=-1)
-    scale = (jnp.sum(x * levels, axis=-1) / squares).astype(jnp.bfloat16)
-    return FewBits(planes, scale, None, side, x.shape[-1])
+    levels = np.asarray(_all_levels(side.bits), np.float32)
+    borders = jnp.asarray((levels[1:] + levels[:-1]) / 2)
+    numbers = jnp.sum(unit[..., None] > borders, axis=-1, dtype=jnp.uint8)
+    nearest = _levels([numbers >> bit & 1 for bit in range(side.bits)], side.bits)
+    scale = (jnp.sum(x * nearest, axis=-1) / jnp.sum(nearest**2, axis=-1)).astype(jnp.bfloat16)
+    return FewBits(_pack(numbers, side), scale, None, side, x.shape[-1])
 
 
 def read_few(x: FewBits) -> Float[Array, "*blocks M R"]:
@@ -102,12 +101,6 @@ def _levels(bits: list[UInt8[Array, "..."]], count: int) -> Float[Array, "..."]:
 def _all_levels(bits: int) -> tuple[float, ...]:
     positive = NORMAL[bits]
     return (*(-level for level in reversed(positive)), *positive)
-
-
-def _borders(bits: int) -> list[np.float32]:
-    """Half way between the levels."""
-    levels = np.asarray(_all_levels(bits))
-    return list(((levels[1:] + levels[:-1]) / 2).astype(np.float32))
 
 
 def _pack(numbers: UInt8[Array, "*blocks M R"], side: Side) -> UInt8[Array, "*blocks bits M8 R8"]:

@@ -195,7 +195,7 @@ def test_cached_equals_uncached_at_every_step(uncached: tuple[Spec, Params, Outp
 def test_a_block_is_stored_once_when_it_is_complete() -> None:
     x = jax.random.normal(jax.random.key(0), (2, 1, 70, 8))
     past, real = empty_blocks(2, 1, 96, 8, INT4, INT4.keys), jnp.ones((2, 96), bool)
-    append = jax.jit(partial(append_blocks, side=INT4.keys))
+    append = jax.jit(append_blocks)
     first = None
     for column in range(70):
         past, _ = append(past, x[:, :, column : column + 1], jnp.int32(column), real)
@@ -218,7 +218,7 @@ def test_masked_columns_do_not_enter_scales(storage: str, name: str, rank: int) 
     start = jnp.int32(0)
     format = BLOCKS[storage]
     side = getattr(format, name)
-    append = jax.jit(partial(append_blocks, side=side))
+    append = jax.jit(append_blocks)
     reads = [append(empty_blocks(1, 2, 64, rank, format, side), each, start, real)[1].old for each in (x, wild)]
     np.testing.assert_array_equal(*(np.asarray(read)[:, :, np.asarray(real[0])] for read in reads))
 
