@@ -23,6 +23,7 @@ from jaxtyping import Array
 
 from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.probe import probe
+from chai_jax.compress.basis_stream import basis_plan
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.console import track
 from chai_jax.data.text import read_text_file, windows
@@ -31,13 +32,14 @@ from chai_jax.evaluation.statistics import paired
 from chai_jax.files.store import load
 from chai_jax.model.cache import empty
 from chai_jax.model.model import Model
-from chai_jax.plans.formats import BLOCKS, FEW
+from chai_jax.plans.formats import BASIS, BLOCKS
 from chai_jax.report.tables import Column
 from chai_jax.score.divergence import kl_divergence
 from lab.options import Common, Record, start
 from lab.publish import publish
 
-CALIBRATION, PROBED = 16, 256  # windows, and tokens of each
+CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
+ALONE = ((4.0, "basis4"), (2.4, "basis4"), (2.4, "basis3"), (1.9, "basis3"), (2.4, "basis2"), (1.5, "basis2"))
 ROWS = 4  # windows at once
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
@@ -68,16 +70,19 @@ class FewBitsOptions(Common):
 def candidates(model: Model, options: FewBitsOptions) -> Iterator[tuple[str, Model, float | None]]:
     """Caches by name, and the damage that the planner predicts."""
     for storage in ("int8", *BLOCKS):
-        yield storage, with_storage(model, storage), None
+        if storage not in BASIS:
+            yield storage, with_storage(model, storage), None
     assert options.calibration is not None
     cut = windows(model.tokenizer, read_text_file(options.calibration), PROBED)[:CALIBRATION]
     seen = probe(model, [window.tokens for window in cut], window=PROBED)
-    formats = ("int8", *FEW)
+    for bits, storage in ALONE:
+        yield f"{storage}, keys {bits:g} bits", quantize(model, basis_plan(model, seen, bits, storage), seen), None
+    formats = ("int8", "k4v4", *BASIS)
     for part in [float(part) for part in options.budgets.split(",") if part]:
         budget = Budget(part, shares=(), storages=formats, ranks=False, tokens=options.tokens)
         file = options.out / f"{Path(model.source).name}.costs.json"
         made = plan_within(model, seen, budget, seed=options.seed_numbers[0], file=file)
-        yield f"planner, {100 * part:g} %", quantize(model, made), made.predicted
+        yield f"planner, {100 * part:g} %", quantize(model, made, seen), made.predicted
 
 
 @jax.jit

@@ -32,7 +32,7 @@ from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.probe import Probe, probe
-from chai_jax.analyse.sensitivity import evenly_spaced
+from chai_jax.compress.calibration import evenly_spaced
 from chai_jax.compress.cluster import cluster
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.config import DistilConfig, TrainConfig
@@ -154,7 +154,7 @@ class Bench:
     def compressed(self, plan: Plan | None) -> Model:
         if plan is None:
             return self.dense
-        return quantize(cluster(self.dense, plan, self.probe), plan)
+        return quantize(cluster(self.dense, plan, self.probe), plan, self.probe)
 
     def distilled(self, model: Model) -> Model:
         wanted = self.study

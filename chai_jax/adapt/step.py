@@ -28,8 +28,13 @@ Loss = Callable[[Params, Batch, Any], Sums]
 
 
 def everything(params: Params) -> Any:
-    """The mask under which every leaf trains."""
-    return jax.tree.map(lambda _: True, params, is_leaf=is_leaf)
+    """The mask under which every leaf trains, but for bases of keys: they are part of how a cache is stored."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: not in_basis(path), params, is_leaf=is_leaf)
+
+
+def in_basis(path: tuple[Any, ...]) -> bool:
+    """Whether a leaf of the parameters at this path belongs to the basis of a layer's keys."""
+    return any(entry.key == "basis" for entry in path)
 
 
 def split(params: Params, trainable: Any) -> tuple[Any, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from chai_jax.adapt.finetune import loss_of
+from chai_jax.adapt.step import in_basis
 from chai_jax.adapt.train import Log, train
 from chai_jax.config import Checkpoints, TargetConfig
 from chai_jax.data.batches import Encoded, Example
@@ -67,9 +68,10 @@ def select_layers(plan: Plan, config: TargetConfig) -> tuple[int, ...]:
 
 
 def layer_mask(params: Params, layers: Collection[int]) -> Any:
-    """True for every leaf of these layers, False for all else: a tree of booleans shaped as the parameters."""
+    """True for every leaf of these layers that can train, False for all else: a tree of booleans shaped as the
+    parameters."""
 
     def chosen(path: tuple[Any, ...], _: Any) -> bool:
-        return path[0].key == "layers" and int(path[1].key) in layers
+        return path[0].key == "layers" and int(path[1].key) in layers and not in_basis(path)
 
     return jax.tree_util.tree_map_with_path(chosen, params, is_leaf=is_leaf)

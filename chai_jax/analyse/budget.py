@@ -20,7 +20,8 @@ from chai_jax.analyse.allocate import Choice, allocate
 from chai_jax.analyse.costs import CostMeter, FindClusters, LayerCosts, Sizes, interpolate, latent, measure_costs
 from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
 from chai_jax.analyse.probe import Probe
-from chai_jax.analyse.sensitivity import evenly_spaced, joined, tiers
+from chai_jax.analyse.sensitivity import tiers
+from chai_jax.compress.calibration import evenly_spaced, joined
 from chai_jax.compress.quantize import store_weights
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
@@ -28,7 +29,7 @@ from chai_jax.model.layerwise import rest_of
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, Params, declare
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.formats import FEW
+from chai_jax.plans.formats import BASIS, FEW
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.plans.planned import planned_layer
 from chai_jax.plans.spec import Spec
@@ -112,7 +113,7 @@ def plan_within(
     def find(index: int, count: int) -> tuple[ClusterPlan, ...]:
         return find_clusters(probe.correlation[index], count, seed)
 
-    few = set(FEW) & set(budget.storages)
+    few = {*FEW, *BASIS} & set(budget.storages)
     text = joined(probe, budget.tokens, config.max_positions) if few else evenly_spaced(probe, budget.tokens)
     storages = [name for name in budget.storages if name != "bfloat16"]
     measured = list(
@@ -173,11 +174,13 @@ def _choices(
     for key, value, cost in _ranks(config, costs.latent, config.kv_width):
         if key and value:
             shapes.append((latent(heads, key, value), cost))
+    formats = [(storage, (), costs.cache[storage]) for storage in budget.storages if storage not in BASIS]
+    bases = [] if costs.basis is None else list(costs.basis.choices())
     for layer, cost in shapes:
-        for storage in budget.storages:
+        for storage, channels, more in formats + ([] if layer.merged else bases):
             clusters = tuple(dataclasses.replace(one, storage=storage) for one in layer.clusters)
-            what = dataclasses.replace(layer, clusters=clusters)
-            yield Choice(_cache_bytes(what, config), cost + costs.cache[storage], what)
+            what = dataclasses.replace(layer, clusters=clusters, channels=channels)
+            yield Choice(_cache_bytes(what, config), cost + more, what)
 
 
 def _ranks(

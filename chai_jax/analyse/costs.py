@@ -8,6 +8,7 @@ cost is interpolated, linear in the logarithm of the cost.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from jaxtyping import Array
 
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
+from chai_jax.compress.basis_stream import BasisStream
 from chai_jax.compress.cluster import LayerMerge, Stream
+from chai_jax.compress.key_basis import in_one_program
 from chai_jax.compress.quantize import layer_with_storage, store_weights
 from chai_jax.console import track
 from chai_jax.errors import InputError
@@ -26,14 +29,44 @@ from chai_jax.inputs.fields import Count, parse_as
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
+from chai_jax.plans.formats import BASIS
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan, round_up
+from chai_jax.plans.spec import Channels
 
 CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
 RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, for a latent; of a head, for clusters
+KEY_BITS, REFERENCE = (4.0, 3.0, 2.4, 1.9, 1.5, 1.2), 2  # of keys in a basis; beside which values are measured
 TINY = 1e-9  # nats: a cost below is rounding, and has no logarithm worth reading
 
 Sizes = dict[Count, float]  # clusters or rank: measured KL
 FindClusters = Callable[[int, int], tuple[ClusterPlan, ...]]  # (layer, clusters) -> its clusters
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyCost:
+    """What keys in a basis with these channels cost, with values in the first of the formats."""
+
+    channels: Channels
+    cost: float
+
+
+@dataclasses.dataclass(frozen=True)
+class BasisCosts:
+    """KL of keys in a basis: of each choice of channels, and of each format of values beside one of them.
+
+    Attributes:
+        values: by format of `BASIS`, with the channels number `REFERENCE` of `keys`.
+    """
+
+    keys: tuple[KeyCost, ...]
+    values: dict[str, float]
+
+    def choices(self) -> Iterator[tuple[str, Channels, float]]:
+        """(storage, channels, cost) for every pair: what values cost beside keys is what they cost beside others."""
+        first = next(iter(self.values))
+        for key in self.keys:
+            for storage, cost in self.values.items():
+                yield storage, key.channels, max(key.cost + cost - self.values[first], 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +79,7 @@ class LayerCosts:
         latent: by `key` or `value` and rank of a `kv` layer's latent.
         cache: by storage format of the layer's cache.
         weights: by format of the layer's weights.
+        basis: of keys in a basis, where such formats are asked for.
     """
 
     clusters: dict[str, Sizes]
@@ -53,6 +87,7 @@ class LayerCosts:
     latent: dict[str, Sizes]
     cache: dict[str, float]
     weights: dict[str, float]
+    basis: BasisCosts | None = None
 
     def answers(self, asked: dict[str, Any]) -> bool:
         """Whether this holds what was asked for, so that every choice finds its cost."""
@@ -61,7 +96,8 @@ class LayerCosts:
             set(self.clusters) == set(shares) - {"kv"}
             and set(self.latent) == ({"key", "value"} if "kv" in shares else set())
             and set(self.ranks) <= {"key", "value"}
-            and set(self.cache) == set(asked["storages"])
+            and set(self.cache) == set(asked["storages"]) - set(BASIS)
+            and set(self.basis.values if self.basis else ()) == set(asked["storages"]) & set(BASIS)
             and set(self.weights) == set(asked["weights"])
             and all(sizes for part in (self.clusters, self.ranks, self.latent) for sizes in part.values())
         )
@@ -80,7 +116,7 @@ class CostMeter:
     def __init__(self, model: Model, probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, find: FindClusters):
         """`text`: tokens and mask to measure on; `plan`: share and merges, its layers are not read."""
         self.damage, self.stream = Damage(model, *text), Stream(model, probe)
-        self.model, self.plan, self.find = self.damage.model, plan, find
+        self.model, self.plan, self.find, self.text = self.damage.model, plan, find, probe
 
     def layer(self, shares: Sequence[str], storages: Sequence[str], weights: Sequence[str]) -> LayerCosts:
         """Measure the layer whose turn it is, then go on to the next."""
@@ -91,11 +127,44 @@ class CostMeter:
             {share: {n: self._clustered(share, n) for n in counts} | {heads: 0.0} for share in shares if share != "kv"},
             self._ranks() if "qkv" in shares else {},
             self._latents() if "kv" in shares else {},
-            {name: self.damage.of(index, layer_with_storage(spec, name), params)[0] for name in storages},
+            {n: self.damage.of(index, layer_with_storage(spec, n), params)[0] for n in storages if n not in BASIS},
             {name: self.damage.of(index, spec, store_weights(params, name))[0] for name in weights},
+            self._basis([name for name in storages if name in BASIS]),
         )
-        self.stream.advance()
+        self.advance()
         return costs
+
+    def advance(self) -> None:
+        """Go on to the next layer."""
+        self.stream.advance()
+        if "bases" in self.__dict__:
+            self.bases.advance()
+
+    @cached_property
+    def bases(self) -> BasisStream:
+        """Where bases are found; it starts at the layer whose turn it is when it is first asked for."""
+        bases = BasisStream(self.model, self.text)
+        for _ in range(self.stream.index):
+            bases.advance()
+        return bases
+
+    def _basis(self, storages: Sequence[str]) -> BasisCosts | None:
+        if not storages:
+            return None
+        index, heads = self.bases.index, self.model.config.kv_heads
+        spec, params = self.model.spec.layers[index], self.model.params["layers"][str(index)]
+
+        def cost(channels: Channels, storage: str) -> float:
+            basis = self.bases.params(channels)
+            channels, basis = in_one_program(basis, channels, self.model.config.head_dim)
+            stored = spec.stored_as([storage] * heads, channels)
+            return self.damage.of(index, stored, {**params, "basis": basis})[0]
+
+        tried = list(dict.fromkeys(self.bases.basis.channels(bits) for bits in KEY_BITS))
+        keys = tuple(KeyCost(channels, cost(channels, storages[0])) for channels in tried)
+        beside = min(REFERENCE, len(keys) - 1)
+        values = {storages[0]: keys[beside].cost} | {name: cost(tried[beside], name) for name in storages[1:]}
+        return BasisCosts(keys, values)
 
     def _clustered(self, share: str, count: int) -> float:
         index = self.stream.index
@@ -187,7 +256,7 @@ def measure_costs(
         return
     measuring = measure()
     for _ in known:
-        measuring.stream.advance()
+        measuring.advance()
     for index in track(range(len(known), layers), "Measuring what each layer bears"):
         known.append(measuring.layer(shares, storages, weights))
         if file is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from chai_jax.analyse.damage import Damage
-from chai_jax.analyse.sensitivity import evenly_spaced
+from chai_jax.compress.calibration import evenly_spaced
 from chai_jax.compress.quantize import quantize
 from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
@@ -49,4 +49,4 @@ def measured_kl(dense: Model, clustered: Model, plan: Plan, text: Text) -> float
 
     The planner's prediction (`Plan.predicted`) is to be compared with it.
     """
-    return Damage(dense, *evenly_spaced(text, GATE_TOKENS)).of_model(quantize(clustered, plan))[0]
+    return Damage(dense, *evenly_spaced(text, GATE_TOKENS)).of_model(quantize(clustered, plan, text))[0]

@@ -83,8 +83,8 @@ def grouped(model: Model) -> Model | None:
     if family.parse_config(family.config_fields(smaller), "config.json") != smaller:
         return None
     spec = Spec.of(smaller)
-    storages = [layer.storages for layer in model.spec.layers]
-    layers = tuple(layer.stored_as(kinds) for layer, kinds in zip(spec.layers, storages, strict=True))
+    pairs = zip(spec.layers, model.spec.layers, strict=True)
+    layers = tuple(layer.stored_as(old.storages, old.channels) for layer, old in pairs)
     return model.replace(config=smaller, spec=Spec(layers), params=dequantize_weights(model.params), plan=None)
 
 

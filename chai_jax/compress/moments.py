@@ -24,7 +24,7 @@ def input_moments(
     config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Float[Array, "N W D"], mask: Any
 ) -> InputMoments:
     """Of the normed input of a layer that `x` enters; only real tokens count."""
-    total = _sum(partial(_input_moments, config, anonymous(layer), how), params, x, mask)
+    total = summed(partial(_input_moments, config, anonymous(layer), how), params, x, mask)
     return InputMoments(total / total[-1, -1])
 
 
@@ -55,15 +55,15 @@ def output_moments(
     chosen = jnp.asarray(members), jnp.asarray(clusters, jnp.int32)
     sums = partial(_output_moments, config, tuple(map(anonymous, layers)), how, *chosen)
     params = params[0], with_pairs(layers[1], params[1])
-    total, width = _sum(sums, params, x, mask), config.hidden_size
-    for summed in total["pairs"]:
-        pairs = summed / total["count"]
+    total, width = summed(sums, params, x, mask), config.hidden_size
+    for squares in total["pairs"]:
+        pairs = squares / total["count"]
         z, y = pairs[0, 1 : width + 1], pairs[0, width + 1 :]
         zz, zy = pairs[1:, 1 : width + 1], pairs[1:, width + 1 :]
         yield OutputMoments(z, y, zz - np.outer(z, z), zy - np.outer(z, y))
 
 
-def _sum(function: Any, params: Any, x: Any, mask: Any) -> Any:
+def summed(function: Any, params: Any, x: Any, mask: Any) -> Any:
     """Add up `function(params, x, mask)` over batches, in float64."""
     total: Any = None
     for at in range(0, len(x), BATCH):

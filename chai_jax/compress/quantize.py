@@ -7,12 +7,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from chai_jax.compress.basis_stream import BasisStream
 from chai_jax.compress.slice import reorder
+from chai_jax.console import track
 from chai_jax.errors import InputError
+from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4, quantize_int8
-from chai_jax.plans.formats import STORAGES
+from chai_jax.plans.formats import BASIS, STORAGES
 from chai_jax.plans.plan import LayerPlan, Plan
 from chai_jax.plans.planned import cluster_order
 from chai_jax.plans.spec import LayerSpec, Spec
@@ -33,20 +36,31 @@ GROUP = 64
 _quantize = jax.jit(quantize_int8, static_argnums=(1, 2))  # one program a shape instead of one per operation
 
 
-def quantize(model: Model, plan: Plan) -> Model:
+def quantize(model: Model, plan: Plan, text: Text | None = None) -> Model:
     """Apply the plan's storage formats to cache and weights (CHAI-Quant).
 
     The model may be clustered by this plan or still dense; a merged head gets the format of the plan's cluster.
 
+    Args:
+        text: calibration windows (a probe will do), to which bases of keys are fitted; other formats need none.
+
     Raises:
-        InputError: the plan is for another shape of model, or would store one cached head in two formats.
+        InputError: the plan is for another shape of model, would store one cached head in two formats, or keeps keys in
+            a basis and there is no text.
     """
     plan.check()
     plan.check_model(model.config)
+    if plan.has_basis and text is None:
+        raise InputError("the plan stores keys in a basis; expected calibration text to fit it to: give the probe")
     layers = dict(model.params["layers"])
     spec = model.spec
-    for index, wanted in enumerate(plan.layers):
+    stream = BasisStream(model, text) if plan.has_basis and text is not None else None
+    for index, wanted in enumerate(track(plan.layers, "Fitting bases") if stream else plan.layers):
         new, params = _store_layer(index, spec.layers[index], layers[str(index)], wanted)
+        if wanted.channels and stream is not None:
+            params["basis"] = stream.params(wanted.channels)
+        if stream is not None:
+            stream.advance()
         layers[str(index)] = store_weights(params, wanted.weights)
         spec = spec.with_layer(index, dataclasses.replace(new, weights=wanted.weights))
     return model.replace(spec=spec, params={**model.params, "layers": layers}, plan=plan)
@@ -62,7 +76,8 @@ def _store_layer(index: int, layer: LayerSpec, params: Params, wanted: LayerPlan
     order = cluster_order(layer.share, layer.clusters, storages)
     clusters, pairs = (tuple(all[at] for at in order) if all else () for all in (layer.clusters, layer.pairs))
     ordered = dataclasses.replace(layer, clusters=clusters, pairs=pairs)
-    return ordered.stored_as([storages[at] for at in order]), reorder(layer, params, order)
+    kept = {name: leaf for name, leaf in params.items() if name != "basis"}
+    return ordered.stored_as([storages[at] for at in order], wanted.channels), reorder(layer, kept, order)
 
 
 def _one_format(index: int, heads: Iterable[int], format_of: Mapping[int, str]) -> str:
@@ -105,11 +120,21 @@ def with_storage(model: Model, storage: str) -> Model:
     """The same model with its whole cache stored in one format.
 
     Raises:
-        InputError: `storage` is none of `STORAGES`.
+        InputError: `storage` is none of `STORAGES`, or one that needs calibration text.
     """
     if storage not in STORAGES:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
-    return model.replace(spec=Spec(tuple(layer_with_storage(layer, storage) for layer in model.spec.layers)))
+    if storage in BASIS:
+        raise InputError(
+            f"storage {storage!r} keeps keys in a basis that is fitted to text: make a plan with chai-jax plan --storages "
+            f"{storage} --kv-budget 0.2, or use {', '.join(name for name in STORAGES if name not in BASIS)}"
+        )
+    layers = {
+        index: {name: leaf for name, leaf in layer.items() if name != "basis"}
+        for index, layer in model.params["layers"].items()
+    }
+    spec = Spec(tuple(layer_with_storage(layer, storage) for layer in model.spec.layers))
+    return model.replace(spec=spec, params={**model.params, "layers": layers})
 
 
 def layer_with_storage(layer: LayerSpec, storage: str) -> LayerSpec:

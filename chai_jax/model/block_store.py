@@ -11,13 +11,15 @@ on the left moves the borders of the blocks along the text, unless it is a multi
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from chai_jax.model.channel_bits import ChannelBits, quantize_channels, read_channels
 from chai_jax.model.few_bits import FewBits, quantize_few, read_few
 from chai_jax.model.quantized import Int4Array, dequantize, quantize_int4
 from chai_jax.plans.formats import GRID, Blocks, Side
@@ -29,7 +31,7 @@ class BlockStore:
     """Keys or values of a cache of S columns: N = S // M blocks of M columns, the block last written to, the sinks."""
 
     # Any, because tree operations put other things (shapes, shardings) in their places.
-    blocks: Any  # Int4Array or FewBits [B, heads, N, M, R]; one not yet complete holds zeros
+    blocks: Any  # Int4Array, FewBits or ChannelBits [B, heads, N, M, R]; one not yet complete holds zeros
     recent: Any  # bfloat16 [B, heads, M, R]; column s is at s % M
     sinks: Any  # bfloat16 [B, heads, sinks, R], the first real tokens; None where the format has none
 
@@ -49,8 +51,12 @@ class Windowed:
 
     def upto(self, rows: slice) -> "Windowed":
         """The part that these rows read: no column behind the last of them."""
-        old, recent = (part[:, :, : rows.stop] for part in (self.old, self.recent))
-        return Windowed(old, recent, self.fresh[rows, : rows.stop])
+        part = self.each(lambda x: x[:, :, : rows.stop])
+        return Windowed(part.old, part.recent, self.fresh[rows, : rows.stop])
+
+    def each(self, function: Callable[[Array], Array]) -> "Windowed":
+        """A function of `old` and of `recent`."""
+        return Windowed(function(self.old), function(self.recent), self.fresh)
 
 
 def of_rows(stored: Any, rows: Int32[Array, "B N"] | None) -> Any:
@@ -65,19 +71,63 @@ def of_rows(stored: Any, rows: Int32[Array, "B N"] | None) -> Any:
     return dataclasses.replace(stored, fresh=stored.fresh[rows][:, None, None])
 
 
-def quantized(x: Float[Array, "B heads N M R"], side: Side) -> Int4Array | FewBits:
+def quantized(x: Float[Array, "B heads N M R"], side: Side) -> Int4Array | FewBits | ChannelBits:
     """Whole blocks as they are stored."""
+    if side.parts:
+        return quantize_channels(x, side.parts)
     return quantize_int4(x, side.along, GRID) if side.scales == "grid" else quantize_few(x, side)
 
 
-def quantized_as(x: Float[Array, "B heads N M R"], like: Int4Array | FewBits) -> Int4Array | FewBits:
+def quantized_as(x: Float[Array, "B heads N M R"], like: Any) -> Any:
     """Whole blocks in the format of others, of which only the structure is read."""
+    if isinstance(like, ChannelBits):
+        return quantize_channels(x, like.parts)
     return quantize_few(x, like.side) if isinstance(like, FewBits) else quantize_int4(x, like.axis, like.group)
+
+
+def read_blocks(blocks: Any) -> Float[Array, "B heads N M R"]:
+    """What was quantized, in float32."""
+    if isinstance(blocks, ChannelBits):
+        return read_channels(blocks)
+    return read_few(blocks) if isinstance(blocks, FewBits) else dequantize(blocks)
+
+
+class Codec(Protocol):
+    """What is done to keys or values before they are quantized, and undone after."""
+
+    def encode(self, window: Float[Array, "B heads W R"], first: Int32[Array, ""]) -> Float[Array, "B heads W n"]:
+        """What is quantized of whole blocks of columns, of which the first is block `first` of the cache."""
+        ...
+
+    def quantize(self, blocks: Float[Array, "B heads N M n"], like: Any) -> Any:
+        """See `quantized_as`."""
+        ...
+
+    def decode(self, blocks: Float[Array, "B heads N M n"]) -> Float[Array, "B heads N M R"]:
+        """All of the cache's blocks again, from what was read back."""
+        ...
+
+
+class AsIs:
+    """Keys or values are quantized as they are."""
+
+    def encode(self, window: Array, first: Array) -> Array:
+        return window
+
+    def quantize(self, blocks: Array, like: Any) -> Any:
+        return quantized_as(blocks, like)
+
+    def decode(self, blocks: Array) -> Array:
+        return blocks
+
+
+AS_IS = AsIs()
 
 
 def empty_blocks(batch: int, heads: int, capacity: int, rank: int, format: Blocks, side: Side) -> BlockStore:
     """A store of `capacity` columns; `side` is the format's `keys` or `values`."""
-    columns = jax.ShapeDtypeStruct((batch, heads, capacity // format.block, format.block, rank), jnp.float32)
+    channels = sum(count for _, count in side.parts) or rank
+    columns = jax.ShapeDtypeStruct((batch, heads, capacity // format.block, format.block, channels), jnp.float32)
     shapes = jax.eval_shape(partial(quantized, side=side), columns)
     blocks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     recent, sinks = (jnp.zeros((batch, heads, size, rank), jnp.bfloat16) for size in (format.block, format.sinks))
@@ -91,7 +141,11 @@ def extend_blocks(past: BlockStore, capacity: int) -> BlockStore:
 
 
 def append_blocks(
-    past: BlockStore, x: Float[Array, "B heads T R"], start: Int32[Array, ""], real: Bool[Array, "B S"]
+    past: BlockStore,
+    x: Float[Array, "B heads T R"],
+    start: Int32[Array, ""],
+    real: Bool[Array, "B S"],
+    codec: Codec = AS_IS,
 ) -> tuple[BlockStore, Windowed]:
     """The store with T more tokens in columns `start`..., and what each of these T rows reads, in x's dtype.
 
@@ -111,13 +165,14 @@ def append_blocks(
     numbers = first + jnp.arange(touched, dtype=jnp.int32)
     complete = (numbers + 1) * block <= start + rows
     held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, touched * block), base, touched * block, axis=1)
-    new = quantized_as(_fill(window, held, block).astype(jnp.float32), past.blocks)
+    encoded = codec.encode(window, first)
+    new = codec.quantize(_fill(encoded, held, block).astype(jnp.float32), past.blocks)
     place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
     blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
     last = (start + rows - 1) // block * block - base
     after = BlockStore(blocks, jax.lax.dynamic_slice_in_dim(window, last, block, axis=2), sinks)
 
-    read = read_few(blocks).astype(x.dtype) if isinstance(blocks, FewBits) else dequantize(blocks, x.dtype)
+    read = codec.decode(read_blocks(blocks)).astype(x.dtype)
     old = pad(read.reshape(*x.shape[:2], -1, x.shape[3]), 2, touched * block)
     if sinks is not None:
         old = _with_sinks(old, sinks, number)

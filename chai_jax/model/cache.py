@@ -14,13 +14,25 @@ import jax.numpy as jnp
 from jax.experimental import layout as memory
 from jaxtyping import Array, Bool, Float, Int32
 
-from chai_jax.model.block_store import BlockStore, Windowed, append_blocks, empty_blocks, extend_blocks, pad
+from chai_jax.model.basis import KeyCodec, ValueCodec
+from chai_jax.model.block_store import (
+    AS_IS,
+    BlockStore,
+    Codec,
+    Windowed,
+    append_blocks,
+    empty_blocks,
+    extend_blocks,
+    pad,
+    read_blocks,
+)
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
+from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
 from chai_jax.model.sharding import Layout
 from chai_jax.plans.formats import BLOCKS, Blocks, Side
-from chai_jax.plans.spec import Group, LayerSpec, Spec
+from chai_jax.plans.spec import Channels, Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)
@@ -118,6 +130,8 @@ def remember(
     start: Int32[Array, ""],
     real: Bool[Array, "B S"],
     layout: Layout | None = None,
+    channels: Channels = (),
+    basis: Params | None = None,
 ) -> tuple[GroupCache, Any, Any]:
     """Store T tokens in columns `start`...: the group's cache after them, and the keys and values that they read.
 
@@ -126,11 +140,15 @@ def remember(
     Args:
         real: which columns hold tokens, these among them.
         layout: as of `append`.
+        channels, basis: of formats of a basis, the layer's and its parameters; keys are then given, and handed back,
+            before their rotation.
     """
     if storage in BLOCKS:
-        format, stores = BLOCKS[storage], (None, None) if past is None else (past.keys, past.values)
-        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys)
-        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values)
+        format, stores = BLOCKS[storage].of(channels), (None, None) if past is None else (past.keys, past.values)
+        codec = AS_IS if basis is None else KeyCodec(basis)
+        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec)
+        codec = AS_IS if basis is None else ValueCodec(basis, read_blocks(keys.blocks))
+        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec)
         return GroupCache(keys, values), read_keys, read_values
     new = GroupCache(store(key, storage), store(value, storage))
     if past is None:
@@ -140,13 +158,13 @@ def remember(
 
 
 def _remember_blocks(
-    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side
+    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side, codec: Codec
 ) -> tuple[BlockStore, Any]:
     batch, heads, rows, rank = x.shape
     if past is None:
-        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real)
+        stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, codec)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
-    stored, read = append_blocks(past, x, start, real)
+    stored, read = append_blocks(past, x, start, real, codec)
     return stored, read.recent if rows == 1 else read  # one row has one block of its own
 
 
@@ -186,8 +204,8 @@ def group_bytes_per_token(group: Group, layer: LayerSpec) -> int | float:
     int8: one for each cached head. Formats of blocks: `Side.bytes_of_block`, which need not be a whole number a token.
     """
     keys, values = group.clusters, group.value_heads
-    if group.storage in BLOCKS:
-        format = BLOCKS[group.storage]
+    format = layer.format_of(group.storage)
+    if format is not None:
         block = keys * format.keys.bytes_of_block(format.block, layer.key_rank)
         block += values * format.values.bytes_of_block(format.block, layer.value_rank)
         return _whole(block / format.block)
@@ -237,15 +255,15 @@ def empty(spec: Spec, batch: int, capacity: int) -> Cache:
     Its `nbytes` is `cache_bytes(spec, batch, capacity)`.
     """
 
-    def leaf(heads: int, rank: int, storage: str, side: str) -> Leaf | BlockStore:
-        if storage in BLOCKS:
-            format = BLOCKS[storage]
+    def leaf(layer: LayerSpec, heads: int, rank: int, storage: str, side: str) -> Leaf | BlockStore:
+        format = layer.format_of(storage)
+        if format is not None:
             return empty_blocks(batch, heads, capacity, rank, format, getattr(format, side))
         return store(jnp.zeros((batch, heads, capacity, rank)), storage)
 
     def group_cache(group: Group, layer: LayerSpec) -> GroupCache:
-        keys = leaf(group.clusters, layer.key_rank, group.storage, "keys")
-        values = leaf(group.value_heads, layer.value_rank, group.storage, "values")
+        keys = leaf(layer, group.clusters, layer.key_rank, group.storage, "keys")
+        values = leaf(layer, group.value_heads, layer.value_rank, group.storage, "values")
         return GroupCache(keys, values, calibrated(layer.clusters, batch) if group.assigned else None)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)

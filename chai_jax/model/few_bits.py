@@ -52,17 +52,28 @@ def quantize_few(x: Float[Array, "*blocks M R"], side: Side) -> FewBits:
 
 
 def _by_channel(x: Array, side: Side) -> FewBits:
-    """Even levels from the lowest value, rounded down to bfloat16, to the highest: no entry is more than half a scale
-    off, unless its channel spans more than the largest scale's levels (3,600 in four bits)."""
-    steps, lowest, highest = 2**side.bits - 1, x.min(axis=-2), x.max(axis=-2)
+    numbers, scale, low = even_levels(x, 2**side.bits - 1)
+    return FewBits(_pack(numbers, side), scale, low, side, x.shape[-2])
+
+
+def even_levels(x: Float[Array, "*blocks M n"], steps: Any) -> tuple[Array, Array, Array]:
+    """Levels from the lowest value, rounded down to bfloat16, to the highest: no entry is more than half a scale off,
+    unless its channel spans more than the largest scale's levels (3,600 in four bits).
+
+    Args:
+        steps: levels less one, of all channels or of each.
+
+    Returns:
+        the number of each level, uint8; scale, uint8 [..., n], which `SCALES` explains; low, bfloat16 [..., n].
+    """
+    lowest, highest = x.min(axis=-2), x.max(axis=-2)
     low = lowest.astype(jnp.bfloat16)
     below = jnp.nextafter(low, jnp.full_like(low, -jnp.inf))
     low = jnp.where(low.astype(jnp.float32) > lowest, below, low)
     codes = jnp.searchsorted(jnp.asarray(SCALES), (highest - low.astype(jnp.float32)) / steps)
     scale = jnp.minimum(codes, 255).astype(jnp.uint8)
     each = (x - low.astype(jnp.float32)[..., None, :]) / jnp.asarray(SCALES)[scale][..., None, :]
-    numbers = jnp.clip(jnp.round(each), 0, steps).astype(jnp.uint8)
-    return FewBits(_pack(numbers, side), scale, low, side, x.shape[-2])
+    return jnp.clip(jnp.round(each), 0, steps).astype(jnp.uint8), scale, low
 
 
 def _by_token(x: Array, side: Side) -> FewBits:

@@ -46,6 +46,20 @@ def declare(config: Architecture, spec: Spec) -> Params:
         def wide(name: str) -> Params:
             return linear((width, config.ffn_dim), ("width", "ffn"), 1, config.has_bias(name))
 
+        def basis() -> Params:
+            """See `chai_jax.model.basis`."""
+            (group,) = layer.groups
+            keys, kept = group.clusters, sum(count for _, count in layer.channels)
+            shapes = {
+                "mean": (keys, layer.key_rank),
+                "into": (keys, layer.key_rank, kept),
+                "back": (keys, kept, layer.key_rank),
+                "values": (keys, kept, layer.value_rank),
+                "offset": (keys, layer.value_rank),
+            }
+            axes = ("heads", "rank", "rank")
+            return {name: Declared(shape, axes[: len(shape)]) for name, shape in shapes.items()}
+
         queries, keys, values, outputs = layer.projected
         output = ("heads", "rank", "width")
         return {
@@ -55,6 +69,7 @@ def declare(config: Architecture, spec: Spec) -> Params:
             **{name: norm(layer.key_rank, "rank") for name in ("query_norm", "key_norm") if config.qk_norm},
             "value": heads("value", values, layer.value_rank),
             "output": linear((outputs, layer.value_rank, width), output, 1, config.has_bias("output")),
+            **({"basis": basis()} if layer.channels else {}),
             "mlp_norm": norm(),
             **({"gate": wide("gate")} if config.gated else {}),
             "up": wide("up"),

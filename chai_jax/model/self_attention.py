@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int32
 
 from chai_jax.model.attention import attend, attend_in_order, attend_one, attend_prefill
-from chai_jax.model.block_store import of_rows
+from chai_jax.model.block_store import Windowed, of_rows
 from chai_jax.model.cache import GroupCache, remember
 from chai_jax.model.execution import Execution
 from chai_jax.model.few_bits import turned
@@ -68,13 +68,19 @@ def by_group(layer: LayerSpec, query: Array, key: Array, value: Array) -> list[t
     return parts
 
 
+def normed(config: Architecture, params: Params, query: Array, key: Array) -> tuple[Array, Array]:
+    """Queries and keys, each normed where the family does so."""
+    if config.qk_norm:
+        query = norm(params.get("query_norm", {}), query, config.norm, config.norm_epsilon)
+        key = norm(params.get("key_norm", {}), key, config.norm, config.norm_epsilon)
+    return query, key
+
+
 def positioned(
     config: Architecture, layer: LayerSpec, params: Params, query: Array, key: Array, positions: Int32[Array, "B T"]
 ) -> tuple[Array, Array]:
     """Queries and keys as scores are made of them: normed, then turned, where the family does so."""
-    if config.qk_norm:
-        query = norm(params.get("query_norm", {}), query, config.norm, config.norm_epsilon)
-        key = norm(params.get("key_norm", {}), key, config.norm, config.norm_epsilon)
+    query, key = normed(config, params, query, key)
     if config.rotary is None:
         return query, key
     by = turns(config.rotary, config.head_dim)
@@ -101,6 +107,7 @@ def attention(
 ) -> tuple[Float[Array, "B N D"], tuple[GroupCache, ...], Seen]:
     """Self-attention of one layer, group by group; arguments as of `block`."""
     query, key, value = projected(layer, params, x, how.kernels)
+    whole_key = normed(config, params, query, key)[1]  # before its rotation, as it is stored in a basis
     query, key = positioned(config, layer, params, query, key, place.positions)
     output = partial(project, "bhtr,hrd->btd", params["output"], kernels=how.kernels)
     allowed, scale = place.within(layer.window), config.head_dim**-0.5
@@ -116,10 +123,14 @@ def attention(
     plain, decoding = plain or (0 < layer.window < x.shape[1] and past is None), past is not None and x.shape[1] == 1
     kernel = kernel_for(how.kernels, in_order=in_order, decoding=decoding, plain=plain)
     heads, scores, probabilities, caches = [], [], [], []
-    for index, (group, queries, keys, values) in enumerate(by_group(layer, query, key, value)):
+    by_head = by_group(layer, query, whole_key if layer.channels else key, value)
+    for index, (group, queries, keys, values) in enumerate(by_head):
         before = None if past is None else past[index]
         values = turned(values, group.storage)
-        new, keys, values = remember(before, keys, values, group.storage, place.start, place.real, how.layout)
+        basis = layer.channels, params.get("basis")
+        new, keys, values = remember(before, keys, values, group.storage, place.start, place.real, how.layout, *basis)
+        if layer.channels:
+            keys = rotated_keys(config, keys, place.columns)
         caches.append(new)
         queries = at_columns(queries, wanted, 3)
         keys, values = of_rows(keys, wanted), of_rows(values, wanted)
@@ -138,6 +149,14 @@ def attention(
         jnp.concatenate(parts, axis=1) if known else None for parts in (scores, probabilities)
     )
     return output(joined), tuple(caches), Seen(x, joined_scores, joined_probabilities, readable, joined)
+
+
+def rotated_keys(config: Architecture, keys: Any, positions: Int32[Array, "B S"]) -> Any:
+    """Keys that were stored before their rotation, [B, C, S, R] plain or in two precisions, turned to their columns'."""
+    if config.rotary is None:
+        return keys
+    turn = partial(rotate, positions=positions, frequencies=(by := turns(config.rotary, config.head_dim))[0], sizes=by[1])
+    return keys.each(turn) if isinstance(keys, Windowed) else turn(keys)
 
 
 def kernel_for(kernels: str, *, in_order: bool, decoding: bool, plain: bool) -> Callable[..., Array] | None:

@@ -3,10 +3,12 @@
 `float32`, `bfloat16` and `int8` store every token by itself. The others store whole blocks of tokens in few bits, the
 first tokens and the block in progress in bfloat16 (`chai_jax.model.block_store`). `int4` is KIVI's (Liu et al. 2024,
 arXiv 2402.02750), five bits a number with its scales; `kNvM` keeps keys in N bits and values in M, each with 3/8 or 1/4
-of a bit for scales where heads have 64 dimensions.
+of a bit for scales where heads have 64 dimensions. `basisN` keeps keys, before they are turned to their positions, in a
+basis of their own (`chai_jax.model.basis`) whose channels have each as many bits as they are worth, and in N bits what
+these keys do not foretell of the values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 BFLOAT16 = 2  # bytes
@@ -22,14 +24,18 @@ class Side:
             `channel`: evenly spaced; for each channel of a block a lowest value in bfloat16 and a scale of one byte.
             `token`: levels for normally distributed numbers; for each token a scale in bfloat16.
         along: the axis of [columns, channels] along which neighbours share a scale: -2 or -1.
+        parts: of a basis, (bits, channels) each, in the order of its channels; of others empty: all channels are alike.
     """
 
     bits: int
     scales: Literal["grid", "channel", "token"]
     along: Literal[-2, -1]
+    parts: tuple[tuple[int, int], ...] = ()
 
     def bytes_of_block(self, columns: int, rank: int) -> int:
         """Of a block of so many columns and channels, with its scales."""
+        if self.parts:
+            return sum(Side(bits, "channel", -2).bytes_of_block(columns, channels) for bits, channels in self.parts)
         if self.scales == "channel":
             return rank * (self.bits * columns // 8 + BFLOAT16 + 1)
         if self.scales == "token":
@@ -50,6 +56,11 @@ class Blocks:
     values: Side
     block: int
     sinks: int
+    basis: bool = False  # which channels of its keys have how many bits then differs from layer to layer
+
+    def of(self, channels: tuple[tuple[int, int], ...]) -> "Blocks":
+        """The format of a layer: of a basis, its keys with (bits, channels) in the place of their parts."""
+        return replace(self, keys=replace(self.keys, parts=channels)) if self.basis else self
 
 
 GRID = 32  # neighbours that share a scale
@@ -58,5 +69,10 @@ FEW = {
     for keys in (4, 3, 2)
     for values in (4, 3, 2)
 }
-BLOCKS = {"int4": Blocks(Side(4, "grid", -2), Side(4, "grid", -1), block=GRID, sinks=0), **FEW}
+BASIS = {
+    f"basis{values}": Blocks(Side(0, "channel", -2), Side(values, "token", -1), block=64, sinks=4, basis=True)
+    for values in (4, 3, 2)
+}
+CHANNEL_BITS = (2, 3, 4, 5, 6)  # of a basis; a channel with none is not kept
+BLOCKS = {"int4": Blocks(Side(4, "grid", -2), Side(4, "grid", -1), block=GRID, sinks=0), **FEW, **BASIS}
 STORAGES = ("float32", "bfloat16", "int8", *BLOCKS)

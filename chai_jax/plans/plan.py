@@ -16,13 +16,15 @@ from chai_jax.errors import InputError
 from chai_jax.inputs.fields import LATER, Count, Number, brief, parse_as, without_defaults
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import CHANNEL_BITS
 from chai_jax.plans.queries import QueryClusters, check_queries
-from chai_jax.plans.spec import SHARES, MembershipName, StorageName, WeightsName
+from chai_jax.plans.spec import SHARES, Channels, MembershipName, StorageName, WeightsName, fits_basis
 
 SCORE_MERGES = ("representative", "low_rank")
 VALUE_MERGES = ("representative", "low_rank", "fit")
 TIERS = ("high", "medium", "low")
 METHODS = ("attention", "perturbation", "kl")  # of scoring layers, see chai_jax.analyse.sensitivity
+MOST_CHANNELS = 1024  # of a head, whatever the model
 Share = Annotated[str, SHARES[1:]]
 
 
@@ -54,6 +56,7 @@ class LayerPlan:
         value_rank: likewise of the shared values.
         query_clusters: for each key and value head the clusters of the queries that read it, by their numbers in the
             head, each led by the one that represents it: one query of a cluster stays. Empty: all stay.
+        channels: where keys are cached in a basis: (bits, channels) of each key there, see `LayerSpec`.
     """
 
     clusters: tuple[ClusterPlan, ...]
@@ -63,6 +66,7 @@ class LayerPlan:
     key_rank: Count | None = None
     value_rank: Count | None = None
     query_clusters: QueryClusters = field(default=(), metadata=LATER)
+    channels: Channels = field(default=(), metadata=LATER)
 
     @property
     def clustered(self) -> bool:
@@ -129,6 +133,11 @@ class Plan:
         """Plain JSON; fields that came later are left out where they are at their defaults."""
         return {**dataclasses.asdict(self), "layers": [without_defaults(layer) for layer in self.layers]}
 
+    @property
+    def has_basis(self) -> bool:
+        """Whether `quantize` needs calibration text: bases are fitted to it."""
+        return any(layer.channels for layer in self.layers)
+
     @classmethod
     def from_json(cls, value: Any) -> "Plan":
         """Rebuild a plan from JSON, checking all that can be checked without a model.
@@ -173,6 +182,7 @@ class Plan:
             heads = sum(len(one.heads) for one in layer.clusters)
             check_queries(f"plan layer {index}", heads, layer.query_clusters)
             self._check_ranks(index, layer)
+            self._check_channels(index, layer)
         if self.membership == "prompt":
             self._check_prompt()
 
@@ -190,6 +200,21 @@ class Plan:
                     f"plan layer {index} has {name} {rank} with share {share!r}, scores {self.score_merge!r}, values "
                     f"{self.value_merge!r}; expected a rank only where the merge is one of low rank"
                 )
+
+    def _check_channels(self, index: int, layer: LayerPlan) -> None:
+        """A basis is of one group of keys of a head's dimensions, with bits for its channels."""
+        storages = [one.storage for one in layer.clusters]
+        if not fits_basis(layer.channels, storages, MOST_CHANNELS):
+            raise InputError(
+                f"plan layer {index} has channels {brief(layer.channels)} with storage {' and '.join(sorted(set(storages)))}"
+                f"; expected (bits, channels) with bits from {CHANNEL_BITS[0]} to {CHANNEL_BITS[-1]} where all clusters "
+                "are stored in one format of a basis, and nowhere else: make the plan with chai-jax plan"
+            )
+        if layer.channels and (layer.merged or self.membership == "prompt" or len(set(storages)) > 1):
+            raise InputError(
+                f"plan layer {index} merges heads and stores keys in a basis; expected one or the other: use another "
+                "storage, or leave its heads apart"
+            )
 
     def _check_prompt(self) -> None:
         """Membership per prompt needs every head's value and full Wq, Wk (CHAI, section 3.3)."""
@@ -225,6 +250,10 @@ class Plan:
                 f"{heads} heads: make a plan for this model with chai-jax plan"
             )
         for index, layer in enumerate(self.layers):
+            if (kept := sum(count for _, count in layer.channels)) > config.head_dim:
+                raise InputError(
+                    f"plan layer {index} has {kept} channels; expected at most a head's dimensions, {config.head_dim}"
+                )
             rank = max(layer.key_rank or 0, layer.value_rank or 0)
             if rank > width:
                 raise InputError(f"plan layer {index} has rank {rank}; expected at most the model's width, {width}")

@@ -38,7 +38,7 @@ def planned_layer(wanted: LayerPlan, share: str, config: Architecture) -> LayerS
     clusters = tuple(wanted.clusters[at].heads for at in order)
     groups = group_clusters(share, clusters, [storages[at] for at in order], per_head=queries)
     ranks = (wanted.key_rank or config.head_dim, wanted.value_rank or config.head_dim)
-    made = LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=queries)
+    made = LayerSpec(share, clusters, groups, *ranks, wanted.weights, queries=queries, channels=wanted.channels)
     return made if wanted.key_rank is None else dataclasses.replace(made, pairs=_any_pairs(made, config))
 
 

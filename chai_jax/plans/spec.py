@@ -12,13 +12,14 @@ from typing import Annotated, Any
 from chai_jax.errors import InputError
 from chai_jax.inputs.fields import LATER, Count, Number, parse_as, without_defaults
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.formats import BLOCKS, STORAGES
+from chai_jax.plans.formats import BASIS, BLOCKS, CHANNEL_BITS, STORAGES, Blocks
 
 SHARES = ("dense", "qk", "qkv", "kv")
 WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
 MEMBERSHIPS = ("calibrated", "prompt")
 StorageName = Annotated[str, STORAGES]
 WeightsName = Annotated[str, WEIGHTS]
+Channels = tuple[tuple[Count, Count], ...]
 MembershipName = Annotated[str, MEMBERSHIPS]
 
 
@@ -61,6 +62,7 @@ class LayerSpec:
         window: how many tokens a token reads at most, itself included; 0: all.
         pairs: where rotary keys are merged, the frequency (its number in a head) of each complex number that the keys
             of a cluster are made of; empty: every frequency once, in order.
+        channels: where keys are cached in a basis (formats `BASIS`): (bits, channels) of each key there, in order.
     """
 
     share: Annotated[str, SHARES]
@@ -74,6 +76,7 @@ class LayerSpec:
     queries: Count = field(default=1, metadata=LATER)
     window: Number = field(default=0, metadata=LATER)
     pairs: tuple[tuple[Number, ...], ...] = field(default=(), metadata=LATER)
+    channels: Channels = field(default=(), metadata=LATER)
 
     @property
     def query_heads(self) -> int:
@@ -98,10 +101,14 @@ class LayerSpec:
             return (self.value_heads,) * 4
         return self.query_heads, self.key_heads, self.value_heads, self.output_heads
 
-    def stored_as(self, storages: Sequence[str]) -> "LayerSpec":
-        """The same layer with each cluster, in the order stored, cached in another format."""
+    def stored_as(self, storages: Sequence[str], channels: Channels = ()) -> "LayerSpec":
+        """The same layer with each cluster, in the order stored, cached in another format; `channels` of a basis."""
         groups = group_clusters(self.share, self.clusters, storages, self.membership, self.queries)
-        return dataclasses.replace(self, groups=groups)
+        return dataclasses.replace(self, groups=groups, channels=channels)
+
+    def format_of(self, storage: str) -> Blocks | None:
+        """The format of a group of this layer; None where every token is stored by itself."""
+        return BLOCKS[storage].of(self.channels) if storage in BLOCKS else None
 
     @property
     def storages(self) -> tuple[str, ...]:
@@ -194,6 +201,13 @@ class Spec:
         return cls(layers)
 
 
+def fits_basis(channels: Channels, storages: Sequence[str], rank: int) -> bool:
+    """Whether a layer's channels are those of its formats: some where all its keys of `rank` are in a basis, or none."""
+    kept = sum(count for _, count in channels)
+    known = all(bits in CHANNEL_BITS for bits, _ in channels)
+    return known and 0 < kept <= rank and set(storages) <= set(BASIS) if channels else not set(storages) & set(BASIS)
+
+
 def _fits(layer: LayerSpec) -> bool:
     """Whether the fields of a layer agree with one another."""
     per_prompt = layer.membership == "prompt"
@@ -201,7 +215,9 @@ def _fits(layer: LayerSpec) -> bool:
         bool(layer.clusters and all(layer.clusters))
         # Before anything is counted out: a group may say that it has billions of clusters.
         and layer.key_heads == len(layer.clusters)
-        and layer == layer.stored_as(layer.storages)
+        and layer == layer.stored_as(layer.storages, layer.channels)
+        and fits_basis(layer.channels, layer.storages, layer.key_rank)
+        and not (layer.channels and (len(layer.groups) > 1 or per_prompt or max(map(len, layer.clusters)) > 1))
         and (layer.warmup > 0) == per_prompt
         and (not per_prompt or (layer.share == "qk" and layer.queries == 1))
         and (not layer.pairs or [2 * len(pairs) for pairs in layer.pairs] == [layer.key_rank] * len(layer.clusters))

@@ -59,7 +59,7 @@ class Stages:
         return distil(model, teacher, self.work.training, settings, **keeping)
 
     def quantize(self, model: Model, plan: Plan) -> Model:
-        return quantize(model, plan)
+        return quantize(model, plan, self.work.text)
 
     def target(self, model: Model, plan: Plan, **keeping: Any) -> Model:
         settings = TargetConfig(self.train(TargetConfig().train), self.config.policy)

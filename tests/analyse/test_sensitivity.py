@@ -9,7 +9,8 @@ import pytest
 
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import probe
-from chai_jax.analyse.sensitivity import critical, joined, perturbed, sensitivities, tiers
+from chai_jax.analyse.sensitivity import critical, perturbed, sensitivities, tiers
+from chai_jax.compress.calibration import joined
 from chai_jax.compress.quantize import CONTRACTED
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
