@@ -14,8 +14,6 @@ what costs little perplexity finds the number as often as the dense model does; 
 does not find it when dense says nothing. Writes passkey.json, .csv and .md.
 """
 
-import hashlib
-import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,11 +27,11 @@ from chai_jax.console import console
 from chai_jax.data.tokens import bare_tokens, opening, require_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.evaluation.statistics import flips, wilson
-from chai_jax.files.atomic import write_json
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
 from chai_jax.report.tables import Column, percent
 from chai_jax.serve.generate import generate_tokens
+from lab.kept import kept
 from lab.options import Common, Record, start
 from lab.publish import publish
 
@@ -139,26 +137,23 @@ def asked(name: str, model: Model, length: int, options: PasskeyOptions) -> Reco
     """What one cache finds in texts of one length: from the file of an earlier call, or asked now and kept."""
     (seed,) = options.seed_numbers[:1]
     what = {"model": model.source, "cache": name, "length": length, "n": options.trials, "seed": seed}
-    code = hashlib.sha256(json.dumps(what | {"spec": model.spec.to_json()}).encode()).hexdigest()[:16]
-    file = options.out / "rows" / f"{code}.json"
-    if file.exists():
-        row: Record = json.loads(file.read_text(encoding="utf-8"))
-        return row
-    console.print(f"{Path(model.source).name} {name}, {length:,} tokens", style="bold")
-    trials = [trial(model.tokenizer, length, seed, number) for number in range(options.trials)]
-    began = time.perf_counter()
-    right = found(model, trials, max(1, options.batch_tokens // length))
-    row = what | {
-        "model": Path(model.source).name,
-        "right": sum(right),
-        "rate": float(np.mean(right)),
-        "interval": list(wilson(sum(right), len(right))),
-        "seconds": time.perf_counter() - began,
-        "found": right,
-        "depth": [one.depth for one in trials],
-    }
-    write_json(file, row)
-    return row
+
+    def ask() -> Record:
+        console.print(f"{Path(model.source).name} {name}, {length:,} tokens", style="bold")
+        trials = [trial(model.tokenizer, length, seed, number) for number in range(options.trials)]
+        began = time.perf_counter()
+        right = found(model, trials, max(1, options.batch_tokens // length))
+        return what | {
+            "model": Path(model.source).name,
+            "right": sum(right),
+            "rate": float(np.mean(right)),
+            "interval": list(wilson(sum(right), len(right))),
+            "seconds": time.perf_counter() - began,
+            "found": right,
+            "depth": [one.depth for one in trials],
+        }
+
+    return kept(options.out, what | {"spec": model.spec.to_json()}, ask)
 
 
 def passkey(options: PasskeyOptions) -> Record:
