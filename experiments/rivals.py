@@ -14,15 +14,16 @@ are the same model. Groups, any of which may be left out by --rivals:
 - llama.cpp: its cache types, on a GGUF file of the same weights (--gguf; needs llama-cpp-python).
 
 What a token reads of each is said in `lab/quantized_caches.py`, `lab/settings_of_others.py` and `lab/llama_cpp.py`. In
-all of them the rows of a window read what decoding would. A group takes minutes, so each is kept in OUT/rows and read
-back by the next call. Expected: at equal bytes ours do less damage than all others. Writes rivals.json, .csv, .md.
+all of them the rows of a window read what decoding would. A window takes minutes, so what was measured of each is kept
+in OUT/rows and read back by the next call, which may ask for more windows. Expected: at equal bytes ours do less damage
+than all others. Writes rivals.json, .csv and .md.
 """
 
 import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,10 +32,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from chai_jax.compress.quantize import with_storage
-from chai_jax.console import console
+from chai_jax.console import console, track
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.cache import empty
@@ -166,27 +166,45 @@ class Caches:
         ]
 
 
-def measured(dense: Reader, caches: Sequence[Cache], tokens: np.ndarray, at_once: int) -> list[Record]:
-    """The figures of a group's rows, each with its program's dense perplexity."""
-    losses: list[float] = []
-
-    def truth(part: np.ndarray) -> Array:
-        logits = jnp.asarray(dense(part))
-        right = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), part[:, 1:, None], -1)
-        losses.extend(np.asarray(-right.mean(axis=(1, 2))).tolist())
-        console.print(f"  {len(losses)} of {len(tokens)} windows")
-        return logits
-
-    found = damage.damage(truth, [one.reader for one in caches], tokens, at_once)
-    shared = {"dense_perplexity": float(np.exp(np.mean(losses)))}
+def measured(dense: Reader, caches: Sequence[Cache], tokens: np.ndarray) -> list[Record]:
+    """Of one window int [1, T]: each row's bytes, KL and rise of the loss, and its program's dense loss."""
+    logits = jnp.asarray(dense(tokens))
+    right = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], -1)
+    found = damage.damage(lambda _: logits, [one.reader for one in caches], tokens, 1)
     return [
-        {"cache": one.name} | one.sizes | damage.figures(kl, rise) | shared
-        for one, (kl, rise) in zip(caches, found, strict=True)
+        {"cache": one.name, **one.sizes, "kl": float(kl), "rise": float(rise), "loss": float(-right.mean())}
+        for one, ((kl,), (rise,)) in zip(caches, found, strict=True)
     ]
 
 
+def table(windows: Sequence[Sequence[Record]]) -> list[Record]:
+    """Rows from what was measured of each window."""
+    rows = []
+    for same in zip(*windows, strict=True):
+        kl, rise, loss = (np.array([one[name] for one in same]) for name in ("kl", "rise", "loss"))
+        about = {name: same[0][name] for name in ("cache", "token", "sequence")}
+        rows.append(about | damage.figures(kl, rise) | {"dense_perplexity": float(np.exp(loss.mean()))})
+    return rows
+
+
+def read_windows(caches: Caches, groups: Sequence[str], tokens: np.ndarray) -> dict[str, list[list[Record]]]:
+    """What was measured, by group and window: by an earlier call, or now and kept."""
+    opened, options = cache(caches.of), caches.options
+    found: dict[str, list[list[Record]]] = {group: [] for group in groups}
+    for number in track(range(len(tokens)), "Reading windows"):
+        window = tokens[number : number + 1]
+        for group in groups:
+            what = {"model": caches.source, "group": group, "window": hashlib.sha256(window.tobytes()).hexdigest()}
+            if group in ("ours", "llama.cpp"):
+                what["of"] = options.storages if group == "ours" else str(options.gguf)
+            make = partial(lambda group, window: measured(*opened(group), window), group, window)
+            found[group].append(kept(options.out, what, make))
+        console.print(f"{Path(caches.source).name}: {number + 1} of {len(tokens)} windows")
+    return found
+
+
 def rivals(options: RivalsOptions) -> Record:
-    """All models, one after the other."""
+    """All models, one after the other; of each, all groups' rows of one window after the other's."""
     if options.text is None or options.windows < 2:
         raise InputError("expected --text FILE and at least two --windows")
     groups = options.groups
@@ -194,20 +212,9 @@ def rivals(options: RivalsOptions) -> Record:
     for source in options.model:
         model = load(source, storage="bfloat16")
         tokens = damage.whole_windows(model.tokenizer, options.text, options.window, options.windows)
-        caches = Caches(source, model, options)
-        windows = hashlib.sha256(tokens.tobytes()).hexdigest()
-        for group in groups:
-
-            def make(group: str = group, caches: Caches = caches, tokens: np.ndarray = tokens) -> Record:
-                console.print(f"{Path(caches.source).name}: {group}", style="bold")
-                return {"rows": measured(*caches.of(group), tokens, damage.ROWS if group == "ours" else 1)}
-
-            what = {"model": source, "group": group, "windows": windows}
-            if group in ("ours", "llama.cpp"):
-                what |= {"ours": options.storages} if group == "ours" else {"gguf": str(options.gguf)}
-            rows += [
-                {"model": Path(source).name, "group": group} | row for row in kept(options.out, what, make)["rows"]
-            ]
+        found = read_windows(Caches(source, model, options), groups, tokens)
+        for group, seen in found.items():
+            rows += [{"model": Path(source).name, "group": group} | row for row in table(seen)]
     return publish(options, "rivals", "Rivals' caches of few bits", rows, COLUMNS, versions_of_rivals=versions(groups))
 
 
