@@ -64,8 +64,7 @@ def reader(model: Any, setting: Setting) -> Callable[[np.ndarray], np.ndarray]:
         held = setting.cache(model.config)
         with torch.no_grad():
             parts = [
-                model(torch.as_tensor(tokens[:, part]).long(), past_key_values=held).logits
-                for part in chunks(tokens.shape[1])
+                model(torch.as_tensor(tokens[:, part]).long(), cache=held).logits for part in chunks(tokens.shape[1])
             ]
         return torch.cat(parts, dim=1).numpy()
 
