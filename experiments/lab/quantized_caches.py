@@ -8,6 +8,7 @@ that ends where the layers quantize reads just what its tokens would have read o
 residual: every token behind the prompt reads the cache as stored.)
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -60,12 +61,13 @@ def reader(model: Any, setting: Setting) -> Callable[[np.ndarray], np.ndarray]:
     """Logits [1, T, V] of one window int [1, T], each token reading the past from such a cache."""
     import torch
 
+    # The argument's name changed within transformers 5.
+    name = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+
     def read(tokens: np.ndarray) -> np.ndarray:
-        held = setting.cache(model.config)
+        held = {name: setting.cache(model.config)}
         with torch.no_grad():
-            parts = [
-                model(torch.as_tensor(tokens[:, part]).long(), cache=held).logits for part in chunks(tokens.shape[1])
-            ]
+            parts = [model(torch.as_tensor(tokens[:, part]).long(), **held).logits for part in chunks(tokens.shape[1])]
         return torch.cat(parts, dim=1).numpy()
 
     return read
