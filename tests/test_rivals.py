@@ -144,6 +144,7 @@ def test_chunks_read_what_single_tokens_read(
     assert np.abs(made - dense)[:, 20:].max() > 0.02
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the library's own making
 def test_quantos_bytes_by_hand(llama: Any) -> None:
     """Half a byte a number and two numbers of bfloat16 for each 64; after 512 tokens 64 are in bfloat16."""
     pytest.importorskip("optimum.quanto")
