@@ -51,7 +51,6 @@ COLUMNS: tuple[Column, ...] = (
     ("tokens of the text", lambda row: f"{row['length']:,}"),
     ("found [95 %]", lambda row: f"{row['right']} of {row['n']}, {percent(row['rate'], 0)} [{interval(row)}]"),
     ("lost, won", lambda row: f"{row['flips']['right_to_wrong']}, {row['flips']['wrong_to_right']}"),
-    ("seconds", lambda row: f"{row['seconds']:.0f}"),
 )
 
 
@@ -141,14 +140,12 @@ def asked(name: str, model: Model, length: int, options: PasskeyOptions) -> Reco
     def ask() -> Record:
         console.print(f"{Path(model.source).name} {name}, {length:,} tokens", style="bold")
         trials = [trial(model.tokenizer, length, seed, number) for number in range(options.trials)]
-        began = time.perf_counter()
         right = found(model, trials, max(1, options.batch_tokens // length))
         return what | {
             "model": Path(model.source).name,
             "right": sum(right),
             "rate": float(np.mean(right)),
             "interval": list(wilson(sum(right), len(right))),
-            "seconds": time.perf_counter() - began,
             "found": right,
             "depth": [one.depth for one in trials],
         }
