@@ -89,7 +89,7 @@ def test_damage_of_few_bits_is_that_of_each_window() -> None:
     model = with_storage(dataclasses.replace(tiny(0), config=config, params=wide(config)), "bfloat16")
     changed = [model, with_storage(model, "k2v2")]
     tokens = random.integers(4, 61, (5, 150)).astype(np.int32)
-    (same, rose), (kl, rise) = few.damage(model, changed, tokens)
+    (same, rose), (kl, rise) = few.damage(model, changed, tokens, 4)
     np.testing.assert_allclose([same, rose], 0, atol=1e-6)
     for row, window in enumerate(tokens):
         right, wrong = (
