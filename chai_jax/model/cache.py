@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from chai_jax.model.block_store import BlockStore, Windowed, append_blocks, empty_blocks, extend_blocks, pad
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
+from chai_jax.model.one_row import OneRow, append_row
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
 from chai_jax.model.sharding import Layout
 from chai_jax.plans.formats import BLOCKS, Blocks, Side
@@ -146,8 +147,10 @@ def _remember_blocks(
     if past is None:
         stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
-    stored, read = append_blocks(past, x, start, real)
-    return stored, read.recent if rows == 1 else read  # one row has one block of its own
+    if rows == 1:
+        stored = append_row(past, x, start, real)
+        return stored, OneRow(stored, start, real)
+    return append_blocks(past, x, start, real)
 
 
 def tokens_minor(x: Array, layout: Layout | None = None) -> Array:

@@ -112,7 +112,7 @@ def _pack(numbers: UInt8[Array, "*blocks M R"], side: Side) -> UInt8[Array, "*bl
     *blocks, columns, rank = numbers.shape
     if side.scales == "token":
         numbers = jnp.pad(numbers, [*[(0, 0)] * (numbers.ndim - 1), (0, -rank % 8)])
-    quarters = numbers.reshape(*blocks, 4, 2, columns // 8, -1)
+    quarters = numbers.reshape(*blocks, 4, 2, columns // 8, numbers.shape[-1])
     first, second, third, last = (quarters[..., quarter, :, :, :] for quarter in range(4))
     halves = {
         4: (first, second, third, last),

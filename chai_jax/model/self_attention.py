@@ -123,9 +123,10 @@ def attention(
         caches.append(new)
         queries = at_columns(queries, wanted, 3)
         keys, values = of_rows(keys, wanted), of_rows(values, wanted)
-        # What is read of blocks is made for this step, not stored: a kernel would save nothing.
-        if kernel is not None and group.storage not in BLOCKS:
-            heads.append(kernel(queries, keys, values, readable, scale, group.values))
+        # What several rows read of blocks is made for this step, not stored: a kernel would save nothing.
+        if kernel is not None and (decoding or group.storage not in BLOCKS):
+            out = kernel(queries, keys, values, readable, scale, group.values)
+            heads.append(turned(out, group.storage))
             continue
         by_xla = attend_in_order if in_order else attend
         out, score, probability = by_xla(queries, keys, values, readable, scale, group.values)

@@ -12,13 +12,14 @@ from jaxtyping import Array, Bool, Float
 from chai_jax.model.kernels.decode_cpu import attend_on_cpu
 from chai_jax.model.kernels.decode_gpu import attend_on_gpu
 from chai_jax.model.kernels.decode_tpu import attend_on_tpu
+from chai_jax.model.one_row import OneRow
 from chai_jax.model.quantized import Leaf
 
 
 def decode_attention(
     query: Float[Array, "B C q 1 R"],
-    keys: Leaf,
-    values: Leaf,
+    keys: Leaf | OneRow,
+    values: Leaf | OneRow,
     allowed: Bool[Array, "B 1 S"],
     scale: float,
     value_heads: int,
