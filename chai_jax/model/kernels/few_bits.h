@@ -171,7 +171,8 @@ struct FewValues {
 #pragma GCC unroll 3
             for (int row = 0; row < kQueries; ++row) {
               const float* weight = scaled + row * kBlock + 2 * kRows * quarter + line;
-              mixed[row][vector] += weight[0] * lower + weight[kRows] * upper;
+              mixed[row][vector] += weight[0] * lower;
+              mixed[row][vector] += weight[kRows] * upper;
             }
           }
     };
