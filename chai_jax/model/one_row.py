@@ -55,49 +55,54 @@ def append_row(
     On CPUs what is seldom written is a loop of one turn or none, which XLA runs in place and only then. Accelerators
     would wait for its condition: they compute the block each time, and write the old one again where it is not whole.
     """
-    by_cpu, by_others = (partial(_append_row, seldom=seldom) for seldom in (_in_loop, _branchless))
+    by_cpu, by_others = (partial(_append_row, loops=loops) for loops in (True, False))
     after: BlockStore = jax.lax.platform_dependent(past, x, start, real, cpu=by_cpu, default=by_others)
     return after
 
 
-Change = Callable[[Any], Any]
-Seldom = Callable[[Array, Change, Any], Any]
+# What becomes of x, given the column that is written.
+Change = Callable[[Any, Array], Any]
 
 
-def _in_loop(when: Array, change: Change, x: Any) -> Any:
-    """`change(x)` or x, as `when` says."""
-    return jax.lax.while_loop(lambda carried: carried[0], lambda carried: (~when, change(carried[1])), (when, x))[1]
+def _in_loop(when: Array, change: Change, x: Any, start: Array) -> Any:
+    """`change(x, start)` where `when` says so, else x.
+
+    The column is the loop's counter: what a change computes from it, XLA cannot compute before the loop, for nothing.
+    """
+    first = jnp.where(when, start, start + 1)
+    return jax.lax.while_loop(lambda c: c[0] <= start, lambda c: (c[0] + 1, change(c[1], c[0])), (first, x))[1]
 
 
-def _branchless(when: Array, change: Change, x: Any) -> Any:
-    return jax.tree.map(partial(jnp.where, when), change(x), x)
+def _branchless(when: Array, change: Change, x: Any, start: Array) -> Any:
+    return jax.tree.map(partial(jnp.where, when), change(x, start), x)
 
 
-def _append_row(past: BlockStore, x: Array, start: Array, real: Array, *, seldom: Seldom) -> BlockStore:
-    block = past.recent.shape[2]
-    used, at = start % block, start // block
-    recent = seldom(used == 0, jnp.zeros_like, past.recent)
-    always = start >= 0  # in a loop too: else XLA for CPUs makes all of it float32 and back
-    put = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-    recent = seldom(always, lambda old: put(old, x.astype(jnp.bfloat16), used), recent)
+def _append_row(past: BlockStore, x: Array, start: Array, real: Array, *, loops: bool) -> BlockStore:
+    block, new, put = past.recent.shape[2], x.astype(jnp.bfloat16), partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
+    used, seldom = start % block, _in_loop if loops else _branchless
+    recent = seldom(used == 0, lambda old, _: jnp.zeros_like(old), past.recent, start)
+    # This too in a loop: else XLA for CPUs makes float32 of all of it, and bfloat16 of that.
+    recent = seldom(start >= 0, lambda old, at: put(old, new, at % block), recent, start)
     number, sinks, whole = numbered(real), past.sinks, 0
     if sinks is not None:
         whole = sinks.shape[2]
         mine = jax.lax.dynamic_slice_in_dim(number, start, 1, axis=1) == jnp.arange(whole, dtype=jnp.int32)
-        new = x.astype(jnp.bfloat16)
-        sinks = seldom(mine.any(), lambda old: jnp.where(mine[:, None, :, None], new, old), sinks)
+        sinks = seldom(mine.any(), lambda old, _: jnp.where(mine[:, None, :, None], new, old), sinks, start)
     if jax.tree.leaves(past.blocks)[0].shape[2] == 0:  # less than a block in all
         return BlockStore(past.blocks, recent, sinks)
 
-    def entry() -> Any:
-        held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, block), at * block, block, axis=1)
+    def stored(at: Array) -> Any:
+        """The block of column `at`."""
+        held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, block), at // block * block, block, axis=1)
         return quantized_as(fill(recent, held, block).astype(jnp.float32), past.blocks)
 
-    def write(old: Any, new: Any) -> Any:
-        return jax.tree.map(lambda each, part: put(each, part, at), old, new)
+    def write(old: Any, new: Any, at: Array) -> Any:
+        return jax.tree.map(lambda each, part: put(each, part, at // block), old, new)
 
     complete = used == block - 1
-    if seldom is _in_loop:
-        return BlockStore(_in_loop(complete, lambda old: write(old, entry()), past.blocks), recent, sinks)
-    there = jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, at, 1, axis=2), past.blocks)
-    return BlockStore(write(past.blocks, _branchless(complete, lambda _: entry(), there)), recent, sinks)
+    if loops:
+        blocks = _in_loop(complete, lambda old, at: write(old, stored(at), at), past.blocks, start)
+    else:
+        there = jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, start // block, 1, axis=2), past.blocks)
+        blocks = write(past.blocks, _branchless(complete, lambda _, at: stored(at), there, start), start)
+    return BlockStore(blocks, recent, sinks)
