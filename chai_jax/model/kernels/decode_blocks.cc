@@ -4,6 +4,8 @@
 // bfloat16. Compiled and registered by cpu.py; called by decode_cpu.py.
 #include <algorithm>
 #include <cstdint>
+#include <memory>
+#include <type_traits>
 #include <vector>
 
 #include "checks.h"
@@ -27,17 +29,14 @@ struct Whole {
 };
 
 // All of one group: query [B, C, q, R], allowed and real [B, S], out [B, C, v q, Rv].
-template <typename Keys, typename Values>
 struct Group {
-  static constexpr int64_t kBlock = Keys::kBlock;
-  static_assert(Values::kBlock == kBlock);
-  Keys keys;
-  Values values;
+  const Keys& keys;
+  const Values& values;
   Whole whole_keys, whole_values;
   const float* query;
   const bool *allowed, *real;
   float* out;
-  int64_t batch, clusters, queries, heads, columns, blocks, first_tokens, start;
+  int64_t batch, clusters, queries, heads, columns, rank, value_rank, block, blocks, first_tokens, start;
 
   // What one cluster of one sequence reads: columns from `begin`, where a block begins, up to `end`.
   struct Span {
@@ -50,11 +49,11 @@ struct Group {
     int64_t begin = std::find(readable, readable + columns, true) - readable, end = columns;
     if (begin == columns) begin = 0;  // then it reads all alike
     else while (!readable[end - 1]) --end;
-    begin = begin / kBlock * kBlock;
-    Span span{begin, end, (end - begin + kBlock - 1) / kBlock * kBlock, std::vector<int64_t>(first_tokens, -1)};
+    begin = begin / block * block;
+    Span span{begin, end, (end - begin + block - 1) / block * block, std::vector<int64_t>(first_tokens, -1)};
     for (int64_t column = 0, found = 0; column < columns && found < first_tokens; ++column) {
       if (!tokens[column]) continue;
-      if (column >= begin && column < end && column / kBlock != start / kBlock) span.first[found] = column - begin;
+      if (column >= begin && column < end && column / block != start / block) span.first[found] = column - begin;
       ++found;
     }
     return span;
@@ -63,66 +62,55 @@ struct Group {
   // Blocks of few bits that are read: `run(number, offset)`.
   template <typename Run>
   void EachBlock(const Span& span, const Run& run) const {
-    for (int64_t at = span.begin; at < span.end; at += kBlock)
-      if (at / kBlock < blocks && at / kBlock != start / kBlock) run(at / kBlock, at - span.begin);
+    for (int64_t at = span.begin; at < span.end; at += block)
+      if (at / block < blocks && at / block != start / block) run(at / block, at - span.begin);
   }
 
   // Rows of bfloat16 that are read: `run(row, offset)`.
   template <typename Run>
   void EachWhole(const Span& span, const Whole& whole, int64_t head, int64_t rank, const Run& run) const {
-    const int64_t base = start / kBlock * kBlock;
-    for (int64_t column = std::max(base, span.begin); column < std::min(base + kBlock, span.end); ++column)
-      run(whole.recent + (head * kBlock + column - base) * rank, column - span.begin);
+    const int64_t base = start / block * block;
+    for (int64_t column = std::max(base, span.begin); column < std::min(base + block, span.end); ++column)
+      run(whole.recent + (head * block + column - base) * rank, column - span.begin);
     for (int64_t number = 0; number < first_tokens; ++number)
       if (span.first[number] >= 0) run(whole.first + (head * first_tokens + number) * rank, span.first[number]);
   }
 
-  template <int kQueries>
-  void Attend(int64_t sequence, int64_t cluster, int64_t from) const {
+  // `count` of a cluster's queries, from query `from` on.
+  void Attend(int64_t sequence, int64_t cluster, int64_t from, int64_t count) const {
     const Span span = Reach(sequence);
-    const int64_t at = sequence * clusters + cluster, rank = keys.rank, value_rank = values.rank, size = span.size;
+    const int64_t at = sequence * clusters + cluster, size = span.size;
     const float* asked = query + (at * queries + from) * rank;
-    std::vector<float> scores(kQueries * size), totals(kQueries);
+    std::vector<float> scores(count * size), totals(count);
     Scratch scratch;
-    keys.Reserve(scratch);
-    EachBlock(span, [&](int64_t block, int64_t offset) {
-      keys.template Score<kQueries>(asked, at * blocks + block, scores.data() + offset, size, scratch);
+    EachBlock(span, [&](int64_t number, int64_t offset) {
+      keys.Score(count, asked, at * blocks + number, scores.data() + offset, size, scratch);
     });
     EachWhole(span, whole_keys, at, rank, [&](const BFloat16* key, int64_t offset) {
-      for (int row = 0; row < kQueries; ++row) scores[row * size + offset] = Product(asked + row * rank, key, rank);
+      for (int64_t row = 0; row < count; ++row) scores[row * size + offset] = Product(asked + row * rank, key, rank);
     });
-    for (int row = 0; row < kQueries; ++row) {
+    for (int64_t row = 0; row < count; ++row) {
       float* mine = scores.data() + row * size;
       totals[row] = SoftmaxWeights(mine, allowed + sequence * columns + span.begin, span.end - span.begin);
       std::fill(mine + span.end - span.begin, mine + size, 0.0f);
     }
-    values.Reserve(scratch);
     std::vector<float> few = scores;  // without those of first tokens
     for (int64_t offset : span.first)
       if (offset >= 0)
-        for (int row = 0; row < kQueries; ++row) few[row * size + offset] = 0.0f;
+        for (int64_t row = 0; row < count; ++row) few[row * size + offset] = 0.0f;
     for (int64_t head = at * heads; head < (at + 1) * heads; ++head) {
       float* sums = out + (head * queries + from) * value_rank;
-      std::fill(sums, sums + kQueries * value_rank, 0.0f);
-      EachBlock(span, [&](int64_t block, int64_t offset) {
-        values.template Mix<kQueries>(few.data() + offset, size, head * blocks + block, sums, scratch);
+      std::fill(sums, sums + count * value_rank, 0.0f);
+      EachBlock(span, [&](int64_t number, int64_t offset) {
+        values.Mix(count, few.data() + offset, size, head * blocks + number, sums, scratch);
       });
       EachWhole(span, whole_values, head, value_rank, [&](const BFloat16* value, int64_t offset) {
-        for (int row = 0; row < kQueries; ++row)
+        for (int64_t row = 0; row < count; ++row)
           Add(scores[row * size + offset], value, value_rank, sums + row * value_rank);
       });
-      for (int row = 0; row < kQueries; ++row)
+      for (int64_t row = 0; row < count; ++row)
         for (int64_t entry = 0; entry < value_rank; ++entry) sums[row * value_rank + entry] /= totals[row];
     }
-  }
-
-  static float Product(const float* one, const BFloat16* two, int64_t rank) {
-    Vec sums = {};
-    int64_t at = 0;
-    for (; at + kLanes <= rank; at += kLanes) sums += Load(one + at) * Load(two + at);
-    float total = Sum(sums);
-    for (; at < rank; ++at) total += one[at] * ToFloat(two[at]);
-    return total;
   }
 
   static void Add(float weight, const BFloat16* value, int64_t rank, float* sums) {
@@ -136,9 +124,7 @@ struct Group {
       const int64_t sequence = task / clusters, cluster = task % clusters;
       for (int64_t from = 0; from < queries;) {
         const int64_t left = queries - from, now = left == 4 ? 2 : std::min<int64_t>(left, kTogether);
-        if (now == 1) Attend<1>(sequence, cluster, from);
-        else if (now == 2) Attend<2>(sequence, cluster, from);
-        else Attend<3>(sequence, cluster, from);
+        Attend(sequence, cluster, from, now);
         from += now;
       }
     }));
@@ -173,15 +159,16 @@ struct Given {
            Is(out_shape, {batch(), clusters(), queries * (heads() / clusters()), value_rank()});
   }
 
-  template <typename Keys, typename Values>
-  ffi::Error Attend(ffi::ThreadPool& pool, Keys keys, Values values, int64_t blocks, int64_t bytes) const {
+  ffi::Error Attend(ffi::ThreadPool& pool, const Keys& keys, const Values& values, int64_t block, int64_t blocks,
+                    int64_t bytes) const {
     const int64_t at = *start.typed_data();
     if (at < 0 || at >= columns()) return Wrong("expected a start within the columns");
     auto floats = [](const auto& buffer) { return reinterpret_cast<const BFloat16*>(buffer.typed_data()); };
-    return Group<Keys, Values>{keys, values, {floats(recent_keys), floats(first_keys)},
+    return Group{keys, values, {floats(recent_keys), floats(first_keys)},
                                {floats(recent_values), floats(first_values)}, query.typed_data(),
                                allowed.typed_data(), real.typed_data(), out, batch(), clusters(),
-                               query.dimensions()[2], heads() / clusters(), columns(), blocks, first_tokens(), at}
+                               query.dimensions()[2], heads() / clusters(), columns(), rank(), value_rank(), block, blocks,
+                 first_tokens(), at}
         .All(pool, bytes);
   }
 };
@@ -190,14 +177,12 @@ const char* const kShapes =
     "expected query [B, C, q, R], allowed and real [B, S], recent [B, heads, M, R], first tokens [B, heads, F, R], out "
     "[B, C, v q, Rv] and the blocks of S // M of keys and of values as they are packed";
 
-template <int kKeyBits, int kValueBits>
-ffi::Error FewOf(ffi::ThreadPool& pool, const Given& given, const uint8_t* keys, const uint8_t* key_scale,
-                 const BFloat16* key_low, const uint8_t* values, const BFloat16* value_scale, const float* scales,
-                 const float* levels, int64_t blocks, int64_t bytes) {
-  return given.Attend(pool, FewKeys<kKeyBits>{keys, key_scale, key_low, scales, given.rank()},
-                      FewValues<kValueBits>{values, value_scale, given.value_rank(),
-                                            Repeated(levels, 1 << kValueBits)},
-                      blocks, bytes);
+template <template <int> class Format, typename... Given>
+std::unique_ptr<const std::conditional_t<std::is_base_of_v<Keys, Format<2>>, Keys, Values>> OfBits(int64_t bits,
+                                                                                                 Given... given) {
+  if (bits == 2) return std::make_unique<Format<2>>(given...);
+  if (bits == 3) return std::make_unique<Format<3>>(given...);
+  return std::make_unique<Format<4>>(given...);
 }
 
 ffi::Error FewBits(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::BufferR2<ffi::PRED> allowed,
@@ -219,15 +204,12 @@ ffi::Error FewBits(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::Buf
       !Is(value_scale.dimensions(), {given.batch(), given.heads(), blocks, 64}) || !Is(scales.dimensions(), {256}) ||
       bits < 2 || bits > 4 || !Is(levels.dimensions(), {int64_t{1} << bits}) || key_bits < 2 || key_bits > 4)
     return Wrong(kShapes);
-  using Run = ffi::Error (*)(ffi::ThreadPool&, const Given&, const uint8_t*, const uint8_t*, const BFloat16*,
-                             const uint8_t*, const BFloat16*, const float*, const float*, int64_t, int64_t);
-  constexpr Run runs[3][3] = {{FewOf<2, 2>, FewOf<2, 3>, FewOf<2, 4>},
-                              {FewOf<3, 2>, FewOf<3, 3>, FewOf<3, 4>},
-                              {FewOf<4, 2>, FewOf<4, 3>, FewOf<4, 4>}};
-  return runs[key_bits - 2][bits - 2](
-      pool, given, keys.typed_data(), key_scale.typed_data(), reinterpret_cast<const BFloat16*>(key_low.typed_data()),
-      values.typed_data(), reinterpret_cast<const BFloat16*>(value_scale.typed_data()), scales.typed_data(),
-      levels.typed_data(), blocks, keys.size_bytes() + values.size_bytes());
+  auto floats = [](const auto& buffer) { return reinterpret_cast<const BFloat16*>(buffer.typed_data()); };
+  auto read_keys = OfBits<FewKeys>(key_bits, keys.typed_data(), key_scale.typed_data(), floats(key_low),
+                                   scales.typed_data(), given.rank());
+  auto read_values =
+      OfBits<FewValues>(bits, values.typed_data(), floats(value_scale), levels.typed_data(), given.value_rank());
+  return given.Attend(pool, *read_keys, *read_values, 64, blocks, keys.size_bytes() + values.size_bytes());
 }
 
 ffi::Error Int4(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::BufferR2<ffi::PRED> allowed,
@@ -251,7 +233,7 @@ ffi::Error Int4(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::Buffer
     return Wrong(kShapes);
   auto floats = [](const auto& buffer) { return reinterpret_cast<const BFloat16*>(buffer.typed_data()); };
   return given.Attend(pool, Int4Keys{keys.typed_data(), floats(key_scale), floats(key_low), rank},
-                      Int4Values{values.typed_data(), floats(value_scale), floats(value_low), value_rank}, blocks,
+                      Int4Values{values.typed_data(), floats(value_scale), floats(value_low), value_rank}, 32, blocks,
                       keys.size_bytes() + values.size_bytes());
 }
 

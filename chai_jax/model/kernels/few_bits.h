@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "vectors.h"
@@ -17,11 +18,42 @@ namespace {
 constexpr int kTogether = 3;  // queries that are computed at once: their sums stay in registers
 constexpr int kAhead = 2048;  // bytes
 
-// At once, in bytes and floats, for as many queries as come together.
+// Room for what is made of a block.
 struct Scratch {
   std::vector<float> floats;
   std::vector<uint8_t> bytes;
+
+  void Reserve(size_t some_floats, size_t some_bytes) {
+    if (floats.size() < some_floats) floats.resize(some_floats);
+    if (bytes.size() < some_bytes + kLanes) bytes.resize(some_bytes + kLanes);
+  }
 };
+
+// How keys and values of a block are read, for one to `kTogether` queries at once. One class for all formats, so that
+// what they have in common is compiled once.
+class Keys {
+ public:
+  virtual ~Keys() = default;
+  // scores[q][s] = <query[q], the key in column s of block `at`>, rows `stride` apart.
+  virtual void Score(int64_t queries, const float* query, int64_t at, float* scores, int64_t stride,
+                     Scratch& scratch) const = 0;
+};
+class Values {
+ public:
+  virtual ~Values() = default;
+  // sums[q][r] += sum over the columns s of block `at` of weights[q][s] * values[s][r].
+  virtual void Mix(int64_t queries, const float* weights, int64_t stride, int64_t at, float* sums,
+                   Scratch& scratch) const = 0;
+};
+
+// `run` with the number of queries as a constant.
+template <typename Run>
+void Constant(int64_t queries, const Run& run) {
+  if (queries == 1) run(std::integral_constant<int, 1>());
+  else if (queries == 2) run(std::integral_constant<int, 2>());
+  else run(std::integral_constant<int, 3>());
+  static_assert(kTogether == 3);
+}
 
 inline Table Repeated(const float* levels, int count) {
   Table table;
@@ -57,21 +89,28 @@ struct Quarters {
 
 // Keys with a scale for each channel, in blocks of 64: planes [heads, N, bits, R, 8].
 template <int kBits>
-struct FewKeys {
+class FewKeys : public Keys {
+ public:
   static constexpr int64_t kBlock = 64, kBytes = kBlock / 8;  // of a channel in a plane
   static constexpr int kWide = kLanes > kBytes ? kLanes : kBytes, kParts = kWide / kLanes;  // bytes at once
-  const uint8_t *planes, *scale;  // [heads, N, R]
-  const BFloat16* low;  // likewise
-  const float* scales;  // what a scale's byte stands for
-  int64_t rank;
-  Table table = Counting(1 << kBits);
 
-  void Reserve(Scratch& scratch) const {
-    scratch.floats.resize(kTogether * kBytes * (rank + 1));
-    scratch.bytes.resize(kBytes * rank + kLanes);
+  // scale and low [heads, N, R]; scales: what a scale's byte stands for.
+  FewKeys(const uint8_t* planes, const uint8_t* scale, const BFloat16* low, const float* scales, int64_t rank)
+      : planes(planes), scale(scale), low(low), scales(scales), rank(rank), table(Counting(1 << kBits)) {}
+
+  void Score(int64_t queries, const float* query, int64_t at, float* scores, int64_t stride,
+             Scratch& scratch) const override {
+    scratch.Reserve(kTogether * kBytes * (rank + 1), kBytes * rank);
+    Constant(queries, [&](auto count) { Score<count>(query, at, scores, stride, scratch); });
   }
 
-  // scores[q][0..63] = <query[q], the keys of block `at`>, rows `stride` apart.
+ private:
+  const uint8_t *planes, *scale;
+  const BFloat16* low;
+  const float* scales;
+  int64_t rank;
+  Table table;
+
   template <int kQueries>
   void Score(const float* query, int64_t at, float* scores, int64_t stride, Scratch& scratch) const {
     const int64_t size = kBytes * rank;
@@ -79,16 +118,16 @@ struct FewKeys {
     Prefetch(block, kBits * size);
     const Quarters<kBits> quarters(block, size, scratch.bytes.data());
     float* asked = scratch.floats.data();
-    float lowest[kQueries] = {};
+    float lowest[kQueries];
     for (int64_t channel = 0; channel < rank; ++channel) {
-      const float step = scales[scale[at * rank + channel]], least = ToFloat(low[at * rank + channel]);
-      for (int row = 0; row < kQueries; ++row) {
-        const float entry = query[row * rank + channel];
-        lowest[row] += entry * least;
-        std::fill_n(asked + row * (size + kBytes) + channel * kBytes, kBytes, entry * step);
-      }
+      const float step = scales[scale[at * rank + channel]];
+      for (int row = 0; row < kQueries; ++row)
+        std::fill_n(asked + row * (size + kBytes) + channel * kBytes, kBytes, query[row * rank + channel] * step);
     }
-    for (int row = 0; row < kQueries; ++row) std::fill_n(asked + row * (size + kBytes) + size, kBytes, 0.0f);
+    for (int row = 0; row < kQueries; ++row) {
+      lowest[row] = Product(query + row * rank, low + at * rank, rank);
+      std::fill_n(asked + row * (size + kBytes) + size, kBytes, 0.0f);
+    }
 
     Vec sums[kQueries][4][2][kParts] = {};
     auto add = [&](int64_t from, auto load) {
@@ -124,20 +163,28 @@ struct FewKeys {
 
 // Values with a scale for each column, in blocks of 64: planes [heads, N, bits, 8, R rounded up to eights].
 template <int kBits>
-struct FewValues {
+class FewValues : public Values {
+ public:
   static constexpr int64_t kBlock = 64, kRows = kBlock / 8;
+
+  // scale [heads, N, 64]; levels: what numbers stand for.
+  FewValues(const uint8_t* planes, const BFloat16* scale, const float* levels, int64_t rank)
+      : planes(planes), scale(scale), rank(rank), table(Repeated(levels, 1 << kBits)) {}
+
+  void Mix(int64_t queries, const float* weights, int64_t stride, int64_t at, float* sums,
+           Scratch& scratch) const override {
+    scratch.Reserve(kTogether * kBlock, kRows * Wide());
+    Constant(queries, [&](auto count) { Mix<count>(weights, stride, at, sums, scratch); });
+  }
+
+ private:
   const uint8_t* planes;
-  const BFloat16* scale;  // [heads, N, 64]
+  const BFloat16* scale;
   int64_t rank;
   Table table;
 
   int64_t Wide() const { return (rank + 7) / 8 * 8; }
-  void Reserve(Scratch& scratch) const {
-    scratch.floats.resize(kTogether * (kBlock + Wide() + kLanes));
-    scratch.bytes.resize(kRows * Wide() + kLanes);
-  }
 
-  // sums[q][r] += sum over the columns s of block `at` of weights[q][s] * values[s][r].
   template <int kQueries>
   void Mix(const float* weights, int64_t stride, int64_t at, float* sums, Scratch& scratch) const {
     const int64_t wide = Wide(), size = kRows * wide;
@@ -153,11 +200,10 @@ struct FewValues {
     for (; first < rank; first += kLanes) Channels<kQueries, 1>(quarters, first, rank, scaled, sums);
   }
 
-  // kVectors vectors of channels, of which the last may be cut off.
+  // kVectors vectors of channels; one alone may be cut off.
   template <int kQueries, int kVectors>
   void Channels(const Quarters<kBits>& quarters, int64_t first, int64_t end, const float* scaled, float* sums) const {
     const int64_t wide = Wide(), room = wide - first;
-    const bool whole = room >= kVectors * kLanes;
     Vec mixed[kQueries][kVectors] = {};
     auto mix = [&](auto load) {
       for (int64_t line = 0; line < kRows; ++line)
@@ -176,12 +222,15 @@ struct FewValues {
             }
           }
     };
-    if (whole) mix([](const uint8_t* place) { return LoadBytes(place); });
-    else mix([&](const uint8_t* place) { return LoadBytes(place, room); });
+    if (kVectors > 1 || room >= kLanes) mix([](const uint8_t* place) { return LoadBytes(place); });
+    else if constexpr (kVectors == 1) mix([&](const uint8_t* place) { return LoadBytes(place, room); });
     for (int row = 0; row < kQueries; ++row)
-      for (int vector = 0; vector < kVectors; ++vector)
-        for (int64_t lane = 0, channel = first + vector * kLanes; lane < kLanes && channel < end; ++lane, ++channel)
-          sums[row * end + channel] += mixed[row][vector][lane];
+      for (int vector = 0; vector < kVectors; ++vector) {
+        float found[kLanes], *into = sums + row * end + first + vector * kLanes;
+        Store(found, mixed[row][vector]);
+        const int64_t count = std::min<int64_t>(kLanes, end - first - vector * kLanes);
+        for (int64_t lane = 0; lane < count; ++lane) into[lane] += found[lane];
+      }
   }
 };
 

@@ -70,6 +70,17 @@ inline float Sum(Floats<2 * sizeof...(kLane)> x, std::integer_sequence<int, kLan
 }
 inline float Sum(Vec x) { return Sum(x, std::make_integer_sequence<int, kLanes / 2>{}); }
 
+// Of rows of different types.
+template <typename One, typename Two>
+inline float Product(const One* one, const Two* two, int64_t count) {
+  Vec sums = {};
+  int64_t at = 0;
+  for (; at + kLanes <= count; at += kLanes) sums += Load(one + at) * Load(two + at);
+  float total = Sum(sums);
+  for (; at < count; ++at) total += ToFloat(one[at]) * ToFloat(two[at]);
+  return total;
+}
+
 // Bytes, each in a word of its own: those of a whole vector, or `count` of them and zeros.
 using Words = Lanes<uint32_t>;
 inline Words LoadBytes(const uint8_t* from) {
