@@ -67,7 +67,8 @@ Change = Callable[[Any, Array], Any]
 def _in_loop(when: Array, change: Change, x: Any, start: Array) -> Any:
     """`change(x, start)` where `when` says so, else x.
 
-    The column is the loop's counter: what a change computes from it, XLA cannot compute before the loop, for nothing.
+    The column is the loop's counter: what a change computes from it alone, XLA cannot compute before the loop, at every
+    token and for nothing.
     """
     first = jnp.where(when, start, start + 1)
     return jax.lax.while_loop(lambda c: c[0] <= start, lambda c: (c[0] + 1, change(c[1], c[0])), (first, x))[1]
@@ -93,8 +94,9 @@ def _append_row(past: BlockStore, x: Array, start: Array, real: Array, *, loops:
 
     def stored(at: Array) -> Any:
         """The block of column `at`."""
+        window, at = jax.lax.optimization_barrier((recent, at))  # so that the window too is of the loop
         held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, block), at // block * block, block, axis=1)
-        return quantized_as(fill(recent, held, block).astype(jnp.float32), past.blocks)
+        return quantized_as(fill(window, held, block).astype(jnp.float32), past.blocks)
 
     def write(old: Any, new: Any, at: Array) -> Any:
         return jax.tree.map(lambda each, part: put(each, part, at // block), old, new)

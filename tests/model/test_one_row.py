@@ -168,14 +168,14 @@ def test_a_block_is_quantized_in_a_loop_that_seldom_turns(native: Execution) -> 
     spec = Spec.dense(1, 4, 8, "k4v4")
     _, program, _ = completed(spec, native, 50)
     bodies = program.as_text().split("\n\n")
-    steps = [body for body in bodies if "chai_jax_attention_few_bits" in body]
+    steps = [body for body in bodies if 'custom_call_target="chai_jax_attention_few_bits"' in body]
     assert steps
     whole = "f32[2,4,1,64,8]"  # a block in float32, as it is quantized
     assert any(f"= {whole}" in body for body in bodies)
     assert not any(f"= {whole}" in body for body in steps)
 
 
-Shape = tuple[int, ...]
+REFUSED = (ValueError, jax.errors.JaxRuntimeError)
 
 
 @pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
@@ -201,8 +201,8 @@ def test_what_does_not_fit_is_refused(storage: str, monkeypatch: pytest.MonkeyPa
         for axis, size in enumerate(array.shape):
             shape = (*array.shape[:axis], size + 64, *array.shape[axis + 1 :])
             wrong = [*arrays[:number], jnp.zeros(shape, array.dtype), *arrays[number + 1 :]]
-            with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT"):
+            with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
                 np.asarray(run(*wrong))
     for start in (-1, 130):
-        with pytest.raises(jax.errors.JaxRuntimeError, match="a start within the columns"):
+        with pytest.raises(REFUSED, match="a start within the columns"):
             np.asarray(run(*arrays[:3], jnp.int32(start), *arrays[4:]))
