@@ -143,19 +143,20 @@ def attend_one(
 ) -> Float[Array, "B heads 1 Rv"]:
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
-    Keys and values are plain or int8 arrays. It is `attend` where there is no kernel: on GPUs for what
-    `decode_gpu.takes` refuses, and on devices that the `kernels` are not for.
+    Keys and values are plain or int8 arrays, or stores of blocks. It is `attend` where there is no kernel: on GPUs for
+    what `decode_gpu.takes` refuses, on GPUs and TPUs for blocks, and on devices that the `kernels` are not for.
 
     Args:
         kernels: "native" or "pallas". The caller has seen that the devices can have them, one and not too old
             (`chai_jax.model.kernels.check`), which cannot be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
-    accelerators = ["tpu", *(["cuda"] if not isinstance(keys, OneRow) and decode_gpu.takes(query, keys, values, value_heads) else [])]
-    if isinstance(keys, OneRow):
-        accelerators = []
-    on_cpu = ["cpu"] if decode_cpu.takes(keys, values) else []
-    platforms = on_cpu if kernels == "native" else accelerators
+    if kernels == "native":
+        platforms = ["cpu"] if decode_cpu.takes(keys, values) else []
+    elif isinstance(keys, OneRow) or isinstance(values, OneRow):
+        platforms = []  # accelerators have no kernel for blocks
+    else:
+        platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)

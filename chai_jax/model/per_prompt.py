@@ -31,7 +31,10 @@ from chai_jax.plans.spec import LayerSpec
 
 
 def mix_assigned(
-    probabilities: Float[Array, "B C T S"], values: Leaf | Windowed | OneRow, cluster_of: Int32[Array, "B H"], dtype: DTypeLike
+    probabilities: Float[Array, "B C T S"],
+    values: Leaf | Windowed | OneRow,
+    cluster_of: Int32[Array, "B H"],
+    dtype: DTypeLike,
 ) -> Float[Array, "B H T R"]:
     """Weighted sums of the values [B, H, S, R], each head's under its cluster's attention.
 

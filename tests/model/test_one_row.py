@@ -180,7 +180,7 @@ REFUSED = (ValueError, jax.errors.JaxRuntimeError)
 
 @pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
 @pytest.mark.usefixtures("native")
-@pytest.mark.parametrize("storage", ["k4v3", "int4"])
+@pytest.mark.parametrize("storage", ["k4v3", *slow(("int4",))])
 def test_what_does_not_fit_is_refused(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every array with a size that is another than the rest asks for, before anything is read."""
     real = hidden(130, 100, (), range(3))

@@ -40,7 +40,7 @@ def attend_on_cpu(
 
     Keys and values are of one type: float32, bfloat16, int8, or of blocks."""
     query = query.astype(jnp.float32)
-    if isinstance(keys, OneRow):
+    if isinstance(keys, OneRow) and isinstance(values, OneRow):
         return _over_blocks(query, keys, values, allowed, value_heads)
     (stored_keys, key_scale), (stored_values, value_scale) = map(stored_parts, (keys, values))
     batch, clusters, queries, _ = query.shape
