@@ -31,7 +31,8 @@ from lab.options import Common, Record, start
 from lab.publish import publish
 
 CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
-ALONE = ((4.0, "basis4"), (2.4, "basis4"), (2.4, "basis3"), (1.9, "basis3"), (2.4, "basis2"), (1.5, "basis2"))
+ALONE = ("int8", *(name for name in BLOCKS if name not in BASIS))
+IN_BASIS = ("basis4:4", "basis4:2.4", "basis3:2.4", "basis3:1.7", "basis2:2.4", "basis2:1.7")
 PREDICTED: Column = ("predicted KL", lambda row: "" if row["predicted"] is None else f"{row['predicted']:.4f}")
 
 
@@ -44,7 +45,9 @@ class FewBitsOptions(Common):
     windows: int = 64
     window: int = 512
     """Tokens of a window."""
-    budgets: str = "0.27,0.23,0.2,0.17"
+    alone: str = ",".join((*ALONE, *IN_BASIS))
+    """Formats by themselves, with commas; of a basis with the bits of a key's number, basis3:2.4."""
+    budgets: str = "0.5,0.31,0.27,0.23,0.2,0.17,0.15"
     """Of the planner: bytes of a token as fractions of the dense bfloat16 cache, with commas."""
     tokens: int = 2048
     """Of the calibration text, to measure on."""
@@ -52,15 +55,17 @@ class FewBitsOptions(Common):
 
 def candidates(model: Model, options: FewBitsOptions) -> Iterator[tuple[str, Model, float | None]]:
     """Caches by name, and the damage that the planner predicts."""
-    for storage in ("int8", *BLOCKS):
-        if storage not in BASIS:
+    alone = [each for each in options.alone.split(",") if each]
+    for storage in alone:
+        if ":" not in storage:
             yield storage, with_storage(model, storage), None
     assert options.calibration is not None
     cut = windows(model.tokenizer, read_text_file(options.calibration), PROBED)[:CALIBRATION]
     seen = probe(model, [window.tokens for window in cut], window=PROBED)
-    for bits, storage in ALONE:
-        yield f"{storage}, keys {bits:g} bits", quantize(model, basis_plan(model, seen, bits, storage), seen), None
-    formats = ("int8", "k4v4", *BASIS)
+    for storage, bits in (each.split(":") for each in alone if ":" in each):
+        plan = basis_plan(model, seen, float(bits), storage)
+        yield f"{storage}, keys {bits} bits", quantize(model, plan, seen), None
+    formats = ("bfloat16", "int8", *BASIS)
     for part in [float(part) for part in options.budgets.split(",") if part]:
         budget = Budget(part, shares=(), storages=formats, ranks=False, tokens=options.tokens)
         file = options.out / f"{Path(model.source).name}.costs.json"

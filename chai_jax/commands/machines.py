@@ -43,8 +43,8 @@ class AotCommand:
     """Without a plan: cluster every layer alike, and let the heads of a cluster share this."""
     clusters: Annotated[float, arg(metavar="FRACTION")] = 0.5
     """With --share: clusters of a layer, as a fraction of its key/value heads."""
-    storage: Literal["float32", "bfloat16", "int8"] = "bfloat16"
-    """Without a plan: cache format of all layers."""
+    storage: Annotated[str, arg(metavar="FORMAT")] = "bfloat16"
+    """Without a plan: cache format of all layers, such as int8 or k4v4."""
     weights: Literal["float16", "bfloat16", "float32"] = "float16"
     """Dtype of the weights as loaded; most published ones have two bytes an entry."""
     cache_teacher: bool = False

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 from chai_jax.compress.calibration import joined
 from chai_jax.compress.key_basis import KeyBasis, basis_params, find_basis
 from chai_jax.console import track
+from chai_jax.model.execution import Execution
 from chai_jax.model.layerwise import Text, embed_text, how_in_float32, through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
-from chai_jax.plans.spec import Channels
+from chai_jax.plans.spec import Channels, LayerSpec
 
 TOKENS = 4096  # of calibration text, at most
 
@@ -33,11 +35,11 @@ class BasisStream:
     @cached_property
     def basis(self) -> KeyBasis:
         """See `find_basis`; found when it is first asked for."""
-        return find_basis(*self._layer, self.x, self.mask)
+        return find_basis(*self._layer, x=self.x, mask=self.mask)
 
     def params(self, channels: Channels) -> Params:
         """What the layer's parameters hold as `basis`; see `basis_params`."""
-        return basis_params(*self._layer, self.basis, channels, self.x, self.mask)
+        return basis_params(*self._layer, basis=self.basis, channels=channels, x=self.x, mask=self.mask)
 
     def plan(self, bits: float, storage: str) -> LayerPlan:
         """The layer with its keys in a basis, so many bits a number with their scales; `storage` is one of `BASIS`."""
@@ -45,7 +47,7 @@ class BasisStream:
         return LayerPlan(clusters, channels=self.basis.channels(bits))
 
     @property
-    def _layer(self) -> tuple:  # type: ignore[type-arg]
+    def _layer(self) -> tuple[Architecture, LayerSpec, Execution, Params]:
         index = self.index
         layer, params = self.model.spec.layers[index], self.model.params["layers"][str(index)]
         return self.model.config, layer, how_in_float32(self.model), params

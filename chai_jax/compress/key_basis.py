@@ -1,17 +1,17 @@
 """The basis in which a layer's keys are cached, and what its coordinates foretell of the values.
 
-A key that is wrong by e_s moves the score that a query q_t reads at a distance by q_t' R_(s-t) e_s, R being the rotation
-to positions, and with it the layer's output by a_ts (v_s - o_t) W times that: a_ts is the attention, o_t what it mixed,
-W the output projection. If errors of tokens are independent, the output's squared error is, to second order, the sum
-over tokens of e_s' M e_s, with
+A key that is wrong by e_s moves the score of a query q_t by q_t' R_(s-t) e_s, R being the rotation to positions, and
+with it the layer's output by a_ts (v_s - o_t) W times that: a_ts is the attention, o_t what it mixed, W the output
+projection. If errors of tokens are independent, the output's squared error is, to second order, the sum over tokens of
+e_s' M e_s, with
 
     M = mean over s of sum over t of  a_ts^2 |(v_s - o_t) W|^2 (R_(s-t)' q_t) (R_(s-t)' q_t)'
 
 of each key head, over all queries that read it. This weighs a token by the attention that it gets, and a direction by
-what is asked of it. The first tokens and pairs within a block are left out: what they read is stored whole. Of all bases
-the eigenvectors of M^(1/2) C M^(1/2), C being the keys' covariance, leave the least error for so many bits (Goyal 2001,
-Theoretical foundations of transform coding): in the coordinates c = (k - mean) M^(1/2) V all errors weigh alike, and
-bits go where they take away most (reverse water-filling, by measured error).
+what is asked of it. The first tokens and pairs within a block are left out: what they read is stored whole. Of all
+bases the eigenvectors V of M^(1/2) C M^(1/2), C being the keys' covariance, leave the least error for so many bits
+(Goyal 2001, Theoretical foundations of transform coding): in the coordinates c = (k - mean) M^(1/2) V all errors weigh
+alike, and bits go where they take away most (reverse water-filling, by measured error).
 """
 
 import dataclasses

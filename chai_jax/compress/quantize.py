@@ -126,8 +126,8 @@ def with_storage(model: Model, storage: str) -> Model:
         raise InputError(f"storage {storage!r} is unknown; expected one of {', '.join(STORAGES)}")
     if storage in BASIS:
         raise InputError(
-            f"storage {storage!r} keeps keys in a basis that is fitted to text: make a plan with chai-jax plan --storages "
-            f"{storage} --kv-budget 0.2, or use {', '.join(name for name in STORAGES if name not in BASIS)}"
+            f"storage {storage!r} keeps keys in a basis that is fitted to text: make a plan with chai-jax plan "
+            f"--storages {storage} --kv-budget 0.2, or use {', '.join(name for name in STORAGES if name not in BASIS)}"
         )
     layers = {
         index: {name: leaf for name, leaf in layer.items() if name != "basis"}

@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.block_store import Windowed
-from chai_jax.model.kernels import decode_gpu, prefill_gpu, prefill_tpu
+from chai_jax.model.kernels import decode_cpu, decode_gpu, prefill_gpu, prefill_tpu
 from chai_jax.model.kernels.decode import decode_attention
+from chai_jax.model.one_row import OneRow
 from chai_jax.model.products import product
 from chai_jax.model.quantized import Leaf, QuantizedArray, dequantize
 from chai_jax.model.wide_heads import apart, side_by_side
@@ -24,12 +25,14 @@ ROWS = 512  # of a long sequence whose attention is computed at once
 
 
 def scores_of(
-    query: Float[Array, "B C q T R"], keys: Leaf | Windowed, allowed: Bool[Array, "B T S"], scale: float
+    query: Float[Array, "B C q T R"], keys: Leaf | Windowed | OneRow, allowed: Bool[Array, "B T S"], scale: float
 ) -> Float[Array, "B C q T S"]:
     """Scaled pre-softmax scores in float32; pairs that are not allowed hold the lowest finite float32.
 
     An int8 key's scale multiplies its score, so that the stored array goes into the dot as it is.
     """
+    if isinstance(keys, OneRow):
+        keys = keys.expanded(query.dtype)
     if isinstance(keys, Windowed):
         old, recent = (scores_of(query, part, allowed, scale) for part in (keys.old, keys.recent))
         return jnp.where(keys.fresh, recent, old)
@@ -44,7 +47,7 @@ def scores_of(
 
 
 def mix_values(
-    probabilities: Float[Array, "B C q T S"], values: Leaf | Windowed, value_heads: int, dtype: DTypeLike
+    probabilities: Float[Array, "B C q T S"], values: Leaf | Windowed | OneRow, value_heads: int, dtype: DTypeLike
 ) -> Float[Array, "B heads T R"]:
     """Weighted sums of the values [B, C * v, S, R] under each cluster's attention: C * v * q heads, of each cluster
     its values, of each value its queries.
@@ -52,6 +55,8 @@ def mix_values(
     With one query row (decoding) every value head gets a copy of its cluster's probabilities, which an int8 value's
     scale multiplies. With many rows the values are read back instead, and a cluster's value heads are one wide value.
     """
+    if isinstance(values, OneRow):
+        values = values.expanded(dtype)
     if isinstance(values, Windowed):
         recent = jnp.where(values.fresh, probabilities, 0.0)
         old = mix_values(probabilities - recent, values.old, value_heads, dtype)
@@ -81,8 +86,8 @@ def _multiplied(stored: Leaf, dtype: DTypeLike) -> Array:
 
 def attend(
     query: Float[Array, "B C q T R"],
-    keys: Leaf | Windowed,
-    values: Leaf | Windowed,
+    keys: Leaf | Windowed | OneRow,
+    values: Leaf | Windowed | OneRow,
     allowed: Bool[Array, "B T S"],
     scale: float,
     value_heads: int,
@@ -129,8 +134,8 @@ def attend_in_order(
 
 def attend_one(
     query: Float[Array, "B C q 1 R"],
-    keys: Leaf,
-    values: Leaf,
+    keys: Leaf | OneRow,
+    values: Leaf | OneRow,
     allowed: Bool[Array, "B 1 S"],
     scale: float,
     value_heads: int,
@@ -138,16 +143,20 @@ def attend_one(
 ) -> Float[Array, "B heads 1 Rv"]:
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
-    Keys and values are plain or int8 arrays. It is `attend` where there is no kernel: on GPUs for what
-    `decode_gpu.takes` refuses, and on devices that the `kernels` are not for.
+    Keys and values are plain or int8 arrays, or stores of blocks. It is `attend` where there is no kernel: on GPUs for
+    what `decode_gpu.takes` refuses, on GPUs and TPUs for blocks, and on devices that the `kernels` are not for.
 
     Args:
         kernels: "native" or "pallas". The caller has seen that the devices can have them, one and not too old
             (`chai_jax.model.kernels.check`), which cannot be seen from here.
     """
     rest: dict[str, Any] = {"scale": scale, "value_heads": value_heads}
-    accelerators = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
-    platforms = ["cpu"] if kernels == "native" else accelerators
+    if kernels == "native":
+        platforms = ["cpu"] if decode_cpu.takes(keys, values) else []
+    elif isinstance(keys, OneRow) or isinstance(values, OneRow):
+        platforms = []  # accelerators have no kernel for blocks
+    else:
+        platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}
     default = partial(_heads, attend, **rest)
     return jax.lax.platform_dependent(query, keys, values, allowed, default=default, **lowered)

@@ -1,8 +1,8 @@
 """Keys cached in a basis of their own, and values as what these keys do not foretell of them (formats `BASIS`).
 
-Keys vary in few directions, and queries ask for fewer, but a rotation mixes directions as positions go by. So a key k is
-stored before its rotation R_s, in coordinates c = (k - mean) into, of which each has as many bits as it is worth (none,
-mostly), and is R_s (mean + c back) when it is read (Chang et al. 2024, Palu, arXiv 2407.21118, store latent keys so).
+Keys vary in few directions, and queries ask for fewer, but a rotation mixes directions as positions go by. So a key k
+is stored before its rotation R_s, in coordinates c = (k - mean) into, of which each has as many bits as it is worth
+(many none), and is R_s (mean + c back) when it is read (Chang et al. 2024, Palu, arXiv 2407.21118, store latent keys).
 A value is close to a linear function of its token's key: what is stored of it is v - (offset + c values), by the c that
 will be read, so that the function does not add to the error (Shutova et al. 2025, AQUA-KV, arXiv 2501.19392, foretell
 values from keys). `chai_jax.compress.key_basis` finds all of these. The first tokens and the block in progress stay

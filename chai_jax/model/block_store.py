@@ -166,7 +166,7 @@ def append_blocks(
     complete = (numbers + 1) * block <= start + rows
     held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, touched * block), base, touched * block, axis=1)
     encoded = codec.encode(window, first)
-    new = codec.quantize(_fill(encoded, held, block).astype(jnp.float32), past.blocks)
+    new = codec.quantize(fill(encoded, held, block).astype(jnp.float32), past.blocks)
     place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
     blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
     last = (start + rows - 1) // block * block - base
@@ -175,7 +175,7 @@ def append_blocks(
     read = codec.decode(read_blocks(blocks)).astype(x.dtype)
     old = pad(read.reshape(*x.shape[:2], -1, x.shape[3]), 2, touched * block)
     if sinks is not None:
-        old = _with_sinks(old, sinks, number)
+        old = with_sinks(old, sinks, number)
     recent = jax.lax.dynamic_update_slice_in_dim(old, window.astype(x.dtype), base, axis=2)
     own = (start + jnp.arange(rows, dtype=jnp.int32)) // block
     fresh = own[:, None] == jnp.arange(columns, dtype=jnp.int32) // block
@@ -190,7 +190,7 @@ def _window(recent: Array, x: Array, used: Array, width: int) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(window, x.astype(jnp.bfloat16), used, axis=2)
 
 
-def _fill(window: Array, real: Array, block: int) -> Array:
+def fill(window: Array, real: Array, block: int) -> Array:
     """The window as blocks [B, heads, N, M, R], masked columns replaced by the largest real entry of the block."""
     blocks = window.reshape(*window.shape[:2], -1, block, window.shape[3])
     mask = real.reshape(real.shape[0], 1, -1, block, 1)
@@ -210,7 +210,7 @@ def _first_tokens(sinks: Array, x: Array, start: Array, number: Int32[Array, "B 
     return jnp.where(hits.any(axis=2)[:, None, :, None], chosen, sinks)
 
 
-def _with_sinks(old: Array, sinks: Array, number: Int32[Array, "B S"]) -> Array:
+def with_sinks(old: Array, sinks: Array, number: Int32[Array, "B S"]) -> Array:
     """`old` [B, heads, >= S, R] with the sinks in their columns."""
     hits = number[:, None] == jnp.arange(sinks.shape[2], dtype=jnp.int32)[:, None]  # [B, sinks, S]
     column = jnp.where(hits.any(axis=2), jnp.argmax(hits, axis=2), old.shape[2])  # none: dropped

@@ -28,6 +28,7 @@ from chai_jax.model.block_store import (
 )
 from chai_jax.model.kernels import LANES
 from chai_jax.model.membership import calibrated
+from chai_jax.model.one_row import OneRow, append_row
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
 from chai_jax.model.sharding import Layout
@@ -145,7 +146,7 @@ def remember(
     """
     if storage in BLOCKS:
         format, stores = BLOCKS[storage].of(channels), (None, None) if past is None else (past.keys, past.values)
-        codec = AS_IS if basis is None else KeyCodec(basis)
+        codec: Codec = AS_IS if basis is None else KeyCodec(basis)
         keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec)
         codec = AS_IS if basis is None else ValueCodec(basis, read_blocks(keys.blocks))
         values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec)
@@ -164,8 +165,11 @@ def _remember_blocks(
     if past is None:
         stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, codec)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
-    stored, read = append_blocks(past, x, start, real, codec)
-    return stored, read.recent if rows == 1 else read  # one row has one block of its own
+    if rows == 1:
+        stored = append_row(past, x, start, real, codec)
+        row = OneRow(stored, start, real)
+        return stored, row if codec is AS_IS else row.expanded(x.dtype, codec)  # kernels know no bases
+    return append_blocks(past, x, start, real, codec)
 
 
 def tokens_minor(x: Array, layout: Layout | None = None) -> Array:

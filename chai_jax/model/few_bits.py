@@ -31,14 +31,14 @@ SCALES = np.exp2((np.arange(256) - 160) / 12).astype(np.float32)
 @partial(jax.tree_util.register_dataclass, data_fields=["planes", "scale", "low"], meta_fields=["side", "size"])
 @dataclasses.dataclass(frozen=True)
 class FewBits:
-    """Blocks [..., M, R] of M columns and R channels, bit by bit: eight neighbours along `side.along` share a byte."""
+    """Blocks [..., M, R] of M columns and R channels, in as many planes as bits; `_pack` says how."""
 
     # Any, because tree operations put other things (shapes, shardings) in their places.
-    planes: Any  # uint8 [..., bits, M / 8, R], or [..., bits, M, R / 8 rounded up]
+    planes: Any  # uint8, by channel [..., bits, R, M / 8]; by token [..., bits, M / 8, R rounded up to eights]
     scale: Any  # by channel uint8 [..., R], which `SCALES` explains; by token bfloat16 [..., M]
     low: Any  # by channel bfloat16 [..., R], the lowest value; by token None
     side: Side
-    size: int  # M or R, whichever is packed
+    size: int  # M by channel, R by token
 
     @property
     def nbytes(self) -> int:
@@ -81,62 +81,72 @@ def _by_token(x: Array, side: Side) -> FewBits:
     squares, min_s |x - s levels|^2."""
     deviation = jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True))
     unit = x / jnp.where(deviation > 0, deviation, 1.0)
-    levels = np.asarray(_all_levels(side.bits), np.float32)
+    levels = np.asarray(all_levels(side.bits), np.float32)
     borders = jnp.asarray((levels[1:] + levels[:-1]) / 2)
     numbers = jnp.sum(unit[..., None] > borders, axis=-1, dtype=jnp.uint8)
-    nearest = _levels([numbers >> bit & 1 for bit in range(side.bits)], side.bits)
+    nearest = _levels(numbers, side.bits)
     scale = (jnp.sum(x * nearest, axis=-1) / jnp.sum(nearest**2, axis=-1)).astype(jnp.bfloat16)
     return FewBits(_pack(numbers, side), scale, None, side, x.shape[-1])
 
 
 def read_few(x: FewBits) -> Float[Array, "*blocks M R"]:
     """The blocks that were quantized, in float32."""
-    bits = _unpack(x.planes, x.side, x.size)
+    numbers = _unpack(x.planes, x.side, x.size)
     if x.side.scales == "token":
-        return _levels(bits, x.side.bits) * x.scale.astype(jnp.float32)[..., None]
-    numbers = reduce(jnp.bitwise_or, (bit << at for at, bit in enumerate(bits)))
+        return _levels(numbers, x.side.bits) * x.scale.astype(jnp.float32)[..., None]
     scale = jnp.asarray(SCALES)[x.scale]
     return numbers.astype(jnp.float32) * scale[..., None, :] + x.low.astype(jnp.float32)[..., None, :]
 
 
-def _levels(bits: list[UInt8[Array, "..."]], count: int) -> Float[Array, "..."]:
+def _levels(numbers: UInt8[Array, "..."], bits: int) -> Float[Array, "..."]:
     """The level of each number: a tree of choices, bit by bit, which is faster than looking it up in a table."""
-    found: list[Any] = [np.float32(level) for level in _all_levels(count)]
-    for bit in bits:
-        chosen = bit.astype(bool)
+    found: list[Any] = [np.float32(level) for level in all_levels(bits)]
+    for bit in range(bits):
+        chosen = (numbers >> bit & 1).astype(bool)
         found = [jnp.where(chosen, *pair) for pair in zip(found[1::2], found[::2], strict=True)]
     return found[0]
 
 
 @cache
-def _all_levels(bits: int) -> tuple[float, ...]:
+def all_levels(bits: int) -> tuple[float, ...]:
     positive = NORMAL[bits]
     return (*(-level for level in reversed(positive)), *positive)
 
 
-def _pack(numbers: UInt8[Array, "*blocks M R"], side: Side) -> UInt8[Array, "*blocks bits M8 R8"]:
-    at = numbers.ndim + side.along
-    size = numbers.shape[at]
-    numbers = jnp.pad(numbers, [(0, -size % 8 if axis == at else 0) for axis in range(numbers.ndim)])
-    shape = numbers.shape
-    eights = numbers.reshape(*shape[:at], shape[at] // 8, 8, *shape[at + 1 :])
-    place = jnp.arange(8, dtype=jnp.uint8).reshape(8, *(1,) * (numbers.ndim - at - 1))
-    planes = [((eights >> bit & 1) << place).sum(axis=at + 1, dtype=jnp.uint8) for bit in range(side.bits)]
-    return jnp.stack(planes, axis=-3)
+def _pack(numbers: UInt8[Array, "*blocks M R"], side: Side) -> UInt8[Array, "*blocks bits _ _"]:
+    """Numbers as `FewBits` holds them, which is how kernels unpack them in the fewest instructions: every half byte is
+    an index into a table of sixteen levels, of three and two bits after a repetition, so that nothing is masked.
+
+    A quarter of the columns is a set of half bytes, those of its second half the upper ones. Four bits: the quarters
+    are the planes. Three: each bit of the last quarter lies above the others' three. Two: a plane is two quarters.
+    """
+    *blocks, columns, rank = numbers.shape
+    if side.scales == "token":
+        numbers = jnp.pad(numbers, [*[(0, 0)] * (numbers.ndim - 1), (0, -rank % 8)])
+    quarters = numbers.reshape(*blocks, 4, 2, columns // 8, numbers.shape[-1])
+    first, second, third, last = (quarters[..., quarter, :, :, :] for quarter in range(4))
+    halves = {
+        4: (first, second, third, last),
+        3: tuple(each | (last >> bit & 1) << 3 for bit, each in enumerate((first, second, third))),
+        2: (first | second << 2, third | last << 2),
+    }[side.bits]
+    planes = jnp.stack([each[..., 0, :, :] | each[..., 1, :, :] << 4 for each in halves], axis=-3)
+    return jnp.swapaxes(planes, -1, -2) if side.scales == "channel" else planes
 
 
-def _unpack(planes: UInt8[Array, "*blocks bits M8 R8"], side: Side, size: int) -> list[UInt8[Array, "*blocks M R"]]:
-    """The bits of each number, the lowest first."""
-    at = planes.ndim - 1 + side.along
-    place = jnp.arange(8, dtype=jnp.uint8).reshape(8, *(1,) * (planes.ndim - at - 2))
-
-    def plane(number: int) -> Array:
-        packed = planes[..., number, :, :]
-        bits = jnp.expand_dims(packed, at + 1) >> place & 1
-        bits = bits.reshape(*packed.shape[:at], 8 * packed.shape[at], *packed.shape[at + 1 :])
-        return jax.lax.slice_in_dim(bits, 0, size, axis=at)
-
-    return [plane(number) for number in range(side.bits)]
+def _unpack(planes: UInt8[Array, "*blocks bits _ _"], side: Side, size: int) -> UInt8[Array, "*blocks M R"]:
+    """The numbers that were packed."""
+    if side.scales == "channel":
+        planes = jnp.swapaxes(planes, -1, -2)
+    halves = [jnp.stack([planes[..., at, :, :] & 15, planes[..., at, :, :] >> 4], -3) for at in range(side.bits)]
+    if side.bits == 3:
+        last = reduce(jnp.bitwise_or, (half >> 3 << bit for bit, half in enumerate(halves)))
+        halves = [*(half & 7 for half in halves), last]
+    if side.bits == 2:
+        halves = [part for half in halves for part in (half & 3, half >> 2)]
+    quarters = jnp.stack(halves, axis=-4)
+    numbers = quarters.reshape(*planes.shape[:-3], 8 * planes.shape[-2], planes.shape[-1])
+    return numbers[..., :size] if side.scales == "token" else numbers
 
 
 def turned(x: Float[Array, "*rows R"], storage: str) -> Float[Array, "*rows R"]:

@@ -24,13 +24,17 @@ from chai_jax.model.block_store import Windowed
 from chai_jax.model.cache import GroupCache, remember
 from chai_jax.model.few_bits import turned
 from chai_jax.model.membership import Membership, calibrated, cluster_heads, features
+from chai_jax.model.one_row import OneRow
 from chai_jax.model.quantized import Leaf
 from chai_jax.model.sharding import Layout
 from chai_jax.plans.spec import LayerSpec
 
 
 def mix_assigned(
-    probabilities: Float[Array, "B C T S"], values: Leaf | Windowed, cluster_of: Int32[Array, "B H"], dtype: DTypeLike
+    probabilities: Float[Array, "B C T S"],
+    values: Leaf | Windowed | OneRow,
+    cluster_of: Int32[Array, "B H"],
+    dtype: DTypeLike,
 ) -> Float[Array, "B H T R"]:
     """Weighted sums of the values [B, H, S, R], each head's under its cluster's attention.
 
@@ -38,6 +42,8 @@ def mix_assigned(
     `mix_values` does. One query row is spread over the heads, where it costs nothing; of many rows, one head's matrix
     at a time is looked up (and looked up again for the gradient), so that [B, H, T, S] never exists.
     """
+    if isinstance(values, OneRow):
+        values = values.expanded(dtype)
     if isinstance(values, Windowed):
         recent = jnp.where(values.fresh, probabilities, 0.0)
         old = mix_assigned(probabilities - recent, values.old, cluster_of, dtype)

@@ -134,9 +134,10 @@ def attention(
         caches.append(new)
         queries = at_columns(queries, wanted, 3)
         keys, values = of_rows(keys, wanted), of_rows(values, wanted)
-        # What is read of blocks is made for this step, not stored: a kernel would save nothing.
-        if kernel is not None and group.storage not in BLOCKS:
-            heads.append(kernel(queries, keys, values, readable, scale, group.values))
+        # What several rows read of blocks is made for this step, not stored: a kernel would save nothing.
+        if kernel is not None and (decoding or group.storage not in BLOCKS):
+            out = kernel(queries, keys, values, readable, scale, group.values)
+            heads.append(turned(out, group.storage))
             continue
         by_xla = attend_in_order if in_order else attend
         out, score, probability = by_xla(queries, keys, values, readable, scale, group.values)
@@ -152,10 +153,11 @@ def attention(
 
 
 def rotated_keys(config: Architecture, keys: Any, positions: Int32[Array, "B S"]) -> Any:
-    """Keys that were stored before their rotation, [B, C, S, R] plain or in two precisions, turned to their columns'."""
+    """Keys that were stored before their rotation, [B, C, S, R] plain or in two precisions, rotated to these."""
     if config.rotary is None:
         return keys
-    turn = partial(rotate, positions=positions, frequencies=(by := turns(config.rotary, config.head_dim))[0], sizes=by[1])
+    frequencies, sizes = turns(config.rotary, config.head_dim)
+    turn = partial(rotate, positions=positions, frequencies=frequencies, sizes=sizes)
     return keys.each(turn) if isinstance(keys, Windowed) else turn(keys)
 
 

@@ -206,9 +206,10 @@ class Plan:
         storages = [one.storage for one in layer.clusters]
         if not fits_basis(layer.channels, storages, MOST_CHANNELS):
             raise InputError(
-                f"plan layer {index} has channels {brief(layer.channels)} with storage {' and '.join(sorted(set(storages)))}"
-                f"; expected (bits, channels) with bits from {CHANNEL_BITS[0]} to {CHANNEL_BITS[-1]} where all clusters "
-                "are stored in one format of a basis, and nowhere else: make the plan with chai-jax plan"
+                f"plan layer {index} has channels {brief(list(layer.channels))} with storage "
+                f"{' and '.join(sorted(set(storages)))}; expected (bits, channels) with bits from {CHANNEL_BITS[0]} to "
+                f"{CHANNEL_BITS[-1]} where all clusters are stored in one format of a basis, and nowhere else: make "
+                "the plan with chai-jax plan"
             )
         if layer.channels and (layer.merged or self.membership == "prompt" or len(set(storages)) > 1):
             raise InputError(

@@ -202,7 +202,7 @@ class Spec:
 
 
 def fits_basis(channels: Channels, storages: Sequence[str], rank: int) -> bool:
-    """Whether a layer's channels are those of its formats: some where all its keys of `rank` are in a basis, or none."""
+    """Whether a layer has channels where all its keys, of `rank` dimensions, are in a basis, and none elsewhere."""
     kept = sum(count for _, count in channels)
     known = all(bits in CHANNEL_BITS for bits, _ in channels)
     return known and 0 < kept <= rank and set(storages) <= set(BASIS) if channels else not set(storages) & set(BASIS)

@@ -32,12 +32,13 @@ FIRST = 4  # the token that every sequence goes on from
 
 @partial(jax.jit, static_argnames=("shape", "dtype"))
 def random_entries(shape: tuple[int, ...], dtype: Any, seed: int) -> Any:
-    """An array of a cache, [B, heads, S] or [B, heads, S, R]: random entries of one head, the same for all."""
+    """An array of a cache, [B, heads, S or blocks, ...]: random entries of one head, the same for all."""
     key = jax.random.key(seed)
     if jnp.issubdtype(dtype, jnp.integer):
-        row = jax.random.randint(key, shape[2:], -127, 128, dtype)
+        least, most = (-127, 128) if dtype == jnp.int8 else (0, 256)  # int8, or packed bits and scales of a byte
+        row = jax.random.randint(key, shape[2:], least, most, dtype)
     else:  # scales have no channels
-        row = jax.random.normal(key, shape[2:], dtype) if len(shape) == 4 else jnp.full(shape[2:], 0.02, dtype)
+        row = jax.random.normal(key, shape[2:], dtype) if len(shape) >= 4 else jnp.full(shape[2:], 0.02, dtype)
     return jnp.broadcast_to(row, shape)
 
 

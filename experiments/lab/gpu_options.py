@@ -6,6 +6,7 @@ from typing import Literal
 
 from chai_jax.errors import InputError
 from chai_jax.files.published import architecture_of
+from chai_jax.plans.formats import STORAGES
 from chai_jax.run.devices import require_backend
 from lab.options import command_line
 
@@ -36,8 +37,8 @@ class GpuOptions:
     """What the heads of a cluster share in the compressed model."""
     clusters: float = 0.5
     """Its clusters, as a fraction of the heads."""
-    storage: Literal["float32", "bfloat16", "int8"] = "int8"
-    """Its cache's format."""
+    storage: str = "int8"
+    """Its cache's format, such as int8 or k4v4."""
     rounds: int = 9
     """Rounds; medians with their 10th and 90th percentile are reported."""
     peer: bool = True
@@ -68,6 +69,8 @@ class GpuOptions:
                 require_backend("gpu")
             except InputError as error:
                 raise InputError(f"{str(error).partition('; ')[2]}, or give --anywhere") from None
+        if self.storage not in STORAGES:
+            raise InputError(f"--storage is {self.storage!r}; expected one of {', '.join(STORAGES)}")
         for name in ("batch", "start", "steps", "prompt_batch", "question", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")

@@ -1,5 +1,5 @@
-"""decode_cpu.cc and products_cpu.cc for this machine: compiled once by the C++ compiler that is there, kept, and known
-to XLA.
+"""decode_cpu.cc, decode_blocks.cc and products_cpu.cc for this machine: compiled once by the C++ compiler that is
+there, kept, and known to XLA.
 
 XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
 products are made for many rows (measured: docs/performance.md). Where no C++ compiler is found they are what computes.
@@ -25,14 +25,17 @@ import jax
 
 from chai_jax.inputs.reading import reason, shown
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode_cpu.cc", "products_cpu.cc")]
-HEADERS = [Path(__file__).with_name(name) for name in ("checks.h", "parallel.h", "vectors.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("decode_cpu.cc", "decode_blocks.cc", "products_cpu.cc")]
+HEADERS = [
+    Path(__file__).with_name(name)
+    for name in ("checks.h", "few_bits.h", "int4.h", "parallel.h", "softmax.h", "vectors.h")
+]
 COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math, which would change how the whole process rounds.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-Wall", "-Wextra")  # fmt: skip
-TARGETS = ("chai_jax_attention", "chai_jax_few_rows")
-SECONDS = 300  # that compiling may take: some fifteen of an idle core, and others may compute too
+TARGETS = ("chai_jax_attention", "chai_jax_attention_few_bits", "chai_jax_attention_int4", "chai_jax_few_rows")
+SECONDS = 300  # that compiling may take: some 25 of an idle core, and others may compute too
 
 
 def compiler() -> tuple[str, ...]:

@@ -1,0 +1,208 @@
+"""Decoding over caches of blocks as they are stored: the token's store, and the CPU's kernel against the plain path."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chai_jax.model import one_row
+from chai_jax.model.attention import attend, attend_one
+from chai_jax.model.block_store import append_blocks, empty_blocks
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import cpu, decode_cpu
+from chai_jax.model.one_row import OneRow, append_row
+from chai_jax.model.params import fold_projections, init
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.formats import BLOCKS
+from chai_jax.plans.spec import Group, LayerSpec, Spec
+from chai_jax.serve import decode as serve
+
+CONFIG = Architecture(64, 32, 2, 4, 64, 64, 160)
+Read = tuple[OneRow, OneRow]
+
+
+def hidden(columns: int, start: int, *rows: Any) -> jax.Array:
+    """Which columns hold tokens when `start` is written: all before it, but for those of each sequence's padding."""
+    real = np.zeros((len(rows), columns), bool)
+    for row, without in zip(real, rows, strict=True):
+        row[: start + 1] = True
+        row[list(without)] = False
+    return jnp.asarray(real)
+
+
+def stored(storage: str, heads: tuple[int, int], ranks: tuple[int, int], start: int, real: jax.Array) -> Read:
+    """Keys and values of all columns up to `start`, as its row reads them."""
+    format, random = BLOCKS[storage], np.random.default_rng(start)
+
+    def store(count: int, rank: int, side: Any) -> OneRow:
+        # A mean, so that a column that is left out does not average out.
+        x = jnp.asarray(1 + random.standard_normal((len(real), count, start + 1, rank)), jnp.float32)
+        empty = empty_blocks(len(real), count, real.shape[1], rank, format, side)
+        after, _ = jax.jit(append_blocks)(empty, x, jnp.int32(0), real)
+        return OneRow(after, jnp.int32(start), real)
+
+    keys, values = (store(*each) for each in zip(heads, ranks, (format.keys, format.values), strict=True))
+    return keys, values
+
+
+def slow(*values: object) -> list[object]:
+    return [pytest.param(*each, marks=pytest.mark.slow) for each in values]  # type: ignore[misc]
+
+
+# Heads of keys and values for each, queries, ranks, columns, the column that is written, padding of each sequence: on
+# the left, past a block, in between, of first tokens; none at all to read; less than a block; a block just begun and
+# just whole; columns behind the last block.
+USUAL = (2, 1, 1, (64, 64), 256, 200, [(), range(70), range(3, 9), range(201)])
+BORDERS = [
+    (1, 1, 1, (16, 16), 192, start, [(), range(start // 2), (0, 2, 63, 64, 65)]) for start in (20, 63, 64, 127, 128)
+]
+CASES = [
+    USUAL,
+    (1, 2, 5, (5, 35), 100, 90, [(), range(61), (0, 64)]),
+    *slow((2, 2, 3, (40, 24), 200, 191, [(), range(62), (0, 5, 64, 128)])),
+    *slow((1, 3, 4, (7, 8), 40, 20, [(), range(5)]), (1, 1, 2, (128, 80), 130, 129, [(), range(128)])),
+    *slow(*BORDERS),
+]
+
+
+@pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("storage", ["k4v4", "k3v2", "int4", *slow(*((name,) for name in BLOCKS))])
+@pytest.mark.parametrize(("clusters", "values", "queries", "ranks", "columns", "start", "padding"), CASES)
+def test_the_kernel_of_cpus_equals_attention_over_what_is_expanded(
+    storage: str, clusters: int, values: int, queries: int, ranks: Any, columns: int, start: int, padding: Any
+) -> None:
+    real = hidden(columns, start, *padding)
+    key, value = stored(storage, (clusters, clusters * values), ranks, start, real)
+    assert decode_cpu.takes(key, value)
+    query = jax.random.normal(jax.random.key(0), (len(real), clusters, queries, 1, ranks[0]))
+    rest: dict[str, Any] = {"scale": ranks[0] ** -0.5, "value_heads": values}
+    expected = jax.jit(partial(attend, **rest))(query, key, value, real[:, None])[0]
+    run = jax.jit(partial(attend_one, **rest, kernels="native"))
+    assert "chai_jax_attention_" in str(run.trace(query, key, value, real[:, None]).jaxpr)
+    found = run(query, key, value, real[:, None])
+    assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("storage", ["k4v3", "int4"])
+def test_a_window_hides_first_tokens_and_blocks_that_it_leaves_are_not_read(storage: str) -> None:
+    real = hidden(256, 200, (), range(20))
+    allowed = real[:, None] & (jnp.arange(256) > 140)
+    keys, values = stored(storage, (1, 1), (16, 16), 200, real)
+    query = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 16))
+    rest: dict[str, Any] = {"scale": 0.25, "value_heads": 1}
+    expected = jax.jit(partial(attend, **rest))(query, keys, values, allowed)[0]
+
+    def spoiled(x: OneRow) -> OneRow:
+        unread = 140 // x.store.recent.shape[2]
+        leaves = jax.tree.map(lambda leaf: leaf.at[:, :, :unread].set(77), x.store.blocks)
+        store = one_row.dataclasses.replace(x.store, blocks=leaves)
+        return one_row.dataclasses.replace(x, store=store)
+
+    run = jax.jit(partial(attend_one, **rest, kernels="native"))
+    found = run(query, keys, values, allowed)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
+    np.testing.assert_array_equal(run(query, spoiled(keys), spoiled(values), allowed), found)
+
+
+@pytest.mark.parametrize("loops", [True, False])
+@pytest.mark.parametrize(("storage", "side"), [("k3v3", "keys"), *slow(("k2v4", "values"), ("int4", "keys"))])
+def test_a_token_is_stored_as_several_are(storage: str, side: str, loops: bool) -> None:
+    """At every column of three blocks, the last one cut off; the first tokens come late, and one sequence has gaps."""
+    format, columns = BLOCKS[storage], 2 * BLOCKS[storage].block + 9
+    real = hidden(columns, columns - 1, (), range(format.block - 2), (0, 3, 5, format.block))
+    x = jax.random.normal(jax.random.key(0), (3, 2, columns, 5))
+    one = several = empty_blocks(3, 2, columns, 5, format, getattr(format, side))
+    append = jax.jit(append_blocks)
+    append_one = jax.jit(append_row if loops else partial(one_row._append_row, loops=False))
+    for start in range(columns):
+        given = x[:, :, start : start + 1], jnp.int32(start), real & (jnp.arange(columns) <= start)
+        several, read = append(several, *given)
+        one = append_one(one, *given)
+        for mine, expected in zip(*map(jax.tree.leaves, (one, several)), strict=True):
+            np.testing.assert_array_equal(mine, expected)
+        if start % 29 == 0 or start == columns - 1:
+            expanded = OneRow(one, *given[1:]).expanded(jnp.float32)
+            np.testing.assert_array_equal(expanded, read.recent)
+
+
+def completed(spec: Spec, how: Execution, until: int) -> tuple[np.ndarray, Any, Any]:
+    """Greedy tokens of two prompts, the program and the state that it uses up."""
+    params = fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3))
+    prompts = [np.random.default_rng(0).integers(4, 60, size).tolist() for size in (47, 30)]
+    tokens, mask = serve.pad_left(prompts, 1)
+    keys, rule = jax.random.split(jax.random.key(0), 2), (serve.Sampling.checked(), jnp.int32(serve.NEVER))
+    state = serve.prefill(CONFIG, spec, params, tokens, mask, keys, *rule, capacity=160, how=how)
+    shapes = jax.eval_shape(lambda x: x, state)
+    program = serve.decode.lower(CONFIG, spec, params, state, jnp.int32(until), *rule, how=how).compile()
+    return np.asarray(program(params, state, jnp.int32(until), *rule).tokens), program, shapes
+
+
+@pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
+@pytest.mark.parametrize("storage", ["k4v4", *slow(("int4",), ("k3v3",), ("k2v2",))])
+def test_decoding_over_blocks_makes_the_same_tokens_in_place(native: Execution, storage: str) -> None:
+    """Past two borders of blocks, with clusters of two values; the program holds no second cache, expanded or not."""
+    group = Group(clusters=2, queries=1, values=2, storage=storage)
+    spec = Spec((LayerSpec("qk", ((0, 1), (2, 3)), (group,), 8, 8),) * 2)
+    found, program, state = completed(spec, native, 140)
+    expected, plain, _ = completed(spec, native.replace(kernels="xla"), 140)
+    np.testing.assert_array_equal(found, expected)
+    assert len(np.unique(found[:, 48:140])) > 10
+    nbytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state.cache.layers))
+    assert program.memory_analysis().alias_size_in_bytes >= nbytes
+    expanded = "f32[2,2,160,8]", "f32[2,4,160,8]"
+    assert any(shape in plain.as_text() for shape in expanded)
+    assert not any(shape in program.as_text() for shape in expanded)
+
+
+@pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
+def test_a_block_is_quantized_in_a_loop_that_seldom_turns(native: Execution) -> None:
+    """XLA would compute it before the loop, at every token, if it did not depend on the loop's counter."""
+    spec = Spec.dense(1, 4, 8, "k4v4")
+    _, program, _ = completed(spec, native, 50)
+    bodies = program.as_text().split("\n\n")
+    steps = [body for body in bodies if 'custom_call_target="chai_jax_attention_few_bits"' in body]
+    assert steps
+    whole = "f32[2,4,1,64,8]"  # a block in float32, as it is quantized
+    assert any(f"= {whole}" in body for body in bodies)
+    assert not any(f"= {whole}" in body for body in steps)
+
+
+REFUSED = (ValueError, jax.errors.JaxRuntimeError)
+
+
+@pytest.mark.skipif(not cpu.compiler(), reason="no C++ compiler")
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("storage", ["k4v3", *slow(("int4",))])
+def test_what_does_not_fit_is_refused(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every array with a size that is another than the rest asks for, before anything is read."""
+    real = hidden(130, 100, (), range(3))
+    keys, values = stored(storage, (2, 2), (8, 8), 100, real)
+    given: list[Any] = []
+
+    def called(name: str, result: Any) -> Callable[..., Any]:
+        return lambda *arrays: given.append((name, result, arrays)) or jnp.zeros(result.shape, result.dtype)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(jax.ffi, "ffi_call", called)
+        decode_cpu.attend_on_cpu(jnp.zeros((2, 2, 1, 8)), keys, values, real, 1)
+    ((name, result, arrays),) = given
+    arrays = [jnp.asarray(x) for x in arrays]
+    run = jax.ffi.ffi_call(name, result)
+    assert np.isfinite(np.asarray(run(*arrays))).all()
+    for number, array in enumerate(arrays):
+        for axis, size in enumerate(array.shape):
+            shape = (*array.shape[:axis], size + 64, *array.shape[axis + 1 :])
+            wrong = [*arrays[:number], jnp.zeros(shape, array.dtype), *arrays[number + 1 :]]
+            with pytest.raises(REFUSED, match="INVALID_ARGUMENT"):
+                np.asarray(run(*wrong))
+    for start in (-1, 130):
+        with pytest.raises(REFUSED, match="a start within the columns"):
+            np.asarray(run(*arrays[:3], jnp.int32(start), *arrays[4:]))
