@@ -35,7 +35,6 @@ def joined(text: Text, tokens: int, longest: int) -> tuple[np.ndarray, np.ndarra
             f"{2 * block} of both, to measure formats of {block} tokens a block: calibrate on more text, or leave out "
             "formats of few bits"
         )
-    length = length // block * block
     count = len(line) // length
     windows = line[: count * length].reshape(count, length)
     return windows, np.ones(windows.shape, bool)

@@ -38,7 +38,7 @@ from chai_jax.plans.formats import BASIS, CHANNEL_BITS, Side
 from chai_jax.plans.spec import Channels, LayerSpec
 
 FORMAT = BASIS["basis3"]  # block and sinks, of which all have the same
-EVERY = 4  # of so many queries one is looked at
+EVERY = 8  # of so many queries one is looked at
 RIDGE = 1e-4  # of the mean of what is inverted, added to it
 
 
@@ -167,7 +167,7 @@ def _key_moments(
     """Sums over tokens of keys, of their squares, and of M."""
     seen, key, value, query = _seen(config, layer, how, params, x, mask)
     counted = jnp.where(_stored(mask)[:, None, :, None], key, 0.0)
-    query, weights = (x[..., ::EVERY, :] for x in (query, _damage_of_scores(seen, params, value, query.shape[2], mask)))
+    weights, query = _damage_of_scores(seen, params, value, query.shape[2], mask), query[:, :, :, ::EVERY]
     turn = _turns(config, x.shape[1])
 
     def asked(head: tuple[Array, Array]) -> Array:
@@ -191,10 +191,10 @@ def _key_moments(
 
 
 def _damage_of_scores(seen: Any, params: Params, value: Array, queries: int, mask: Array) -> Array:
-    """a_ts^2 |(v_s - o_t) W|^2, [B, C, q, T, S], of pairs whose key is read from few bits."""
+    """a_ts^2 |(v_s - o_t) W|^2, [B, C, q, T', S], of pairs whose key is read from few bits, for some of the queries."""
     batch, keys, length, rank = value.shape
-    attention = seen.probabilities.reshape(batch, keys, queries, length, length)
-    mixed = seen.heads.reshape(batch, keys, queries, length, rank)
+    attention = seen.probabilities[:, :, ::EVERY].reshape(batch, keys, queries, -1, length)
+    mixed = seen.heads[:, :, ::EVERY].reshape(batch, keys, queries, -1, rank)
     kernel = dequantize(params["output"]["kernel"]).astype(jnp.float32)
     kernel = kernel.reshape(keys, queries, rank, -1)
     metric = jnp.einsum("cqrd,cqkd->cqrk", kernel, kernel, precision="highest")
@@ -205,7 +205,7 @@ def _damage_of_scores(seen: Any, params: Params, value: Array, queries: int, mas
         - 2 * jnp.einsum("bcqtk,bcsk->bcqts", out, value)
     )
     block = jnp.arange(length) // FORMAT.block
-    old = (block[:, None] != block[None]) & _stored(mask)[:, None, :] & mask[:, :, None]
+    old = (block[::EVERY, None] != block[None]) & _stored(mask)[:, None, :] & mask[:, ::EVERY, None]
     return jnp.where(old[:, None, None], attention**2 * jnp.maximum(distance, 0.0), 0.0)
 
 

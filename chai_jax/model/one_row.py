@@ -79,7 +79,9 @@ def _branchless(when: Array, change: Change, x: Any, start: Array) -> Any:
     return jax.tree.map(partial(jnp.where, when), change(x, start), x)
 
 
-def _append_row(past: BlockStore, x: Array, start: Array, real: Array, *, codec: Codec, loops: bool) -> BlockStore:
+def _append_row(
+    past: BlockStore, x: Array, start: Array, real: Array, *, loops: bool, codec: Codec = AS_IS
+) -> BlockStore:
     block, new, put = past.recent.shape[2], x.astype(jnp.bfloat16), partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
     used, seldom = start % block, _in_loop if loops else _branchless
     recent = seldom(used == 0, lambda old, _: jnp.zeros_like(old), past.recent, start)

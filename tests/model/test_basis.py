@@ -88,7 +88,11 @@ def test_channels_have_their_own_bits() -> None:
         for block in np.ndindex(2, 3):
             column = x[(*block, slice(None), channel)].astype(np.float64)
             low = float(np.asarray(column.min(), ml_dtypes.bfloat16))
-            low = low if low <= column.min() else float(np.nextafter(ml_dtypes.bfloat16(low), ml_dtypes.bfloat16(-np.inf)))
+            low = (
+                low
+                if low <= column.min()
+                else float(np.nextafter(ml_dtypes.bfloat16(low), ml_dtypes.bfloat16(-np.inf)))
+            )
             scale = SCALES[SCALES >= (column.max() - low) / (2**bits - 1)][0]
             expected = low + scale * np.clip(np.round((column - low) / scale), 0, 2**bits - 1)
             np.testing.assert_allclose(read[(*block, slice(None), channel)], expected, atol=scale * 1e-3)
@@ -166,7 +170,9 @@ def test_bytes(storage: str) -> None:
 
 def test_channels_go_where_they_pay() -> None:
     """Of all choices with as many bits none has less error: tried one by one."""
-    error = np.asarray([[9.0, 4.0, 1.0], [1.0, 0.5, 0.1], [0.25, 0.12, 0.03], [0.06, 0.03, 0.01], [0.02] * 3, [0.01] * 3])
+    error = np.asarray(
+        [[9.0, 4.0, 1.0], [1.0, 0.5, 0.1], [0.25, 0.12, 0.03], [0.06, 0.03, 0.01], [0.02] * 3, [0.01] * 3]
+    )
     basis = KeyBasis(np.zeros((1, 3)), np.eye(3)[None], np.eye(3)[None], error)
     bits = np.asarray([0, 2, 3, 4, 5, 6])
     sizes = np.where(bits, bits + 3 / 8, 0)
