@@ -247,6 +247,7 @@ def _sensitivity(config: Architecture, costs: LayerCosts) -> float:
     for sizes in costs.clusters.values():
         return interpolate(sizes, max(1, round(REFERENCE_CLUSTERS * config.kv_heads)))
     if not costs.latent:
-        return max(costs.cache.values())
+        bases = costs.basis.choices() if costs.basis else ()
+        return max(*costs.cache.values(), 0.0, *(cost for _, _, cost in bases))
     rank = max(1, round(REFERENCE_RANK * config.kv_width))
     return sum(interpolate(costs.latent[name], rank) for name in ("key", "value"))

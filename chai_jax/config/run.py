@@ -132,8 +132,8 @@ class PlanConfig:
     model_budget: float | None = None
     """Weight bytes wanted, as a fraction of the dense bfloat16 weights (needs --kv-budget)."""
     storages: str = "bfloat16,int8"
-    """With --kv-budget: cache formats to choose from: float32, bfloat16, int8, int4, and k4v4 to k2v2, which
-    store keys and values in so many bits each."""
+    """With --kv-budget: cache formats to choose from: float32, bfloat16, int8, int4; k4v4 to k2v2, which store keys
+    and values in so many bits each; basis4 to basis2, which store keys in a basis of their own (with --share none)."""
     ranks: bool = True
     """With --kv-budget: whether the dimensions of clustered keys and values may be cut."""
     pin: str = ""

@@ -14,6 +14,7 @@ from chai_jax.data.text import read_text_file, windows
 from chai_jax.evaluation.statistics import paired
 from chai_jax.model.cache import empty
 from chai_jax.model.model import Model
+from chai_jax.report.figures.curves import cost_against
 from chai_jax.report.tables import Column
 from chai_jax.score.divergence import kl_divergence
 from lab.options import Record
@@ -77,3 +78,30 @@ def sizes(changed: Model, dense: Model, window: int) -> Record:
     """Bytes of a token and of a whole window, as fractions of the dense model's, summed from allocated arrays."""
     whole = [empty(model.spec, 1, window).nbytes for model in (changed, dense)]
     return {"token": changed.kv_bytes_per_token / dense.kv_bytes_per_token, "sequence": whole[0] / whole[1]}
+
+
+def frontier(path: Path, rows: Sequence[Record], kinds: Sequence[str], caption: str) -> None:
+    """A picture of KL against bytes, one line a kind; of each kind only rows that no smaller one of it beats.
+
+    Args:
+        path: of its files, without suffix.
+        kinds: of the rows, one each.
+    """
+    pairs = list(zip(rows, kinds, strict=True))
+    drawn = [
+        {
+            "model": row["model"],
+            "cache": row["cache"],
+            "kind": kind,
+            "percent": 100 * row["token"],
+            **dict(zip(("kl", "kl_low", "kl_high"), row["kl"], strict=True)),
+        }
+        for row, kind in pairs
+        if not any(
+            other["token"] <= row["token"] and other["kl"][0] < row["kl"][0]
+            for other, beside in pairs
+            if (beside, other["model"]) == (kind, row["model"])
+        )
+    ]
+    axes = {"x": "percent", "x_label": "a further token, % of bfloat16", "y": "kl", "y_label": "KL (nats/token)"}
+    cost_against(path, drawn, caption, **axes, series="kind", panel="model")

@@ -46,6 +46,7 @@ def test_pairs_are_predicted_from_sides() -> None:
     assert costs["basis2", ((3, 5),)] == pytest.approx(0.03 + 0.15)
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_to_its_budget_and_is_carried_out(seen: tuple[Model, Probe], tmp_path: Path) -> None:
     model, known = seen
     file = tmp_path / "costs.json"
@@ -53,6 +54,7 @@ def test_a_plan_keeps_to_its_budget_and_is_carried_out(seen: tuple[Model, Probe]
     assert cache_fraction(plan, model.config) <= 0.2
     assert any(layer.channels for layer in plan.layers)
     assert all(set(row["storage"]) <= {"bfloat16", *BASIS} for row in explain(plan))
+    assert min(plan.sensitivity) > 1e-6  # of the worst format, which is a basis
     small = quantize(model, plan, known)
     dense = bytes_per_token(Spec.of(CONFIG, "bfloat16"))
     assert small.kv_bytes_per_token == pytest.approx(cache_fraction(plan, model.config) * dense)
