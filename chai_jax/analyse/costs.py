@@ -29,9 +29,9 @@ from chai_jax.inputs.fields import Count, parse_as
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
+from chai_jax.plans.channels import Channels
 from chai_jax.plans.formats import BASIS
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan, round_up
-from chai_jax.plans.spec import Channels
 
 CLUSTERS = (1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)  # of the heads
 RANKS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)  # of the width, for a latent; of a head, for clusters

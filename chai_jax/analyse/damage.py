@@ -84,11 +84,19 @@ def _compare(
     """Mean KL(truth || x) and mean rise of the loss over predictions, from hidden states after the last layer."""
     truth, x = (final_norm(config, params, states[None])[0] for states in (truth, x))
 
-    def prediction(entry: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def predictions(entry: tuple[Array, Array, Array]) -> tuple[Array, Array]:
         target, *hidden = entry
-        right, wrong = (jax.nn.log_softmax(unembed(config, params, row, how)) for row in hidden)
-        return kl_divergence(right, wrong), right[target] - wrong[target]
+        right, wrong = (jax.nn.log_softmax(unembed(config, params, rows, how)) for rows in hidden)
+        rise = jnp.take_along_axis(right - wrong, target[:, None], axis=1)[:, 0]
+        return kl_divergence(right, wrong), rise
 
     # Some rows at a time: the logits [M, V] of both models would be the largest arrays by far.
-    divergence, rise = jax.lax.map(prediction, (targets, truth, x), batch_size=HEAD_ROWS)
+    count = len(targets)
+    parts = jax.tree.map(lambda each: _in_parts(each, min(HEAD_ROWS, count)), (targets, truth, x))
+    divergence, rise = (found.reshape(-1)[:count] for found in jax.lax.map(predictions, parts))
     return divergence.mean(), rise.mean()
+
+
+def _in_parts(x: Array, rows: int) -> Array:
+    """[M, ...] as [parts, rows, ...], with zeros behind the last."""
+    return jnp.pad(x, ((0, -len(x) % rows), *((0, 0),) * (x.ndim - 1))).reshape(-1, rows, *x.shape[1:])

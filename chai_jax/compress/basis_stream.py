@@ -12,8 +12,9 @@ from chai_jax.model.layerwise import Text, embed_text, how_in_float32, through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.channels import Channels
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
-from chai_jax.plans.spec import Channels, LayerSpec
+from chai_jax.plans.spec import LayerSpec
 
 TOKENS = 4096  # of calibration text, at most
 

@@ -34,8 +34,9 @@ from chai_jax.model.quantized import dequantize
 from chai_jax.model.rotary import rotate, turns
 from chai_jax.model.self_attention import normed, positioned, projected
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.channels import Channels
 from chai_jax.plans.formats import BASIS, CHANNEL_BITS, Side
-from chai_jax.plans.spec import Channels, LayerSpec
+from chai_jax.plans.spec import LayerSpec
 
 FORMAT = BASIS["basis3"]  # block and sinks, of which all have the same
 EVERY = 8  # of so many queries one is looked at

@@ -22,6 +22,7 @@ from jaxtyping import Array, Bool, Float, Int32
 from chai_jax.model.channel_bits import ChannelBits, quantize_channels, read_channels
 from chai_jax.model.few_bits import FewBits, quantize_few, read_few
 from chai_jax.model.quantized import Int4Array, dequantize, quantize_int4
+from chai_jax.plans.channels import count_channels
 from chai_jax.plans.formats import GRID, Blocks, Side
 
 
@@ -126,7 +127,7 @@ AS_IS = AsIs()
 
 def empty_blocks(batch: int, heads: int, capacity: int, rank: int, format: Blocks, side: Side) -> BlockStore:
     """A store of `capacity` columns; `side` is the format's `keys` or `values`."""
-    channels = sum(count for _, count in side.parts) or rank
+    channels = count_channels(side.parts) or rank
     columns = jax.ShapeDtypeStruct((batch, heads, capacity // format.block, format.block, channels), jnp.float32)
     shapes = jax.eval_shape(partial(quantized, side=side), columns)
     blocks = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)

@@ -32,8 +32,9 @@ from chai_jax.model.one_row import OneRow, append_row
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
 from chai_jax.model.sharding import Layout
+from chai_jax.plans.channels import Channels
 from chai_jax.plans.formats import BLOCKS, Blocks, Side
-from chai_jax.plans.spec import Channels, Group, LayerSpec, Spec
+from chai_jax.plans.spec import Group, LayerSpec, Spec
 
 BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 SCALE_BYTES = 2  # bfloat16; int8 has one per (sequence, cached head, token)

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from chai_jax.model.quantized import Leaf, Quantized, QuantizedArray
 from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.channels import count_channels
 from chai_jax.plans.spec import LayerSpec, Spec
 
 Params = dict[str, Any]
@@ -46,20 +47,6 @@ def declare(config: Architecture, spec: Spec) -> Params:
         def wide(name: str) -> Params:
             return linear((width, config.ffn_dim), ("width", "ffn"), 1, config.has_bias(name))
 
-        def basis() -> Params:
-            """See `chai_jax.model.basis`."""
-            (group,) = layer.groups
-            keys, kept = group.clusters, sum(count for _, count in layer.channels)
-            shapes = {
-                "mean": (keys, layer.key_rank),
-                "into": (keys, layer.key_rank, kept),
-                "back": (keys, kept, layer.key_rank),
-                "values": (keys, kept, layer.value_rank),
-                "offset": (keys, layer.value_rank),
-            }
-            axes = ("heads", "rank", "rank")
-            return {name: Declared(shape, axes[: len(shape)]) for name, shape in shapes.items()}
-
         queries, keys, values, outputs = layer.projected
         output = ("heads", "rank", "width")
         return {
@@ -69,7 +56,7 @@ def declare(config: Architecture, spec: Spec) -> Params:
             **{name: norm(layer.key_rank, "rank") for name in ("query_norm", "key_norm") if config.qk_norm},
             "value": heads("value", values, layer.value_rank),
             "output": linear((outputs, layer.value_rank, width), output, 1, config.has_bias("output")),
-            **({"basis": basis()} if layer.channels else {}),
+            **({"basis": _basis(layer)} if layer.channels else {}),
             "mlp_norm": norm(),
             **({"gate": wide("gate")} if config.gated else {}),
             "up": wide("up"),
@@ -91,6 +78,20 @@ def declare(config: Architecture, spec: Spec) -> Params:
     if not config.tied:
         tree["head"] = {"kernel": Declared(table, ("vocab", "embed"), "embedding")}
     return tree
+
+
+def _basis(layer: LayerSpec) -> Params:
+    """Of a layer whose keys are cached in a basis, see `chai_jax.model.basis`."""
+    keys, kept = layer.key_heads, count_channels(layer.channels)
+    shapes = {
+        "mean": (keys, layer.key_rank),
+        "into": (keys, layer.key_rank, kept),
+        "back": (keys, kept, layer.key_rank),
+        "values": (keys, kept, layer.value_rank),
+        "offset": (keys, layer.value_rank),
+    }
+    axes = ("heads", "rank", "rank")
+    return {name: Declared(shape, axes[: len(shape)]) for name, shape in shapes.items()}
 
 
 @partial(jax.jit, static_argnames=("std", "shape"))

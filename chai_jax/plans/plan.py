@@ -16,15 +16,14 @@ from chai_jax.errors import InputError
 from chai_jax.inputs.fields import LATER, Count, Number, brief, parse_as, without_defaults
 from chai_jax.inputs.reading import read_json, shown
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.formats import CHANNEL_BITS
+from chai_jax.plans.channels import Channels, check_channels, count_channels
 from chai_jax.plans.queries import QueryClusters, check_queries
-from chai_jax.plans.spec import SHARES, Channels, MembershipName, StorageName, WeightsName, fits_basis
+from chai_jax.plans.spec import SHARES, MembershipName, StorageName, WeightsName
 
 SCORE_MERGES = ("representative", "low_rank")
 VALUE_MERGES = ("representative", "low_rank", "fit")
 TIERS = ("high", "medium", "low")
 METHODS = ("attention", "perturbation", "kl")  # of scoring layers, see chai_jax.analyse.sensitivity
-MOST_CHANNELS = 1024  # of a head, whatever the model
 Share = Annotated[str, SHARES[1:]]
 
 
@@ -182,7 +181,9 @@ class Plan:
             heads = sum(len(one.heads) for one in layer.clusters)
             check_queries(f"plan layer {index}", heads, layer.query_clusters)
             self._check_ranks(index, layer)
-            self._check_channels(index, layer)
+            storages = [one.storage for one in layer.clusters]
+            merged = layer.merged or self.membership == "prompt"
+            check_channels(f"plan layer {index}", layer.channels, storages, merged)
         if self.membership == "prompt":
             self._check_prompt()
 
@@ -200,22 +201,6 @@ class Plan:
                     f"plan layer {index} has {name} {rank} with share {share!r}, scores {self.score_merge!r}, values "
                     f"{self.value_merge!r}; expected a rank only where the merge is one of low rank"
                 )
-
-    def _check_channels(self, index: int, layer: LayerPlan) -> None:
-        """A basis is of one group of keys of a head's dimensions, with bits for its channels."""
-        storages = [one.storage for one in layer.clusters]
-        if not fits_basis(layer.channels, storages, MOST_CHANNELS):
-            raise InputError(
-                f"plan layer {index} has channels {brief(list(layer.channels))} with storage "
-                f"{' and '.join(sorted(set(storages)))}; expected (bits, channels) with bits from {CHANNEL_BITS[0]} to "
-                f"{CHANNEL_BITS[-1]} where all clusters are stored in one format of a basis, and nowhere else: make "
-                "the plan with chai-jax plan"
-            )
-        if layer.channels and (layer.merged or self.membership == "prompt" or len(set(storages)) > 1):
-            raise InputError(
-                f"plan layer {index} merges heads and stores keys in a basis; expected one or the other: use another "
-                "storage, or leave its heads apart"
-            )
 
     def _check_prompt(self) -> None:
         """Membership per prompt needs every head's value and full Wq, Wk (CHAI, section 3.3)."""
@@ -251,7 +236,7 @@ class Plan:
                 f"{heads} heads: make a plan for this model with chai-jax plan"
             )
         for index, layer in enumerate(self.layers):
-            if (kept := sum(count for _, count in layer.channels)) > config.head_dim:
+            if (kept := count_channels(layer.channels)) > config.head_dim:
                 raise InputError(
                     f"plan layer {index} has {kept} channels; expected at most a head's dimensions, {config.head_dim}"
                 )

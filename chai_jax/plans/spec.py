@@ -12,14 +12,14 @@ from typing import Annotated, Any
 from chai_jax.errors import InputError
 from chai_jax.inputs.fields import LATER, Count, Number, parse_as, without_defaults
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.formats import BASIS, BLOCKS, CHANNEL_BITS, STORAGES, Blocks
+from chai_jax.plans.channels import Channels, count_channels, fits_basis
+from chai_jax.plans.formats import BLOCKS, STORAGES, Blocks
 
 SHARES = ("dense", "qk", "qkv", "kv")
 WEIGHTS = ("loaded", "bfloat16", "int8", "int4")
 MEMBERSHIPS = ("calibrated", "prompt")
 StorageName = Annotated[str, STORAGES]
 WeightsName = Annotated[str, WEIGHTS]
-Channels = tuple[tuple[Count, Count], ...]
 MembershipName = Annotated[str, MEMBERSHIPS]
 
 
@@ -201,13 +201,6 @@ class Spec:
         return cls(layers)
 
 
-def fits_basis(channels: Channels, storages: Sequence[str], rank: int) -> bool:
-    """Whether a layer has channels where all its keys, of `rank` dimensions, are in a basis, and none elsewhere."""
-    kept = sum(count for _, count in channels)
-    known = all(bits in CHANNEL_BITS for bits, _ in channels)
-    return known and 0 < kept <= rank and set(storages) <= set(BASIS) if channels else not set(storages) & set(BASIS)
-
-
 def _fits(layer: LayerSpec) -> bool:
     """Whether the fields of a layer agree with one another."""
     per_prompt = layer.membership == "prompt"
@@ -216,7 +209,8 @@ def _fits(layer: LayerSpec) -> bool:
         # Before anything is counted out: a group may say that it has billions of clusters.
         and layer.key_heads == len(layer.clusters)
         and layer == layer.stored_as(layer.storages, layer.channels)
-        and fits_basis(layer.channels, layer.storages, layer.key_rank)
+        and fits_basis(layer.channels, layer.storages)
+        and count_channels(layer.channels) <= layer.key_rank
         and not (layer.channels and (len(layer.groups) > 1 or per_prompt or max(map(len, layer.clusters)) > 1))
         and (layer.warmup > 0) == per_prompt
         and (not per_prompt or (layer.share == "qk" and layer.queries == 1))
