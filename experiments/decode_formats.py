@@ -5,7 +5,7 @@
 Random weights of --model, all heads, no files and no network; the cache is filled with random entries up to
 --start, and no prompt is read. The formats take turns in each of --rounds rounds of one process; a ratio is to the
 first format, round by round, below 1 where this one is faster. Expected on two CPU cores with a C++ compiler: formats
-of blocks take 0.6 to 0.9 of int8's time.
+of blocks take 0.6 to 0.8 of int8's time.
 
 Writes decode_formats.json, .csv and .md.
 """
