@@ -31,7 +31,7 @@ def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     """`value` as a `kind`, with all of its parts checked, even where it is of this kind already.
 
     Args:
-        kind: str, int, bool, float, `X | None`, `str | X`, `tuple[X, ...]`, `dict[X, Y]`, a dataclass of such fields,
+        kind: str, int, bool, float, `X | None`, `str | X`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[X, Y]`, a dataclass of such fields,
             or `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits in JSON.
         where: what messages call the value.
         whole: whether an object must name all fields, also those that have a default (but for `LATER` ones).
@@ -52,7 +52,10 @@ def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
         return parse_as(kind, value, where, whole)
     if origin is tuple:
         entries = value if isinstance(value, (list, tuple)) else _refuse(kind, value, where)
-        return tuple(parse_as(parts[0], entry, f"{where}[{at}]", whole) for at, entry in enumerate(entries))
+        kinds = [parts[0]] * len(entries) if parts[-1] is Ellipsis else parts
+        entries = entries if len(kinds) == len(entries) else _refuse(kind, value, where)
+        pairs = zip(kinds, entries, strict=True)
+        return tuple(parse_as(one, entry, f"{where}[{at}]", whole) for at, (one, entry) in enumerate(pairs))
     if origin is dict:
         entries = value.items() if isinstance(value, Mapping) else _refuse(kind, value, where)
         return {
@@ -130,7 +133,7 @@ def expected(kind: Any) -> str:
     if origin in (Union, UnionType):
         return " or ".join(expected(part) for part in parts)
     if origin is tuple:
-        return "a list"
+        return "a list" if parts[-1] is Ellipsis else f"a list of {len(parts)}"
     return NAMES.get(kind, "an object")
 
 

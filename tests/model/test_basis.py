@@ -52,6 +52,7 @@ SHAPES = {
     ),
     "opt": Architecture(67, 64, 2, 4, 48, 256, 64),
 }
+OTHERS, SLOW = ("qwen3", "gpt_neox", "opt"), pytest.mark.slow
 ROWS = np.random.default_rng(0).integers(3, 60, (4, 200)).astype(np.int32)
 compiled = jax.jit(partial(forward, how=Execution.choose("float32")), static_argnums=(0, 1), static_argnames="how")
 
@@ -105,7 +106,7 @@ def naive(x: np.ndarray, sinks: int, block: int) -> np.ndarray:
     return (columns >= sinks) & (columns < len(x) // block * block)
 
 
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 def test_what_is_read_of_keys_and_values(name: str) -> None:
     """By the formulas of `chai_jax.model.basis`, one token after the other."""
     model = in_basis(name)
@@ -136,7 +137,7 @@ def test_what_is_read_of_keys_and_values(name: str) -> None:
         assert 0.1 < error.mean() < 0.25  # three bits of a normal distribution: 0.19
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW if name in OTHERS else ()) for name in SHAPES])
 def test_decoding_reads_what_prefill_reads(name: str) -> None:
     model = in_basis(name)
     tokens = jnp.asarray(ROWS[:3, :150])
@@ -192,6 +193,7 @@ def test_channels_go_where_they_pay() -> None:
         assert ours <= error[everything, range(3)].sum(axis=1)[within].min() + 1e-12
 
 
+@pytest.mark.slow
 def test_a_basis_with_all_its_bits_changes_little() -> None:
     tokens = jnp.asarray(ROWS[:2, :150])
     logits = dense("llama")(tokens)

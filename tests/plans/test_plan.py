@@ -99,6 +99,7 @@ WRONG: dict[type, dict[str, list[Any]]] = {
         "key_rank": NO_COUNTS,
         "value_rank": NO_COUNTS,
         "query_clusters": [None, {}, "x", 4, [None], [[4]], *([[[0, wrong]]] for wrong in [None, *NO_COUNTS[1:]])],
+        "channels": [None, {}, "x", 4, [4], [[4]], *([[4, wrong]] for wrong in NO_COUNTS)],
     },
     ClusterPlan: {
         "heads": [None, 0, {}, "02", *([0, wrong] for wrong in [None, *NO_COUNTS[1:]])],

@@ -77,6 +77,7 @@ WRONG: dict[type, dict[str, list[Any]]] = {
         "queries": [0, *NO_NUMBERS],
         "window": NO_NUMBERS,
         "pairs": [None, {}, 4, [0, 1], *([[0], [wrong]] for wrong in NO_NUMBERS)],
+        "channels": [None, {}, 4, [0, 1], [[4]], [[4, 1, 1]], *([[4, wrong]] for wrong in [0, *NO_NUMBERS])],
     },
     Group: {
         "clusters": [0, *NO_NUMBERS],
