@@ -7,11 +7,11 @@ e_s' M e_s, with
 
     M = mean over s of sum over t of  a_ts^2 |(v_s - o_t) W|^2 (R_(s-t)' q_t) (R_(s-t)' q_t)'
 
-of each key head, over all queries that read it. This weighs a token by the attention that it gets, and a direction by
-what is asked of it. The first tokens and pairs within a block are left out: what they read is stored whole. Of all
-bases the eigenvectors V of M^(1/2) C M^(1/2), C being the keys' covariance, leave the least error for so many bits
-(Goyal 2001, Theoretical foundations of transform coding): in the coordinates c = (k - mean) M^(1/2) V all errors weigh
-alike, and bits go where they take away most (reverse water-filling, by measured error).
+of each key head, the queries that read it counted one by one. This weighs a token by the attention that it gets, and a
+direction by what is asked of it. The first tokens and pairs within a block are left out: what they read is stored
+whole. Of all bases the eigenvectors V of M^(1/2) C M^(1/2), C being the keys' covariance, leave the least error for so
+many bits (Goyal 2001, Theoretical foundations of transform coding): in the coordinates c = (k - mean) M^(1/2) V all
+errors weigh alike, and bits go where they take away most (reverse water-filling, by measured error).
 """
 
 import dataclasses

@@ -31,8 +31,9 @@ def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
     """`value` as a `kind`, with all of its parts checked, even where it is of this kind already.
 
     Args:
-        kind: str, int, bool, float, `X | None`, `str | X`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[X, Y]`, a dataclass of such fields,
-            or `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits in JSON.
+        kind: str, int, bool, float, `X | None`, `str | X`, `tuple[X, ...]`, `tuple[X, Y]`, `dict[X, Y]`, a dataclass of
+            such fields, or `Annotated[X, container]` of a str or int. Keys that are whole numbers are strings of digits
+            in JSON.
         where: what messages call the value.
         whole: whether an object must name all fields, also those that have a default (but for `LATER` ones).
 
