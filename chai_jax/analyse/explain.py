@@ -23,7 +23,8 @@ def explain(plan: Plan, config: Architecture | None = None) -> list[dict[str, An
     """A plan as plain rows, one per layer; with a model's configuration also bytes, and a last row of totals.
 
     `kv_bytes_per_token` and `dense_kv_bytes_per_token` (bfloat16) are by formula, for one sequence;
-    `kv_reduction` is 1 - their ratio. `queries` says how many queries each head keeps, where the plan merges any.
+    `kv_reduction` is 1 - their ratio. `queries` says how many queries each head keeps, where the plan merges any;
+    `key_bits` how many bits a key takes without its scales, where keys are in a basis.
     """
     rows = []
     queries = next((sum(map(len, layer.query_clusters[0])) for layer in plan.layers if layer.query_clusters), None)
@@ -42,6 +43,7 @@ def explain(plan: Plan, config: Architecture | None = None) -> list[dict[str, An
                 "value_rank": layer.value_rank,
                 "critical": sum(one.critical for one in layer.clusters),
                 "storage": {name: storages.count(name) for name in STORAGES if name in storages},
+                **({"key_bits": sum(bits * count for bits, count in layer.channels)} if plan.has_basis else {}),
                 "weights": layer.weights,
             }
         )
@@ -65,12 +67,14 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
     used = [name for name in STORAGES if any(name in row.get("storage", ()) for row in rows)]
     ranks = any(row.get("key_rank") or row.get("value_rank") for row in rows)
     fewer = any(row.get("queries") for row in rows)
+    bases = plan.has_basis
     told = f"C/H: clusters of key/value heads; {', '.join(used)}: how many are cached so"
     caption = told + "; R: rank of keys, values" * ranks + "; Q/n: queries that a key/value head keeps" * fewer
+    caption += "; bits: of a key in a basis, without scales" * bases
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "pad_edge": False, "padding": (0, 1, 0, 0)}
     table = Table(title="\n".join(_about(plan)), title_justify="left", caption=caption, caption_justify="left", **look)
     optional = [name for name, is_there in (("Q/n", fewer), ("R", ranks)) if is_there]
-    names = ["layer", "score", "tier", "share", "C/H", *optional, *used, "weights"]
+    names = ["layer", "score", "tier", "share", "C/H", *optional, *used, *["bits"] * bases, "weights"]
     for name in names + (["B/token", "saved"] if config else []):
         table.add_column(name, justify="left" if name in ("tier", "share", "weights") else "right")
     for row in rows:
@@ -81,7 +85,8 @@ def explain_table(plan: Plan, config: Architecture | None = None) -> Table:
             rank = [f"{row['key_rank'] or '-'},{row['value_rank'] or '-'}"] if ranks else []
             share = f"{row['clusters']}/{row['heads']}"
             kept = [f"{row['queries']['kept']}/{row['queries']['of']}"] if fewer else []
-            cells = [score, row["tier"], row["share"], share, *kept, *rank, *counts, row["weights"]]
+            bits = [str(row["key_bits"] or "-")] if bases else []
+            cells = [score, row["tier"], row["share"], share, *kept, *rank, *counts, *bits, row["weights"]]
         if config:
             cells += [f"{row['kv_bytes_per_token']:,}", f"{row['kv_reduction']:.1%}"]
         table.add_row(str(row["layer"]), *cells)

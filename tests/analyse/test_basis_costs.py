@@ -53,6 +53,10 @@ def test_a_plan_keeps_to_its_budget_and_is_carried_out(seen: tuple[Model, Probe]
     plan = plan_within(model, known, BUDGET, file=file)
     assert cache_fraction(plan, model.config) <= 0.2
     assert any(layer.channels for layer in plan.layers)
+    assert all(
+        row["key_bits"] == sum(bits * count for bits, count in layer.channels)
+        for row, layer in zip(explain(plan), plan.layers, strict=True)
+    )
     assert all(set(row["storage"]) <= {"bfloat16", *BASIS} for row in explain(plan))
     assert min(plan.sensitivity) > 1e-6  # of the worst format, which is a basis
     small = quantize(model, plan, known)
