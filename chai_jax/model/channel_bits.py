@@ -45,7 +45,7 @@ def quantize_channels(
     steps = np.exp2(bits).astype(np.float32) - 1 if levels is None else levels - 1
     numbers, scale, low = even_levels(x, steps)
     planes = numbers[..., channel] >> jnp.asarray(place, jnp.uint8) & 1
-    eights = planes.reshape(*planes.shape[:-2], -1, 8, planes.shape[-1])
+    eights = planes.reshape(*planes.shape[:-2], planes.shape[-2] // 8, 8, planes.shape[-1])
     packed = (eights << jnp.arange(8, dtype=jnp.uint8)[:, None]).sum(axis=-2, dtype=jnp.uint8)
     return ChannelBits(packed, scale, low, parts)
 
@@ -60,7 +60,7 @@ def read_channels(x: ChannelBits) -> Float[Array, "*blocks M n"]:
     worth = np.zeros((len(channel), len(bits)), np.float32)
     worth[np.arange(len(channel)), channel] = np.exp2(place)
     planes = x.planes[..., None, :] >> jnp.arange(8, dtype=jnp.uint8)[:, None] & 1
-    planes = planes.reshape(*x.planes.shape[:-2], -1, x.planes.shape[-1]).astype(jnp.float32)
+    planes = planes.reshape(*x.planes.shape[:-2], 8 * x.planes.shape[-2], x.planes.shape[-1]).astype(jnp.float32)
     numbers = jnp.matmul(planes, worth, preferred_element_type=jnp.float32)
     scale = jnp.asarray(SCALES)[x.scale]
     return numbers * scale[..., None, :] + x.low.astype(jnp.float32)[..., None, :]

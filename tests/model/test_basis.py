@@ -159,6 +159,13 @@ def test_decoding_reads_what_prefill_reads(name: str) -> None:
     assert difference.max() < 5e-3
 
 
+def test_a_text_shorter_than_a_block_is_stored_whole() -> None:
+    tokens = jnp.asarray(ROWS[:2, :20])
+    found, expected = in_basis("llama")(tokens), with_storage(dense("llama"), "bfloat16")(tokens)
+    # In bfloat16 both, but keys before their rotation here and after it there.
+    assert float(jnp.abs(found - expected).max()) < 0.02 * float(jnp.abs(expected).max())
+
+
 @pytest.mark.parametrize("storage", ["basis4", "basis2"])
 def test_bytes(storage: str) -> None:
     model = in_basis("llama", 3.0, storage)
