@@ -2,7 +2,7 @@
 
     python experiments/few_bits_picture.py
 
-Reads what few_bits.py and rivals.py have left in experiments/results/few_bits, writes frontier.png, .svg and .csv there.
+Reads what few_bits.py and rivals.py have left in experiments/results/few_bits; writes frontier.png, .svg, .csv there.
 """
 
 import json
