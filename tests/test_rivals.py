@@ -12,6 +12,7 @@ import pytest
 
 from chai_jax.errors import InputError
 
+pytestmark = pytest.mark.slow
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 LENGTH = 150
 
