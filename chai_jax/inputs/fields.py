@@ -53,9 +53,9 @@ def parse_as(kind: Any, value: Any, where: str, whole: bool = False) -> Any:
         return parse_as(kind, value, where, whole)
     if origin is tuple:
         entries = value if isinstance(value, (list, tuple)) else _refuse(kind, value, where)
-        kinds = [parts[0]] * len(entries) if parts[-1] is Ellipsis else parts
-        entries = entries if len(kinds) == len(entries) else _refuse(kind, value, where)
-        pairs = zip(kinds, entries, strict=True)
+        each = parts[:1] * len(entries) if parts[-1] is Ellipsis else parts
+        entries = entries if len(each) == len(entries) else _refuse(kind, value, where)
+        pairs = zip(each, entries, strict=True)
         return tuple(parse_as(one, entry, f"{where}[{at}]", whole) for at, (one, entry) in enumerate(pairs))
     if origin is dict:
         entries = value.items() if isinstance(value, Mapping) else _refuse(kind, value, where)

@@ -13,7 +13,7 @@ on the left moves the borders of the blocks along the text, unless it is a multi
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,7 @@ def read_blocks(blocks: Any) -> Float[Array, "B heads N M R"]:
     return read_few(blocks) if isinstance(blocks, FewBits) else dequantize(blocks)
 
 
+@runtime_checkable
 class Codec(Protocol):
     """What is done to keys or values before they are quantized, and undone after."""
 
