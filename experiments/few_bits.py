@@ -25,14 +25,15 @@ from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
-from chai_jax.plans.formats import BASIS, BLOCKS
+from chai_jax.plans.formats import BASIS, BLOCKS, STORAGES, UNFITTED
 from chai_jax.report.tables import Column
+from chai_jax.run.options import parse_list
 from lab.damage import COLUMNS, ROWS, damage, figures, frontier, sizes, whole_windows
 from lab.options import Common, Record, start
 from lab.publish import publish
 
 CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
-ALONE = ("int8", *(name for name in BLOCKS if name not in BASIS))
+ALONE = ("int8", *(name for name in BLOCKS if name in UNFITTED))
 IN_BASIS = ("basis4:4", "basis4:2.4", "basis3:2.4", "basis3:1.7", "basis2:2.4", "basis2:1.7")
 PREDICTED: Column = ("predicted KL", lambda row: "" if row["predicted"] is None else f"{row['predicted']:.4f}")
 
@@ -50,6 +51,8 @@ class FewBitsOptions(Common):
     """Formats by themselves, with commas; of a basis with the bits of a key's number, basis3:2.4."""
     budgets: str = "0.5,0.31,0.27,0.23,0.2,0.17,0.15"
     """Of the planner: bytes of a token as fractions of the dense bfloat16 cache, with commas."""
+    formats: str = ",".join(BASIS)
+    """That the planner chooses from, with commas; above a third of the cache int8 is worth adding."""
     tokens: int = 2048
     """Of the calibration text, to measure on."""
 
@@ -66,7 +69,7 @@ def candidates(model: Model, options: FewBitsOptions) -> Iterator[tuple[str, Mod
     for storage, bits in (each.split(":") for each in alone if ":" in each):
         plan = basis_plan(model, seen, float(bits), storage)
         yield f"{storage}, keys {bits} bits", quantize(model, plan, seen), None
-    formats = ("bfloat16", "int8", *BASIS)
+    formats = tuple(parse_list("--formats", options.formats, STORAGES))
     for part in [float(part) for part in options.budgets.split(",") if part]:
         budget = Budget(part, shares=(), storages=formats, ranks=False, tokens=options.tokens)
         file = options.out / f"{Path(model.source).name}.costs.json"

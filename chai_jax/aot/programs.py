@@ -23,7 +23,7 @@ from chai_jax.model.params import Params, init
 from chai_jax.model.quantized import is_leaf
 from chai_jax.model.sharding import Layout, leaf_sharding, partition_spec
 from chai_jax.plans.architecture import Architecture
-from chai_jax.plans.formats import STORAGES
+from chai_jax.plans.formats import UNFITTED
 from chai_jax.plans.plan import Plan, round_up
 from chai_jax.plans.planned import planned_spec, uniform_plan
 from chai_jax.plans.spec import Spec
@@ -88,10 +88,10 @@ def spec_of(
     """The spec of a model compressed by a plan; else by `uniform_plan`; else, without a share, of the dense model.
 
     Raises:
-        InputError: there is no such cache format.
+        InputError: there is no such cache format, or only in a plan.
     """
-    if storage and storage not in STORAGES:
-        raise InputError(f"no cache format {storage!r:.80}; expected one of {', '.join(STORAGES)}")
+    if storage and storage not in UNFITTED:
+        raise InputError(f"no cache format {storage!r:.80} without a plan; expected one of {', '.join(UNFITTED)}")
     if plan is not None:
         return planned_spec(plan, config)
     if share is None:

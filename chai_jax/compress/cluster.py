@@ -63,7 +63,7 @@ def cluster(model: Model, plan: Plan, text: Text | None = None) -> Model:
 
 def _check_plain(index: int, layer: LayerSpec, params: Params) -> None:
     kernels = [params[name]["kernel"] for name in ("query", "key", "value", "output")]
-    if layer.share != "dense" or any(isinstance(kernel, Quantized) for kernel in kernels):
+    if layer.share != "dense" or layer.channels or any(isinstance(kernel, Quantized) for kernel in kernels):
         raise InputError(
             f"layer {index} is clustered or quantized already; expected a dense float layer: start from the dense model"
         )

@@ -15,7 +15,7 @@ from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Int4Array, Leaf, Quantized, dequantize, is_leaf, quantize_int4, quantize_int8
-from chai_jax.plans.formats import BASIS, STORAGES
+from chai_jax.plans.formats import BASIS, STORAGES, UNFITTED
 from chai_jax.plans.plan import LayerPlan, Plan
 from chai_jax.plans.planned import cluster_order
 from chai_jax.plans.spec import LayerSpec, Spec
@@ -127,7 +127,7 @@ def with_storage(model: Model, storage: str) -> Model:
     if storage in BASIS:
         raise InputError(
             f"storage {storage!r} keeps keys in a basis that is fitted to text: make a plan with chai-jax plan "
-            f"--storages {storage} --kv-budget 0.2, or use {', '.join(name for name in STORAGES if name not in BASIS)}"
+            f"--storages {storage} --kv-budget 0.2, or use {', '.join(UNFITTED)}"
         )
     layers = {
         index: {name: leaf for name, leaf in layer.items() if name != "basis"}

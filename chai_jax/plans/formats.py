@@ -76,3 +76,4 @@ BASIS = {
 CHANNEL_BITS = (2, 3, 4, 5, 6)  # of a basis; a channel with none is not kept
 BLOCKS = {"int4": Blocks(Side(4, "grid", -2), Side(4, "grid", -1), block=GRID, sinks=0), **FEW, **BASIS}
 STORAGES = ("float32", "bfloat16", "int8", *BLOCKS)
+UNFITTED = tuple(name for name in STORAGES if name not in BASIS)  # those that need no calibration text

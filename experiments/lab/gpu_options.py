@@ -6,7 +6,7 @@ from typing import Literal
 
 from chai_jax.errors import InputError
 from chai_jax.files.published import architecture_of
-from chai_jax.plans.formats import STORAGES
+from chai_jax.plans.formats import UNFITTED
 from chai_jax.run.devices import require_backend
 from lab.options import command_line
 
@@ -69,8 +69,8 @@ class GpuOptions:
                 require_backend("gpu")
             except InputError as error:
                 raise InputError(f"{str(error).partition('; ')[2]}, or give --anywhere") from None
-        if self.storage not in STORAGES:
-            raise InputError(f"--storage is {self.storage!r}; expected one of {', '.join(STORAGES)}")
+        if self.storage not in UNFITTED:
+            raise InputError(f"--storage is {self.storage!r}; expected one of {', '.join(UNFITTED)}")
         for name in ("batch", "start", "steps", "prompt_batch", "question", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; expected at least 1")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from chai_jax.adapt.step import everything
+from chai_jax.aot.programs import spec_of
 from chai_jax.compress.basis_stream import BasisStream, basis_plan
+from chai_jax.compress.cluster import cluster
 from chai_jax.compress.key_basis import KeyBasis, in_one_program
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.errors import InputError
@@ -23,7 +25,7 @@ from chai_jax.model.layerwise import through_layer
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.plans.architecture import Architecture, Rotary
-from chai_jax.plans.plan import Plan
+from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.plans.planned import planned_spec
 from chai_jax.plans.spec import Spec
 
@@ -266,4 +268,9 @@ def test_what_cannot_be() -> None:
     broken["layers"][0]["channels"] = [[6, 40]]
     with pytest.raises(InputError, match="contradicts itself"):
         Spec.from_json(broken)
+    with pytest.raises(InputError, match="without a plan; expected one of float32"):
+        spec_of(LLAMA, storage="basis3")
+    pair = LayerPlan((ClusterPlan((0, 1)),))
+    with pytest.raises(InputError, match="quantized already"):
+        cluster(in_basis("llama"), Plan((pair, pair)))
     assert with_storage(in_basis("llama"), "int8").params["layers"]["0"].keys() == model.params["layers"]["0"].keys()

@@ -55,7 +55,7 @@ def available() -> bool:
 
 @cache
 def why_not() -> str:
-    """Why there are no kernels, one line; empty where there are. The first call compiles them, a few seconds."""
+    """Why there are no kernels, one line; empty where there are. The first call compiles them, some 20 seconds."""
     found = compiler()
     if not found:
         return f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names)"
