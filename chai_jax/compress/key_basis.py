@@ -151,8 +151,8 @@ def _seen(config: Architecture, layer: LayerSpec, how: Execution, params: Params
     _, seen = seen_through(config, layer, how, params, x, mask)
     query, key, value = projected(layer, params, seen.x, "xla")
     positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32), mask.shape)
+    query, key = normed(config, params, query, key)
     asked = positioned(config, layer, params, query, key, positions)[0]
-    key = normed(config, params, query, key)[1]
     return seen, key, value, asked.reshape(key.shape[0], key.shape[1], -1, *asked.shape[2:])
 
 

@@ -79,8 +79,7 @@ def normed(config: Architecture, params: Params, query: Array, key: Array) -> tu
 def positioned(
     config: Architecture, layer: LayerSpec, params: Params, query: Array, key: Array, positions: Int32[Array, "B T"]
 ) -> tuple[Array, Array]:
-    """Queries and keys as scores are made of them: normed, then turned, where the family does so."""
-    query, key = normed(config, params, query, key)
+    """Normed queries and keys as scores are made of them: turned to their positions, where the family does so."""
     if config.rotary is None:
         return query, key
     by = turns(config.rotary, config.head_dim)
@@ -107,8 +106,8 @@ def attention(
 ) -> tuple[Float[Array, "B N D"], tuple[GroupCache, ...], Seen]:
     """Self-attention of one layer, group by group; arguments as of `block`."""
     query, key, value = projected(layer, params, x, how.kernels)
-    whole_key = normed(config, params, query, key)[1]  # before its rotation, as it is stored in a basis
-    query, key = positioned(config, layer, params, query, key, place.positions)
+    query, unturned = normed(config, params, query, key)
+    query, key = positioned(config, layer, params, query, unturned, place.positions)
     output = partial(project, "bhtr,hrd->btd", params["output"], kernels=how.kernels)
     allowed, scale = place.within(layer.window), config.head_dim**-0.5
     if layer.membership == "prompt":
@@ -123,8 +122,8 @@ def attention(
     plain, decoding = plain or (0 < layer.window < x.shape[1] and past is None), past is not None and x.shape[1] == 1
     kernel = kernel_for(how.kernels, in_order=in_order, decoding=decoding, plain=plain)
     heads, scores, probabilities, caches = [], [], [], []
-    by_head = by_group(layer, query, whole_key if layer.channels else key, value)
-    for index, (group, queries, keys, values) in enumerate(by_head):
+    stored = unturned if layer.channels else key  # in a basis, keys are stored before their rotation
+    for index, (group, queries, keys, values) in enumerate(by_group(layer, query, stored, value)):
         before = None if past is None else past[index]
         values = turned(values, group.storage)
         basis = layer.channels, params.get("basis")
