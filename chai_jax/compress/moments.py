@@ -1,4 +1,24 @@
-"""Second moments on calibration text: of a layer's input, and of a merged attention with the output wanted from it."""
+"""Second moments on calibration text: of a layer's input, and of a merged attention with the output wanted from it.
+
+Not every token counts alike. On a well-trained model most of the attention rests on the first token or two, whose
+states are unlike all others: what is best for the average token is ruinous there. So a token counts by what its key and
+its value do to the layer's output, as attention reads them. a_ts is the attention of a head's query t to token s.
+
+Values. If the map of a value is wrong by E, what attention mixes, z_t E with z_t = sum over s of a_ts [x_s, 1], is too.
+The mean over queries and heads of |z_t E|^2 is tr(E' V E) with
+
+    V = mean over t, heads of z_t' z_t = mean over t, heads of sum over s, r of a_ts a_tr [x_s, 1]' [x_r, 1],
+
+exactly. All heads of a layer share one V.
+
+Keys. A score of query t that is wrong by d_ts moves the layer's output by a_ts (v_s - o_t) W d_ts, to first order: o_t
+is what the head mixed, W its output projection (see `chai_jax.compress.key_basis`). If errors of tokens are independent
+of one another, and the sizes of queries of what they attend to, the squared error of the output is that of scores with
+
+    K = mean over s of w_s [x_s, 1]' [x_s, 1],    w_s = sum over t, heads of a_ts^2 |(v_s - o_t) W|^2
+
+for the moments of keys, up to a factor. Queries count alike.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -9,8 +29,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
-from chai_jax.compress.merge import InputMoments, OutputMoments
+from chai_jax.compress.merge import InputMoments, Moments, OutputMoments
 from chai_jax.model.execution import Execution
+from chai_jax.model.layers import project_to_heads
 from chai_jax.model.layerwise import anonymous, seen_through, with_pairs
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import dequantize
@@ -23,9 +44,11 @@ BATCH = 8  # windows of one pass
 def input_moments(
     config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Float[Array, "N W D"], mask: Any
 ) -> InputMoments:
-    """Of the normed input of a layer that `x` enters; only real tokens count."""
+    """Of the normed input of a layer that `x` enters; only real tokens count. Its heads must not be merged."""
     total = summed(partial(_input_moments, config, anonymous(layer), how), params, x, mask)
-    return InputMoments(total / total[-1, -1])
+    # Where no score matters, as in a layer of zeros, all keys count alike.
+    counted = {name: one if one[-1, -1] > 0 else total["query"] for name, one in total.items()}
+    return InputMoments(**{name: Moments(one / one[-1, -1]) for name, one in counted.items()})
 
 
 def output_moments(
@@ -83,10 +106,40 @@ def summed(function: Any, params: Any, x: Any, mask: Any) -> Any:
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def _input_moments(
     config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array
-) -> Float[Array, "D1 D1"]:
+) -> dict[str, Float[Array, "D1 D1"]]:
+    """Sums over tokens of [x, 1]' [x, 1] as queries, keys and values count them."""
     _, seen = seen_through(config, layer, how, params, x, mask)
     rows = jnp.where(mask[..., None], jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), 0.0)
-    return jnp.einsum("nwx,nwy->xy", rows, rows, precision="highest")
+    value = project_to_heads(params["value"], seen.x, how.kernels)
+    attention = jnp.where(mask[:, None, :, None], seen.probabilities, 0.0)
+    weights = cost_of_scores(attention, value, seen.heads, params).sum(axis=(1, 2))
+    pairs = jnp.einsum("bhts,bhtr->bsr", attention, attention, precision="highest")
+    mixed = jnp.einsum("bsr,bry->bsy", pairs, rows, precision="highest")
+    by_key = weights[..., None] * rows
+    totals = {"query": rows, "key": by_key, "value": mixed}
+    return {name: jnp.einsum("nwx,nwy->xy", rows, each, precision="highest") for name, each in totals.items()}
+
+
+def cost_of_scores(
+    attention: Float[Array, "B Q T S"], value: Float[Array, "B C S R"], mixed: Float[Array, "B Q T R"], params: Params
+) -> Float[Array, "B Q T S"]:
+    """a_ts^2 |(v_s - o_t) W|^2: what a small error of each score, squared, is multiplied by in the layer's output.
+
+    Args:
+        attention, mixed: a_ts and o_t of a dense layer's query heads; not all its queries t need be there.
+        params: of the layer: W is the output projection.
+    """
+    batch, keys, _, rank = value.shape
+    kernel = dequantize(params["output"]["kernel"]).astype(jnp.float32)
+    kernel, out = kernel.reshape(keys, -1, rank, kernel.shape[-1]), mixed.reshape(batch, keys, -1, mixed.shape[2], rank)
+    metric = jnp.einsum("cqrd,cqkd->cqrk", kernel, kernel, precision="highest")
+    own, other = jnp.einsum("bcsr,cqrk->bcqsk", value, metric), jnp.einsum("bcqtr,cqrk->bcqtk", out, metric)
+    distance = (
+        jnp.einsum("bcqsk,bcsk->bcqs", own, value)[:, :, :, None]
+        + jnp.einsum("bcqtk,bcqtk->bcqt", other, out)[..., None]
+        - 2 * jnp.einsum("bcqtk,bcsk->bcqts", other, value)
+    )
+    return attention**2 * jnp.maximum(distance, 0.0).reshape(attention.shape)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
