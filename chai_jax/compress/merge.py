@@ -198,7 +198,8 @@ def low_rank_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
     """One query and key for heads that share their attention (`qk`, `qkv`).
 
     The score form of head h is [q, 1] F_h x' with F_h = [Wq_h; bq_h] Wk_h'; kept is the mean form F = mean_h F_h, as
-    A^(1/2) F S^(1/2) = U s V'. Objective: E |[x_q, 1] (F - merged) (x_k - mu)'|^2 for x_q, x_k drawn independently, keys by their weight.
+    A^(1/2) F S^(1/2) = U s V'. Objective: E |[x_q, 1] (F - merged) (x_k - mu)'|^2 for x_q, x_k drawn independently,
+    keys by their weight.
     """
     queries = np.concatenate(heads.queries, axis=1) / len(heads.queries)  # [D + 1, m K]
     keys = heads.key.reshape(len(heads.key), -1)  # [D, m K], so that F = queries keys'

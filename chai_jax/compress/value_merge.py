@@ -60,8 +60,8 @@ def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
     """One value, and n output projections, for heads that share their attention (`qkv`).
 
     M_j = sum_h Wv_h Wo_hj, for the j-th query of every head; M = [M_1 ... M_n]; S^(1/2) M = U s V'; the value is
-    (x - mu) M V_R / s, the output projections are s V_R'. Objective: E |(z - mu) (M - merged)|^2, z being what attention
-    mixes of x.
+    (x - mu) M V_R / s, the output projections are s V_R'. Objective: E |(z - mu) (M - merged)|^2, z being what
+    attention mixes of x.
     """
     space, n = ValueSpace.of(heads, x), heads.each
     values, outputs = space.values.reshape(len(space.values), -1), _side_by_side(heads.output, n)  # M = values outputs
