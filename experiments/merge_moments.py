@@ -1,6 +1,6 @@
 """What weighing tokens by attention is worth: merges fitted to moments that do, and to moments that count all alike.
 
-    python experiments/merge_moments.py $MODEL --text wiki.test.raw --calibration corpus.txt --seeds 0 --out runs/moments
+    python experiments/merge_moments.py $MODEL --text wiki.test.raw --calibration corpus.txt --out runs/moments
 
 Every layer is changed in the same way and nothing is trained: heads cut to --part of their dimensions, latents of that
 part of the width, heads merged by `low_rank` to that part of their number (and by `fit`, where a key has one query). On
