@@ -113,8 +113,7 @@ def _input_moments(
     value = project_to_heads(params["value"], seen.x, how.kernels)
     attention = jnp.where(mask[:, None, :, None], seen.probabilities, 0.0)
     weights = cost_of_scores(attention, value, seen.heads, params).sum(axis=(1, 2))
-    pairs = jnp.einsum("bhts,bhtr->bsr", attention, attention, precision="highest")
-    mixed = jnp.einsum("bsr,bry->bsy", pairs, rows, precision="highest")
+    mixed = jnp.square(attention).sum(axis=(1, 2))[..., None] * rows
     by_key = weights[..., None] * rows
     totals = {"query": rows, "key": by_key, "value": mixed}
     return {name: jnp.einsum("nwx,nwy->xy", rows, each, precision="highest") for name, each in totals.items()}
