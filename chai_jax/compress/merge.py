@@ -3,8 +3,8 @@
 A representative throws away what the other heads knew; these keep as much of it as a rank allows. With x the layer's
 normed input on calibration text, every form is a truncated singular value decomposition of the map that is to be kept,
 weighed by the square root of what enters it, hence optimal for its own objective (Eckart and Young 1936). Queries, keys
-and values each have moments of their own: a token counts by the attention that its key gets, and a value as attention
-mixes it (`chai_jax.compress.moments`). Of keys and of values mu is the mean and S the covariance, of queries
+and values each have moments of their own, in which a token counts by what it does to the layer's output
+(`chai_jax.compress.moments`). Of keys and of values mu is the mean and S the covariance, of queries
 A = E[[x, 1]' [x, 1]]. No matrix is inverted: after a layer norm, S is always singular.
 
 Biases cost nothing. What is constant over keys (key biases, mu's part of a key) drops out of the softmax; what is

@@ -1,23 +1,26 @@
 """Second moments on calibration text: of a layer's input, and of a merged attention with the output wanted from it.
 
-Not every token counts alike. On a well-trained model most of the attention rests on the first token or two, whose
-states are unlike all others: what is best for the average token is ruinous there. So a token counts by what its key and
-its value do to the layer's output, as attention reads them. a_ts is the attention of a head's query t to token s.
+Not every token counts alike. On a well-trained model most of the attention rests on the first token, whose state is
+unlike all others: what is best for the average token is ruinous there. So a token counts by what errors of its key and
+of its value do to the layer's output, where errors of tokens are independent of one another. a_ts is the attention of a
+head's query t to token s.
 
-Values. If the map of a value is wrong by E, what attention mixes, z_t E with z_t = sum over s of a_ts [x_s, 1], is too.
-The mean over queries and heads of |z_t E|^2 is tr(E' V E) with
+Values. If the value of token s is wrong by e_s, what a head mixes for query t is wrong by sum over s of a_ts e_s. Of
+independent errors the expected square is the sum over s of a_ts^2 |e_s|^2. With e_s = [x_s, 1] E for one wrong map E of
+all tokens, that is, over all queries and heads, tr(E' V E) with
 
-    V = mean over t, heads of z_t' z_t = mean over t, heads of sum over s, r of a_ts a_tr [x_s, 1]' [x_r, 1],
-
-exactly. All heads of a layer share one V.
+    V = sum over s of u_s [x_s, 1]' [x_s, 1],    u_s = sum over t, heads of a_ts^2.
 
 Keys. A score of query t that is wrong by d_ts moves the layer's output by a_ts (v_s - o_t) W d_ts, to first order: o_t
-is what the head mixed, W its output projection (see `chai_jax.compress.key_basis`). If errors of tokens are independent
-of one another, and the sizes of queries of what they attend to, the squared error of the output is that of scores with
+is what the head mixed, W its output projection (see `chai_jax.compress.key_basis`). With d_ts = [x_t, 1] F [x_s, 1]'
+for one wrong form F, and queries taken as independent of what they read, the expected square is tr(F' A F K), up to a
+factor, with A = E[[x, 1]' [x, 1]], in which all queries count alike, and
 
-    K = mean over s of w_s [x_s, 1]' [x_s, 1],    w_s = sum over t, heads of a_ts^2 |(v_s - o_t) W|^2
+    K = sum over s of w_s [x_s, 1]' [x_s, 1],    w_s = sum over t, heads of a_ts^2 |(v_s - o_t) W|^2.
 
-for the moments of keys, up to a factor. Queries count alike.
+V with the products of different tokens, the second moments of what heads mix, would be exact for calibration text. It
+was no better on SmolLM2-135M, and it says nothing of what attention averages out there: latents of full rank lost
+accuracy to rounding. All heads of a layer share A, V and K; moments are scaled to a sum of weights of 1.
 """
 
 from collections.abc import Iterator, Sequence
@@ -112,10 +115,9 @@ def _input_moments(
     rows = jnp.where(mask[..., None], jnp.pad(seen.x, ((0, 0), (0, 0), (0, 1)), constant_values=1.0), 0.0)
     value = project_to_heads(params["value"], seen.x, how.kernels)
     attention = jnp.where(mask[:, None, :, None], seen.probabilities, 0.0)
-    weights = cost_of_scores(attention, value, seen.heads, params).sum(axis=(1, 2))
-    mixed = jnp.square(attention).sum(axis=(1, 2))[..., None] * rows
-    by_key = weights[..., None] * rows
-    totals = {"query": rows, "key": by_key, "value": mixed}
+    cost = cost_of_scores(attention, value, seen.heads, params)
+    by_key, by_value = (each.sum(axis=(1, 2))[..., None] * rows for each in (cost, attention**2))
+    totals = {"query": rows, "key": by_key, "value": by_value}
     return {name: jnp.einsum("nwx,nwy->xy", rows, each, precision="highest") for name, each in totals.items()}
 
 

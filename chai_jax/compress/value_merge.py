@@ -60,8 +60,8 @@ def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
     """One value, and n output projections, for heads that share their attention (`qkv`).
 
     M_j = sum_h Wv_h Wo_hj, for the j-th query of every head; M = [M_1 ... M_n]; S^(1/2) M = U s V'; the value is
-    (x - mu) M V_R / s, the output projections are s V_R'. Objective: E |(z - mu) (M - merged)|^2, z being what
-    attention mixes of x.
+    (x - mu) M V_R / s, the output projections are s V_R'. Objective: E |(x - mu) (M - merged)|^2, the value path of one
+    token, tokens by their weight.
     """
     space, n = ValueSpace.of(heads, x), heads.each
     values, outputs = space.values.reshape(len(space.values), -1), _side_by_side(heads.output, n)  # M = values outputs
@@ -76,7 +76,7 @@ def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
 
 def latent_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
     """One latent value and an output projection for each query (`kv`): as `latent_scores`, with (Wo_h Wo_h')^(1/2) for
-    G_h^(1/2). Objective: sum over queries of E |(z - mu) (Wv_h - merged) Wo_h|^2."""
+    G_h^(1/2). Objective: sum over queries of E |(x - mu) (Wv_h - merged) Wo_h|^2."""
     space, n = ValueSpace.of(heads, x), heads.each
     joined = weighed_values(heads, space.values)
     u, s, vt = svd(rank, (space.root,), (joined,))

@@ -32,19 +32,23 @@ def seen_of(model: Model, params: Params, x: jax.Array) -> Seen:
 
 
 @CONFIGS
-def test_values_count_as_attention_mixes_them(config: Architecture) -> None:
-    """Change the map of all values alike: how much heads' outputs change is what the moments say."""
+def test_values_count_by_what_their_errors_do(config: Architecture) -> None:
+    """Values are changed token by token at random: how much heads' outputs move on average is what the moments say.
+
+    Of signs that are independent and fair, the mean over all choices is the sum over tokens, each changed alone.
+    """
     model, params, x = layer_of(config)
     found = input_moments(config, model.spec.layers[0], how_in_float32(model), params, x, MASK).value.joint
-    change = np.random.default_rng(1).standard_normal((WIDTH + 1, RANK))
-    value = {"kernel": params["value"]["kernel"] + change[:-1, None]}
-    if "bias" in params["value"]:
-        value["bias"] = params["value"]["bias"] + change[-1]
-    else:
-        change[-1] = 0
-    before, after = (seen_of(model, each, x).heads for each in (params, {**params, "value": value}))
-    moved = np.square(np.asarray(after - before, np.float64)).sum(axis=-1).transpose(0, 2, 1)[MASK]  # [tokens, heads]
-    assert np.trace(change.T @ found @ change) == pytest.approx(moved.mean(), rel=1e-4)
+    seen = seen_of(model, params, x)
+    attention, change = np.asarray(seen.probabilities, np.float64), np.random.default_rng(1).standard_normal((33, RANK))
+    moved = counted = 0.0
+    for row, mask in enumerate(MASK):
+        for token in np.flatnonzero(mask):
+            error = np.append(np.asarray(seen.x[row, token], np.float64), 1) @ change
+            mixed = attention[row][:, mask, token, None] * error  # of each head and query
+            moved += np.square(mixed).sum()
+            counted += np.square(attention[row][:, mask, token]).sum()
+    assert np.trace(change.T @ found @ change) == pytest.approx(moved / counted, rel=1e-4)
     assert found[-1, -1] == pytest.approx(1)
 
 
