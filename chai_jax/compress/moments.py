@@ -1,26 +1,28 @@
 """Second moments on calibration text: of a layer's input, and of a merged attention with the output wanted from it.
 
 Not every token counts alike. On a well-trained model most of the attention rests on the first token, whose state is
-unlike all others: what is best for the average token is ruinous there. So a token counts by what errors of its key and
-of its value do to the layer's output, where errors of tokens are independent of one another. a_ts is the attention of a
-head's query t to token s.
+unlike all others: what is best for the average token is ruinous there. So a token counts by the attention that it gets
+and, as a key, by what that attention does. a_ts is the attention of a head's query t to token s.
 
-Values. If the value of token s is wrong by e_s, what a head mixes for query t is wrong by sum over s of a_ts e_s. Of
-independent errors the expected square is the sum over s of a_ts^2 |e_s|^2. With e_s = [x_s, 1] E for one wrong map E of
-all tokens, that is, over all queries and heads, tr(E' V E) with
+Values. If the value of token s is wrong by e_s, what a head mixes for query t is wrong by sum over s of a_ts e_s, whose
+square is at most the sum of a_ts |e_s|^2 (Jensen; a row of attention sums to one). With e_s = [x_s, 1] E for one wrong
+map E of all tokens this is, over all queries and heads, tr(E' V E) with
 
-    V = sum over s of u_s [x_s, 1]' [x_s, 1],    u_s = sum over t, heads of a_ts^2.
+    V = sum over s of u_s [x_s, 1]' [x_s, 1],    u_s = sum over t, heads of a_ts.
+
+Its mean is the mean of what heads mix, so that constants are exact where they go into the output bias.
 
 Keys. A score of query t that is wrong by d_ts moves the layer's output by a_ts (v_s - o_t) W d_ts, to first order: o_t
 is what the head mixed, W its output projection (see `chai_jax.compress.key_basis`). With d_ts = [x_t, 1] F [x_s, 1]'
-for one wrong form F, and queries taken as independent of what they read, the expected square is tr(F' A F K), up to a
-factor, with A = E[[x, 1]' [x, 1]], in which all queries count alike, and
+for one wrong form F, errors of tokens taken as independent of one another and queries of what they read, the expected
+square is tr(F' A F K), up to a factor, with A = E[[x, 1]' [x, 1]], in which all queries count alike, and
 
     K = sum over s of w_s [x_s, 1]' [x_s, 1],    w_s = sum over t, heads of a_ts^2 |(v_s - o_t) W|^2.
 
-V with the products of different tokens, the second moments of what heads mix, would be exact for calibration text. It
-was no better on SmolLM2-135M, and it says nothing of what attention averages out there: latents of full rank lost
-accuracy to rounding. All heads of a layer share A, V and K; moments are scaled to a sum of weights of 1.
+All heads of a layer share A, V and K; moments are scaled to a sum of weights of 1. Without the bound, V would be the
+second moments of what heads mix. That was no better: it says little of what attention averages out on the calibration
+text, and latents of full rank lost accuracy to rounding. Weights of a_ts^2, as for independent errors, have a mean of
+their own; they were worse where few dimensions stay.
 """
 
 from collections.abc import Iterator, Sequence
@@ -116,7 +118,7 @@ def _input_moments(
     value = project_to_heads(params["value"], seen.x, how.kernels)
     attention = jnp.where(mask[:, None, :, None], seen.probabilities, 0.0)
     cost = cost_of_scores(attention, value, seen.heads, params)
-    by_key, by_value = (each.sum(axis=(1, 2))[..., None] * rows for each in (cost, attention**2))
+    by_key, by_value = (each.sum(axis=(1, 2))[..., None] * rows for each in (cost, attention))
     totals = {"query": rows, "key": by_key, "value": by_value}
     return {name: jnp.einsum("nwx,nwy->xy", rows, each, precision="highest") for name, each in totals.items()}
 

@@ -32,24 +32,26 @@ def seen_of(model: Model, params: Params, x: jax.Array) -> Seen:
 
 
 @CONFIGS
-def test_values_count_by_what_their_errors_do(config: Architecture) -> None:
-    """Values are changed token by token at random: how much heads' outputs move on average is what the moments say.
-
-    Of signs that are independent and fair, the mean over all choices is the sum over tokens, each changed alone.
-    """
+def test_values_count_by_the_attention_they_get(config: Architecture) -> None:
+    """Sums over heads, queries and tokens, one by one; no less than what heads' outputs really move when the map of all
+    values is changed, and just that for a change that is the same for all tokens."""
     model, params, x = layer_of(config)
     found = input_moments(config, model.spec.layers[0], how_in_float32(model), params, x, MASK).value.joint
-    seen = seen_of(model, params, x)
-    attention, change = np.asarray(seen.probabilities, np.float64), np.random.default_rng(1).standard_normal((33, RANK))
-    moved = counted = 0.0
-    for row, mask in enumerate(MASK):
-        for token in np.flatnonzero(mask):
-            error = np.append(np.asarray(seen.x[row, token], np.float64), 1) @ change
-            mixed = attention[row][:, mask, token, None] * error  # of each head and query
-            moved += np.square(mixed).sum()
-            counted += np.square(attention[row][:, mask, token]).sum()
-    assert np.trace(change.T @ found @ change) == pytest.approx(moved / counted, rel=1e-4)
-    assert found[-1, -1] == pytest.approx(1)
+    seen, change = seen_of(model, params, x), np.random.default_rng(1).standard_normal((WIDTH + 1, RANK))
+    expected, inputs = np.zeros_like(found), np.asarray(seen.x, np.float64)
+    for row, query in np.argwhere(MASK):
+        for head in range(QUERIES):
+            for token in range(query + 1):
+                one = np.append(inputs[row, token], 1)
+                expected += float(seen.probabilities[row, head, query, token]) * np.outer(one, one)
+    np.testing.assert_allclose(found, expected / expected[-1, -1], atol=1e-5)
+
+    change[-1] = 0
+    value = {**params["value"], "kernel": params["value"]["kernel"] + change[:-1, None]}
+    moved = np.asarray(seen_of(model, {**params, "value": value}, x).heads - seen.heads, np.float64)
+    moved = moved.transpose(0, 2, 1, 3)[MASK]  # [tokens, heads, R]
+    assert np.square(moved).sum(axis=-1).mean() < np.trace(change.T @ found @ change)
+    np.testing.assert_allclose(moved.mean(axis=(0, 1)), found[-1] @ change, atol=1e-4)
 
 
 @CONFIGS
