@@ -20,9 +20,9 @@ square is tr(F' A F K), up to a factor, with A = E[[x, 1]' [x, 1]], in which all
     K = sum over s of w_s [x_s, 1]' [x_s, 1],    w_s = sum over t, heads of a_ts^2 |(v_s - o_t) W|^2.
 
 All heads of a layer share A, V and K; moments are scaled to a sum of weights of 1. Without the bound, V would be the
-second moments of what heads mix. That was no better on two models: it says little of what attention averages out on the calibration
-text, and latents of full rank lost accuracy to rounding. Weights of a_ts^2, as for independent errors, have a mean of
-their own; on opt-mini they lost more than equal weights where few dimensions stay.
+second moments of what heads mix. That was no better than the bound on two models: it says little of what attention
+averages out on the calibration text, and latents of full rank lost accuracy to rounding. Weights of a_ts^2, as for
+independent errors, have a mean of their own; on opt-mini they lost more than equal weights where few dimensions stay.
 """
 
 from collections.abc import Iterator, Sequence
