@@ -1,6 +1,6 @@
 """Second moments on calibration text: of a layer's input, and of a merged attention with the output wanted from it.
 
-Not every token counts alike. On a well-trained model most of the attention rests on the first token, whose state is
+Not every token counts alike. On a well-trained model much of the attention rests on the first token, whose state is
 unlike all others: what is best for the average token is ruinous there. So a token counts by the attention that it gets
 and, as a key, by what that attention does. a_ts is the attention of a head's query t to token s.
 
