@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from chai_jax.analyse.budget import Budget, plan_within
+from chai_jax.analyse.budget import Budget
 from chai_jax.analyse.probe import probe
+from chai_jax.analyse.whole_plan import plan_and_measure
 from chai_jax.compress.basis_stream import basis_plan
 from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.data.text import read_text_file, windows
@@ -26,16 +27,20 @@ from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
 from chai_jax.plans.formats import BASIS, BLOCKS, STORAGES, UNFITTED
+from chai_jax.plans.plan import Plan
 from chai_jax.report.tables import Column
 from chai_jax.run.options import parse_list
-from lab.damage import COLUMNS, ROWS, damage, figures, frontier, sizes, whole_windows
+from lab.damage import COLUMNS, ROWS, damage, figures, frontier, layer_by_layer, sizes, whole_windows
 from lab.options import Common, Record, start
 from lab.publish import publish
 
 CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
 ALONE = ("int8", *(name for name in BLOCKS if name in UNFITTED))
 IN_BASIS = ("basis4:4", "basis4:2.4", "basis3:2.4", "basis3:1.7", "basis2:2.4", "basis2:1.7")
-PREDICTED: Column = ("predicted KL", lambda row: "" if row["predicted"] is None else f"{row['predicted']:.4f}")
+PLANNED: tuple[Column, ...] = (
+    ("predicted KL", lambda row: "" if row["predicted"] is None else f"{row['predicted']:.4f}"),
+    ("of the whole plan, calibration text", lambda row: "" if row["whole"] is None else f"{row['whole']:.4f}"),
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +62,8 @@ class FewBitsOptions(Common):
     """Of the calibration text, to measure on."""
 
 
-def candidates(model: Model, options: FewBitsOptions) -> Iterator[tuple[str, Model, float | None]]:
-    """Caches by name, and the damage that the planner predicts."""
+def candidates(model: Model, options: FewBitsOptions) -> Iterator[tuple[str, Model, Plan | None]]:
+    """Caches by name, and the planner's plans, which hold what it expects."""
     alone = [each for each in options.alone.split(",") if each]
     for storage in alone:
         if ":" not in storage:
@@ -73,8 +78,8 @@ def candidates(model: Model, options: FewBitsOptions) -> Iterator[tuple[str, Mod
     for part in [float(part) for part in options.budgets.split(",") if part]:
         budget = Budget(part, shares=(), storages=formats, ranks=False, tokens=options.tokens)
         file = options.out / f"{Path(model.source).name}.costs.json"
-        made = plan_within(model, seen, budget, seed=options.seed_numbers[0], file=file)
-        yield f"planner, {100 * part:g} %", quantize(model, made, seen), made.predicted
+        made = plan_and_measure(model, seen, budget, seed=options.seed_numbers[0], file=file)
+        yield f"planner, {100 * part:g} %", quantize(model, made, seen), made
 
 
 def few_bits(options: FewBitsOptions) -> Record:
@@ -85,15 +90,17 @@ def few_bits(options: FewBitsOptions) -> Record:
     for source in options.model:
         model = load(source, storage="bfloat16")
         tokens = whole_windows(model.tokenizer, options.text, options.window, options.windows)
-        caches = list(candidates(model, options))
-        measured = damage(model, [changed for _, changed, _ in caches], tokens, ROWS)
-        for (name, changed, predicted), (kl, rise) in zip(caches, measured, strict=True):
+        caches, rows_at_once = list(candidates(model, options)), max(1, ROWS * PROBED // options.window)
+        run = [layer_by_layer(each) for each in (model, *(changed for _, changed, _ in caches))]
+        measured = damage(run[0], run[1:], tokens, rows_at_once)
+        for (name, changed, plan), (kl, rise) in zip(caches, measured, strict=True):
             about = {"model": Path(source).name, "cache": name}
-            rows.append(about | sizes(changed, model, options.window) | figures(kl, rise) | {"predicted": predicted})
+            planned = {"predicted": plan and plan.predicted, "whole": plan and plan.measured}
+            rows.append(about | sizes(changed, model, options.window) | figures(kl, rise) | planned)
     kinds = ["planner" if row["predicted"] else "basis" if "keys" in row["cache"] else "one format" for row in rows]
     caption = f"{options.windows} windows of {options.window} tokens; bars: 95 % intervals over windows. No training."
     frontier(options.out / "frontier", rows, kinds, caption)
-    return publish(options, "few_bits", "Few bits in the cache", rows, (*COLUMNS, PREDICTED))
+    return publish(options, "few_bits", "Few bits in the cache", rows, (*COLUMNS, *PLANNED))
 
 
 if __name__ == "__main__":

@@ -114,8 +114,7 @@ class CostMeter:
     """The changes of one layer after another, each measured alone against the dense model."""
 
     def __init__(self, model: Model, fit: Text, text: tuple[np.ndarray, np.ndarray], plan: Plan, find: FindClusters):
-        """`fit`: what changes are fitted to; `text`: tokens and mask to measure on; `plan`: share and merges, its layers
-        are not read."""
+        """`fit`: what changes are fitted to; `text`: tokens and mask to measure on; `plan`: its layers are not read."""
         self.damage, self.stream = Damage(model, *text), Stream(model, fit)
         self.model, self.plan, self.find, self.fit = self.damage.model, plan, find, fit
 

@@ -12,8 +12,8 @@ import numpy as np
 from chai_jax.analyse.budget import Budget, parts, plan_within
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.probe import Probe
+from chai_jax.compress.basis_stream import sharing_programs
 from chai_jax.compress.cluster import cluster
-from chai_jax.compress.key_basis import in_one_program
 from chai_jax.compress.quantize import quantize
 from chai_jax.console import console
 from chai_jax.model.model import Model
@@ -61,21 +61,9 @@ def plan_and_measure(
 def in_place(model: Model, plan: Plan, probe: Probe, budget: Budget) -> tuple[float, tuple[float, ...]]:
     """(KL of a plan as a whole, by layer: what it does within the plan over what it does alone)."""
     fit, text = parts(model.config, probe, budget)
-    damage, changed = Damage(model, *text), _alike(quantize(cluster(model, plan, fit), plan, fit))
+    damage, changed = Damage(model, *text), sharing_programs(quantize(cluster(model, plan, fit), plan, fit))
     kl, within = damage.within(changed)
     layers = enumerate(changed.spec.layers)
     alone = np.asarray([damage.of(at, layer, changed.params["layers"][str(at)])[0] for at, layer in layers])
     least = SMALL * max(kl, SMALL)
     return kl, tuple(np.clip(np.maximum(within, least) / np.maximum(alone, least), 1 / REACH, REACH).tolist())
-
-
-def _alike(model: Model) -> Model:
-    """The same model with bases of one shape, so that its layers share a program."""
-    spec, layers, rank = model.spec, dict(model.params["layers"]), model.config.head_dim
-    for index, layer in enumerate(spec.layers):
-        if layer.channels:
-            params = layers[str(index)]
-            channels, basis = in_one_program(params["basis"], layer.channels, rank)
-            spec = spec.with_layer(index, dataclasses.replace(layer, channels=channels))
-            layers[str(index)] = {**params, "basis": basis}
-    return model.replace(spec=spec, params={**model.params, "layers": layers})

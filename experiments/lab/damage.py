@@ -1,6 +1,7 @@
 """What a smaller cache costs: KL divergence and change of perplexity, window by window, beside its bytes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from chai_jax.compress.basis_stream import sharing_programs
 from chai_jax.console import track
 from chai_jax.data.text import read_text_file, windows
 from chai_jax.evaluation.statistics import paired
 from chai_jax.model.cache import empty
+from chai_jax.model.decoder import final_norm, unembed
+from chai_jax.model.execution import Execution
+from chai_jax.model.layerwise import embed_text, how_in_float32, rest_of, through
 from chai_jax.model.model import Model
+from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
 from chai_jax.report.figures.curves import cost_against
 from chai_jax.report.tables import Column
 from chai_jax.score.divergence import kl_divergence
@@ -42,6 +49,25 @@ def compared(truth: Array, logits: Array, targets: Array) -> tuple[Array, Array]
     right, wrong = jax.nn.log_softmax(truth), jax.nn.log_softmax(logits)
     rise = jnp.take_along_axis(right - wrong, targets[..., None], -1)[..., 0]
     return kl_divergence(right, wrong).sum(axis=1), rise.sum(axis=1)
+
+
+def layer_by_layer(model: Model) -> Callable[[np.ndarray], Any]:
+    """Logits of a model whose layers go one by one, in float32: what has few bits compiles in seconds, not a minute."""
+    shared = sharing_programs(model)
+
+    def logits(tokens: np.ndarray) -> Array:
+        mask = np.ones(tokens.shape, bool)
+        x = embed_text(shared, tokens, mask)
+        for index in range(shared.config.num_layers):
+            x = through(shared, index, x, mask)
+        return _unembedded(shared.config, how_in_float32(shared), rest_of(shared.params), x)
+
+    return logits
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _unembedded(config: Architecture, how: Execution, params: Params, x: Array) -> Array:
+    return unembed(config, params, final_norm(config, params, x), how)
 
 
 def damage(
