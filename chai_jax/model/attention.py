@@ -35,7 +35,7 @@ def scores_of(
         keys = keys.expanded(query.dtype)
     if isinstance(keys, Windowed):
         old, recent = (scores_of(query, part, allowed, scale) for part in (keys.old, keys.recent))
-        return jnp.where(keys.fresh, recent, old)
+        return jnp.where(keys.fresh[:, None, None], recent, old)
     stored = _multiplied(keys, query.dtype)
     # All rows of a cluster in one axis: with two of them XLA copies the keys to another layout on CPUs.
     rows = (query * scale).reshape(*query.shape[:2], -1, query.shape[-1])
@@ -58,7 +58,7 @@ def mix_values(
     if isinstance(values, OneRow):
         values = values.expanded(dtype)
     if isinstance(values, Windowed):
-        recent = jnp.where(values.fresh, probabilities, 0.0)
+        recent = jnp.where(values.fresh[:, None, None], probabilities, 0.0)
         old = mix_values(probabilities - recent, values.old, value_heads, dtype)
         return old + mix_values(recent, values.recent, value_heads, dtype)
     batch, clusters, queries, rows, columns = probabilities.shape

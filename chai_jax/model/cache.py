@@ -5,7 +5,6 @@ training the same damage (with a straight-through gradient) that decoding reads 
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +25,10 @@ from chai_jax.model.block_store import (
     pad,
     read_blocks,
 )
+from chai_jax.model.by_row import Starts
+from chai_jax.model.execution import Execution
 from chai_jax.model.kernels import LANES
+from chai_jax.model.kernels.write import put_tokens
 from chai_jax.model.membership import calibrated
 from chai_jax.model.one_row import OneRow, append_row
 from chai_jax.model.params import Params
@@ -82,11 +84,11 @@ class GroupCache:
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "mask", "length"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What decoding needs of the past: `layers[layer][group]`, which columns hold real tokens, how many are used."""
+    """What decoding needs of the past: `layers[layer][group]`, which columns hold tokens, how many a sequence uses."""
 
     layers: tuple[tuple[GroupCache, ...], ...]
     mask: Any  # bool [B, S]
-    length: Any  # int32 []
+    length: Any  # int32 [B]
 
     @property
     def nbytes(self) -> int:
@@ -98,30 +100,19 @@ class Cache:
         return self.mask.shape[1]
 
 
-def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""], layout: Layout | None = None) -> GroupCache:
-    """Write `new`'s tokens into columns `start`... of `cache`; what was stored before is not touched.
+def append(cache: GroupCache, new: GroupCache, start: Int32[Array, "B"], how: Execution | None = None) -> GroupCache:
+    """Write each sequence's new tokens into its columns `start`...; what was stored before is not touched.
 
     Args:
-        layout: how the cache is split over devices; None: it is on one.
+        how: by whose kernels, and how the cache is split over devices; None: XLA, on one.
     """
+    layout, kernels = (None, "xla") if how is None else (how.layout, how.kernels)
 
     def write(old: Array, entry: Array) -> Array:
-        # Axis 2 holds the tokens in keys, values and scales alike.
-        put = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-        written = partial(jax.lax.platform_dependent, cpu=partial(_in_loop, put), default=put)
-        return tokens_minor(written(tokens_minor(old, layout), entry, start), layout)
+        return tokens_minor(put_tokens(tokens_minor(old, layout), entry, start, kernels), layout)
 
     keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     return GroupCache(keys, values, cache.membership)
-
-
-def _in_loop(put: Callable[[Array, Array, Array], Array], old: Array, entry: Array, start: Array) -> Array:
-    """`put(old, entry, start)` as a loop of one turn, which XLA for CPUs leaves alone.
-
-    Otherwise it gives a cache of one sequence another layout for the dots that follow, or one of bfloat16 the type
-    float32, and copies all of it there and back at every token.
-    """
-    return jax.lax.while_loop(lambda s: s[0] <= start, lambda s: (s[0] + 1, put(s[1], entry, s[0])), (start, old))[1]
 
 
 def remember(
@@ -129,9 +120,9 @@ def remember(
     key: Float[Array, "B C T Rk"],
     value: Float[Array, "B heads T Rv"],
     storage: str,
-    start: Int32[Array, ""],
+    start: Starts,
     real: Bool[Array, "B S"],
-    layout: Layout | None = None,
+    how: Execution | None = None,
     channels: Channels = (),
     basis: Params | None = None,
 ) -> tuple[GroupCache, Any, Any]:
@@ -141,33 +132,34 @@ def remember(
 
     Args:
         real: which columns hold tokens, these among them.
-        layout: as of `append`.
+        how: as of `append`.
         channels, basis: of formats of a basis, the layer's and its parameters; keys are then given, and handed back,
             before their rotation.
     """
     if storage in BLOCKS:
         format, stores = BLOCKS[storage].of(channels), (None, None) if past is None else (past.keys, past.values)
         codec: Codec = AS_IS if basis is None else KeyCodec(basis)
-        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec)
+        kernels = "xla" if how is None else how.kernels
+        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec, kernels)
         codec = AS_IS if basis is None else ValueCodec(basis, read_blocks(keys.blocks))
-        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec)
+        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec, kernels)
         return GroupCache(keys, values), read_keys, read_values
     new = GroupCache(store(key, storage), store(value, storage))
     if past is None:
         return new, through_storage(key, storage), through_storage(value, storage)
-    new = append(past, new, start, layout)
+    new = append(past, new, start, how)
     return new, new.keys, new.values
 
 
 def _remember_blocks(
-    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side, codec: Codec
+    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side, codec: Codec, kernels: str
 ) -> tuple[BlockStore, Any]:
     batch, heads, rows, rank = x.shape
     if past is None:
         stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, codec)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
     if rows == 1:
-        stored = append_row(past, x, start, real, codec)
+        stored = append_row(past, x, start, real, codec, kernels)
         row = OneRow(stored, start, real)
         return stored, row if codec is AS_IS else row.expanded(x.dtype, codec)  # kernels know no bases
     return append_blocks(past, x, start, real, codec)
@@ -272,7 +264,7 @@ def empty(spec: Spec, batch: int, capacity: int) -> Cache:
         return GroupCache(keys, values, calibrated(layer.clusters, batch) if group.assigned else None)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)
-    return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+    return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros(batch, jnp.int32))
 
 
 def measured_bytes_per_token(spec: Spec) -> int | float:

@@ -86,7 +86,7 @@ def test_a_ragged_batch_equals_uncached_greedy_decoding_prompt_by_prompt(model: 
 @pytest.mark.slow
 def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of four at once: the same text, and nothing of four rows before the vocabulary head."""
-    tokens, mask = map(jnp.asarray, serve.pad_left(PROMPTS[:4], 1))
+    tokens, mask = map(jnp.asarray, serve.pad_right(PROMPTS[:4], 1))
     keys = jax.random.split(jax.random.key(0), 4)
     rest = (model.params, tokens, mask, keys, Sampling(), jnp.int32(serve.NEVER))
     read = partial(serve.prefill.__wrapped__, model.config, model.spec, capacity=48, how=ONE)
@@ -99,7 +99,7 @@ def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest
     layers = (jax.tree.map(np.asarray, state.cache.layers) for state in (apart, together))
     jax.tree.map(lambda one, two: same(one * real, two * real), *layers)
     np.testing.assert_array_equal(apart.cache.mask, together.cache.mask)
-    assert apart.cache.length == together.cache.length == 32
+    assert apart.cache.length.tolist() == together.cache.length.tolist() == [*map(len, PROMPTS[:4])]
     program = str(jax.make_jaxpr(read)(*rest))
     assert "f32[2,32,64]" in program
     assert "f32[4,32,64]" not in program
@@ -117,7 +117,7 @@ def test_a_mesh_gives_the_same(model: Model) -> None:
 def test_the_cache_is_split_over_sequences_and_heads(model: Model, storage: str) -> None:
     layout = Layout(make_mesh(4, 2))
     stored = with_storage(model, storage)
-    tokens, mask = serve.pad_left(PROMPTS, CONFIG.pad_token_id, 4)
+    tokens, mask = serve.pad_right(PROMPTS, CONFIG.pad_token_id, 4)
     what = (CONFIG, stored.spec, layout.params(CONFIG, stored.spec, model.params))
     rule = (Sampling(), jnp.int32(serve.NEVER))
     keys = jax.random.split(jax.random.key(0), len(tokens))
@@ -127,7 +127,7 @@ def test_the_cache_is_split_over_sequences_and_heads(model: Model, storage: str)
         for leaf in jax.tree.leaves(state.cache.layers):
             expected = jax.NamedSharding(layout.mesh, PartitionSpec("data", "model"))
             assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
-        state = serve.decode(*what, state, jnp.int32(40), *rule, how=how)
+        state = serve.decode(*what, state, jnp.int32(9), *rule, how=how)
 
 
 @pytest.mark.as_user
@@ -212,28 +212,31 @@ def test_each_sequence_stops_at_its_own_end(model: Model) -> None:
 
 def test_a_stopped_sequence_adds_nothing_and_the_loop_ends_with_the_last(model: Model) -> None:
     free = generate_tokens(model, PROMPTS[:2], 12, stop=False)
-    tokens, mask = serve.pad_left(PROMPTS[:2], 1)
+    tokens, mask = serve.pad_right(PROMPTS[:2], 1)
     keys, greedy = jax.random.split(jax.random.key(0), 2), serve.Sampling.checked()
 
     def run(eos: int) -> serve.Decoding:
         rule = greedy, jnp.int32(eos)
         what = CONFIG, model.spec, model.params
         state = serve.prefill(*what, tokens, mask, keys, *rule, capacity=32, how=ONE)
-        return serve.decode(*what, state, jnp.int32(27), *rule, how=ONE)
+        return serve.decode(*what, state, jnp.int32(12), *rule, how=ONE)
 
     end = next(token for token in free[0][1:6] if token not in free[1])
     at = free[0].index(end) + 1
     state = run(end)
     assert np.asarray(state.done).tolist() == [True, False]
-    assert np.asarray(state.tokens)[:, 16:28].tolist() == [free[0][:at] + [1] * (12 - at), free[1]]
-    assert np.asarray(state.cache.mask)[:, 16:27].sum(axis=1).tolist() == [at - 1, 11]
+    lengths = [len(prompt) for prompt in PROMPTS[:2]]
+    made = [row[length : length + 12].tolist() for row, length in zip(np.asarray(state.tokens), lengths, strict=True)]
+    assert made == [free[0][:at] + [1] * (12 - at), free[1]]
+    assert state.cache.length.tolist() == [lengths[0] + at - 1, lengths[1] + 11]
+    assert np.asarray(state.cache.mask).sum(axis=1).tolist() == state.cache.length.tolist()
 
     alone = model.replace(config=dataclasses.replace(model.config, eos_token_id=end))
     assert generate_tokens(alone, PROMPTS[:1], 12) == [free[0][:at]]
     mask[1] = False
     state = run(end)
     assert np.asarray(state.done).all()
-    assert int(state.cache.length) == 16 + at - 1
+    assert int(state.made) == at
 
 
 @pytest.mark.slow
@@ -277,20 +280,20 @@ def test_the_cache_is_updated_in_place(rows: int, dtype: str, storage: str) -> N
     layers = 4
     config, spec = dataclasses.replace(CONFIG, num_layers=layers), Spec.dense(layers, 4, 8, storage)
     params = fold_projections(init(config, spec, jax.random.key(0)))
-    tokens, mask = serve.pad_left(PROMPTS[:rows], 1)
+    tokens, mask = serve.pad_right(PROMPTS[:rows], 1)
     keys = jax.random.split(jax.random.key(0), len(tokens))
     rule = serve.Sampling.checked(), jnp.int32(2)
     how = ONE.replace(dtype=jnp.dtype(dtype))
     state = serve.prefill(config, spec, params, tokens, mask, keys, *rule, capacity=2048, how=how)
-    program = serve.decode.lower(config, spec, params, state, jnp.int32(40), *rule, how=how).compile()
+    program = serve.decode.lower(config, spec, params, state, jnp.int32(9), *rule, how=how).compile()
     memory = program.memory_analysis()
     assert memory.alias_size_in_bytes >= state.cache.nbytes
     one_layer = 2 * tokens.shape[0] * 4 * 2048 * 8 * 4  # keys and values in float32
     assert memory.temp_size_in_bytes < 1.5 * one_layer
     before = jax.tree.leaves(state.cache.layers)
-    after = program(params, state, jnp.int32(40), *rule)
+    after = program(params, state, jnp.int32(9), *rule)
     assert all(leaf.is_deleted() for leaf in before)
-    assert int(after.cache.length) == 40
+    assert after.cache.length.tolist() == [len(prompt) + 8 for prompt in PROMPTS[:rows]] + [0] * (len(tokens) - rows)
 
 
 def test_a_second_request_finds_the_parameters_ready(model: Model) -> None:

@@ -1,5 +1,4 @@
-"""decode_cpu.cc, decode_blocks.cc and products_cpu.cc for this machine: compiled once by the C++ compiler that is
-there, kept, and known to XLA.
+"""The C++ files here for this machine: compiled once by the compiler that is there, kept, and known to XLA.
 
 XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
 products are made for many rows (measured: docs/performance.md). Where no C++ compiler is found they are what computes.
@@ -29,7 +28,9 @@ import jax
 
 from chai_jax.inputs.reading import reason, shown
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode_cpu.cc", "decode_blocks.cc", "products_cpu.cc")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("decode_cpu.cc", "decode_blocks.cc", "products_cpu.cc", "write_cpu.cc")
+]
 HEADERS = [
     Path(__file__).with_name(name)
     for name in ("checks.h", "few_bits.h", "int4.h", "parallel.h", "softmax.h", "vectors.h")
@@ -38,7 +39,13 @@ COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math, which would change how the whole process rounds.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-Wall", "-Wextra")  # fmt: skip
-TARGETS = ("chai_jax_attention", "chai_jax_attention_few_bits", "chai_jax_attention_int4", "chai_jax_few_rows")
+TARGETS = (
+    "chai_jax_attention",
+    "chai_jax_attention_few_bits",
+    "chai_jax_attention_int4",
+    "chai_jax_few_rows",
+    "chai_jax_put_tokens",
+)
 SECONDS = 300  # that compiling may take: some 10 of idle cores, and others may compute too
 
 
