@@ -54,8 +54,8 @@ def plan_and_measure(
         return first
     console.print(f"The plan does {kl:.2g} nats of damage instead of {first.predicted:.2g}: it is made again")
     second = made(scales)
-    second = dataclasses.replace(second, measured=in_place(model, second, probe, budget)[0])
-    return min(second, first, key=lambda plan: plan.measured)
+    again = in_place(model, second, probe, budget)[0]
+    return dataclasses.replace(second, measured=again) if again < kl else first
 
 
 def in_place(model: Model, plan: Plan, probe: Probe, budget: Budget) -> tuple[float, tuple[float, ...]]:

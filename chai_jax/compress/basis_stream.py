@@ -6,7 +6,7 @@ from functools import cached_property
 import jax.numpy as jnp
 
 from chai_jax.compress.calibration import joined
-from chai_jax.compress.key_basis import KeyBasis, basis_params, find_basis
+from chai_jax.compress.key_basis import KeyBasis, basis_params, find_basis, in_one_program
 from chai_jax.console import track
 from chai_jax.model.execution import Execution
 from chai_jax.model.layerwise import Text, embed_text, how_in_float32, through

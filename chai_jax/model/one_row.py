@@ -90,7 +90,7 @@ def _one_by_one(blocks: Any, recent: Array, held: Array, number: Array, complete
     def turn(at: Array, blocks: Any) -> Any:
         row = order[at]
         own = [jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0) for x in (recent, held, number)]
-        new = _stored(blocks, *own, codec.of(row))
+        new = _stored(blocks, own[0], own[1], own[2], codec.of(row))
         return jax.tree.map(lambda old, part: _put_block(old, part, row, own[2][0]), blocks, new)
 
     return jax.lax.fori_loop(jnp.int32(0), complete.sum(dtype=jnp.int32), turn, blocks)
