@@ -235,7 +235,7 @@ def _mix_int4(weights: list[Array], packed: Any, scale: Any, low: Any, inside: A
         by, lowest = (
             jnp.where(here, x[:, group : group + 1].astype(jnp.float32), 0.0) for x in (scale, low)
         )
-        of_group, weighted = lane // 16 == group, (whole * by).astype(dtype)
+        of_group, weighted = lane >> 4 == group, (whole * by).astype(dtype)
         base = (whole * lowest).sum(axis=-1, keepdims=True)
         for at in (0, 1):
             mixed[at] += jnp.where(of_group, _product(weighted, numbers[at], 1) + base, 0.0)
