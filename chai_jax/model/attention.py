@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.block_store import Windowed
-from chai_jax.model.kernels import decode_cpu, decode_gpu, prefill_gpu, prefill_tpu
+from chai_jax.model.kernels import decode_cpu, decode_gpu, packed, packed_gpu, prefill_gpu, prefill_tpu
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.one_row import OneRow
 from chai_jax.model.products import product
@@ -154,7 +154,8 @@ def attend_one(
     if kernels == "native":
         platforms = ["cpu"] if decode_cpu.takes(keys, values) else []
     elif isinstance(keys, OneRow) or isinstance(values, OneRow):
-        platforms = []  # accelerators have no kernel for blocks
+        takes = {"tpu": packed.kind(keys, values), "cuda": packed_gpu.takes(query, keys, values, value_heads)}
+        platforms = [platform for platform, taken in takes.items() if taken]
     else:
         platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float
 from chai_jax.model.kernels.decode_cpu import attend_on_cpu
 from chai_jax.model.kernels.decode_gpu import attend_on_gpu
 from chai_jax.model.kernels.decode_tpu import attend_on_tpu
-from chai_jax.model.kernels import packed_tpu
+from chai_jax.model.kernels import packed_gpu, packed_tpu
 from chai_jax.model.one_row import OneRow
 from chai_jax.model.quantized import Leaf
 
@@ -39,7 +39,7 @@ def decode_attention(
     scaled = (query * scale)[:, :, :, 0]
     pallas: dict[str, Any] = {"tpu": attend_on_tpu, "cuda": attend_on_gpu}
     if isinstance(keys, OneRow):
-        pallas = {"tpu": packed_tpu.attend_to_blocks}
+        pallas = {"tpu": packed_tpu.attend_to_blocks, "cuda": packed_gpu.attend_to_blocks}
     kernel = partial(pallas[platform], interpret=interpret) if platform in pallas else attend_on_cpu
     mixed = kernel(scaled, keys, values, allowed[:, 0], value_heads)
     return mixed.reshape(batch, clusters * value_heads * queries, 1, -1).astype(query.dtype)

@@ -101,6 +101,11 @@ def merged(parts: list[Part], value_heads: int) -> Float[Array, "B values q Rv"]
     return jnp.asarray(sums / jnp.repeat(jnp.asarray(total), value_heads, axis=1))
 
 
+def scale_of(code: Int32[Array, "..."]) -> Float[Array, "..."]:
+    """`few_bits.SCALES`, computed rather than looked up."""
+    return jnp.exp2((code.astype(jnp.float32) - 160) * (1 / 12))
+
+
 def level_of(number: Int32[Array, "..."], bits: int) -> Float[Array, "..."]:
     """The level of each number of so many bits: a tree of choices among the positive ones, then the sign."""
     half = 1 << bits - 1

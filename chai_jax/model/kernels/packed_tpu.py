@@ -17,13 +17,12 @@ from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.few_bits import FewBits
 from chai_jax.model.kernels.columns import MASKED, masked
-from chai_jax.model.kernels.packed import NOT_HERE, READ, Part, kind, level_of, merged, states, whole_part
+from chai_jax.model.kernels.packed import NOT_HERE, READ, Part, kind, level_of, merged, scale_of, states, whole_part
 from chai_jax.model.one_row import OneRow
 from chai_jax.model.quantized import Int4Array
 
 ROWS = 2048  # bytes' rows of keys, or of values, in a step: their numbers, in float32, are in fast memory at once
 BLOCKS = {"few": 32, "int4": 16}  # in a step; their groups of columns then fill whole vectors
-EXP2 = 1 / 12  # `few_bits.SCALES`: octaves of a step of a scale's byte
 
 
 def attend_to_blocks(
@@ -176,7 +175,7 @@ def _product(x: Array, y: Array, contracted: int) -> Array:
 def _read_keys(packed: Any, scale: Any, low: Any, few: bool, dtype: Any) -> list[Array]:
     """The keys of each group of columns, [C, n, R]."""
     if few:
-        steps = jnp.exp2((scale[...].astype(jnp.int32).astype(jnp.float32) - 160) * EXP2)
+        steps = scale_of(scale[...].astype(jnp.int32))
         groups = unpacked([packed[:, :, plane].astype(jnp.int32) for plane in range(packed.shape[2])])
     else:
         steps, both = scale[...].astype(jnp.float32), packed[...].astype(jnp.int32)
