@@ -46,6 +46,20 @@ def test_a_token_of_decoding(attention: str) -> None:
 
 
 @needs_plugin
+@pytest.mark.parametrize("storage", ["k3v4", "int4"])
+def test_blocks_of_few_bits_are_read_as_they_are_stored(storage: str) -> None:
+    """The compiler accepts the kernel, and nothing is expanded: one layer's keys in bfloat16 would not fit in what the
+    program has beside its arguments, which quantizing the newest block needs."""
+    held, moved = {}, {}
+    for attention in ("xla", "pallas"):
+        record = measure(Job("decode", 256, 256, attention=attention), abstract(dense_spec(SMALL, storage)))
+        held[attention], moved[attention] = record["hbm"]["temporaries"], record["hbm_bytes"]
+    expanded = 256 * 256 * SMALL.hidden_size * 2
+    assert held["pallas"] < held["xla"] - expanded
+    assert moved["pallas"] < moved["xla"] - expanded
+
+
+@needs_plugin
 def test_a_prompt() -> None:
     """With cuDNN no scores of pairs go to memory and back; the last layer has none for the newest token alone."""
     config = dataclasses.replace(SMALL, num_layers=2)
