@@ -5,10 +5,10 @@
     python experiments/decode_formats.py --model facebook/opt-1.3b --batch 64 --start 1920 --out runs/formats_gpu
 
 The first command is for one CPU, the second for one GPU of 80 GB or more (a H200: under 8 minutes, most of it
-compiling; then once more with `--attention xla`). Random weights of --model, all heads, no files and no network; the cache is filled with random entries up to
---start, and no prompt is read. The formats take turns in each of --rounds rounds of one process; a ratio is to the
-first format, round by round, below 1 where this one is faster. Expected on two CPU cores with a C++ compiler: formats
-of blocks take 0.6 to 0.8 of int8's time. On GPUs nothing was timed yet.
+compiling; then once more with `--attention xla`). Random weights of --model, all heads, no files and no network; the
+cache is filled with random entries up to --start, and no prompt is read. The formats take turns in each of --rounds
+rounds of one process; a ratio is to the first format, round by round, below 1 where this one is faster. Expected on two
+CPU cores with a C++ compiler: formats of blocks take 0.6 to 0.8 of int8's time. On GPUs nothing was timed yet.
 
 Writes decode_formats.json, .csv and .md.
 """

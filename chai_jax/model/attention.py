@@ -144,7 +144,8 @@ def attend_one(
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
     Keys and values are plain or int8 arrays, or stores of blocks. It is `attend` where there is no kernel: on GPUs for
-    what `decode_gpu.takes` refuses, on GPUs and TPUs for blocks, and on devices that the `kernels` are not for.
+    what `decode_gpu.takes` or `packed_gpu.takes` refuses, for blocks of other formats than `packed.kind` knows, and on
+    devices that the `kernels` are not for.
 
     Args:
         kernels: "native" or "pallas". The caller has seen that the devices can have them, one and not too old

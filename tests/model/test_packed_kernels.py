@@ -43,7 +43,14 @@ def exact_products() -> Iterator[None]:
 
 
 def inputs(
-    storage: str, clusters: int, values: int, queries: int, ranks: tuple[int, int], columns: int, start: int, *hidden: Any
+    storage: str,
+    clusters: int,
+    values: int,
+    queries: int,
+    ranks: tuple[int, int],
+    columns: int,
+    start: int,
+    *hidden: Any,
 ) -> tuple[jax.Array, OneRow, OneRow, jax.Array]:
     """Query, keys, values and which columns hold tokens when `start` is written: all up to it, but those hidden of
     each sequence."""
@@ -57,7 +64,9 @@ def inputs(
     def stored(heads: int, rank: int, side: Any) -> OneRow:
         # A mean, so that a column that is left out does not average out.
         x = jnp.asarray(1 + random.standard_normal((len(hidden), heads, start + 1, rank)), jnp.float32)
-        after, _ = jax.jit(append_blocks)(empty_blocks(len(hidden), heads, columns, rank, format, side), x, jnp.int32(0), real)
+        after, _ = jax.jit(append_blocks)(
+            empty_blocks(len(hidden), heads, columns, rank, format, side), x, jnp.int32(0), real
+        )
         return OneRow(after, jnp.int32(start), real)
 
     query = jnp.asarray(random.standard_normal((len(hidden), clusters, queries, 1, ranks[0])), jnp.float32)

@@ -10,10 +10,10 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.kernels import packed_gpu, packed_tpu
 from chai_jax.model.kernels.decode_cpu import attend_on_cpu
 from chai_jax.model.kernels.decode_gpu import attend_on_gpu
 from chai_jax.model.kernels.decode_tpu import attend_on_tpu
-from chai_jax.model.kernels import packed_gpu, packed_tpu
 from chai_jax.model.one_row import OneRow
 from chai_jax.model.quantized import Leaf
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.block_store import pad
 from chai_jax.model.few_bits import FewBits, all_levels
-from chai_jax.model.kernels.columns import MASKED, masked
+from chai_jax.model.kernels.columns import masked
 from chai_jax.model.one_row import OneRow, numbered
 from chai_jax.model.quantized import Int4Array, Leaf
 from chai_jax.plans.formats import GRID

@@ -2,7 +2,8 @@
 
 A program is for a cluster of a sequence, and for a part of its blocks where these are many. Of each block it makes the
 keys [R, M] and the values [M, R] in registers, with its columns in their order: an entry's byte is loaded by each of
-the entries that it holds, which after the first finds it in the cache. All queries of a cluster are rows of one product.
+the entries that it holds, which after the first finds it in the cache. All queries of a cluster are rows of one
+product.
 """
 
 from collections.abc import Callable
@@ -17,17 +18,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.few_bits import FewBits
 from chai_jax.model.kernels.columns import MASKED, masked
-from chai_jax.model.kernels.packed import (
-    NOT_HERE,
-    READ,
-    Part,
-    kind,
-    level_of,
-    merged,
-    scale_of,
-    states,
-    whole_part,
-)
+from chai_jax.model.kernels.packed import NOT_HERE, READ, Part, kind, level_of, merged, scale_of, states, whole_part
 from chai_jax.model.one_row import OneRow
 from chai_jax.plans.formats import GRID
 
@@ -61,54 +52,66 @@ def attend_to_blocks(
     value_heads: int,
     interpret: bool,
 ) -> Float[Array, "B values q Rv"]:
-    """Every part of the blocks leaves sums relative to its own highest score; see `packed` for what is not in blocks."""
-    key, value = keys.store.blocks, values.store.blocks
-    batch, clusters, queries, rank = query.shape
-    value_rank = values.store.recent.shape[-1]
+    """Every part of the blocks leaves sums relative to its own highest score; for what is in none see `packed`."""
     state = states(keys, allowed)
-    _, count, block = state.shape
+    batch, _, queries, rank = query.shape
+    value_rank = values.store.recent.shape[-1]
     rows, wide, value_wide = map(_rounded, (queries, rank, value_rank))
+    asked = jnp.pad(query, [(0, 0), (0, 0), (0, rows - queries), (0, wide - rank)])
+    sizes = value_heads, rows, value_wide
+    highest, total, sums = _call(asked, keys, values, state, _used(state, allowed), sizes, interpret)
+
+    def of_part(at: int) -> Part:
+        mixed = sums[:, :, at, :, :queries, :value_rank].reshape(batch, -1, queries, value_rank)
+        return Part(highest[:, :, at, :queries, None], total[:, :, at, :queries, None], mixed)
+
+    parts = [of_part(at) for at in range(highest.shape[2])]
+    return merged([*parts, whole_part(query, keys, values, allowed, value_heads)], value_heads)
+
+
+def _call(
+    query: Array, keys: OneRow, values: OneRow, state: Array, used: Array, sizes: tuple[int, int, int], interpret: bool
+) -> list[Array]:
+    """The highest score and the sum of exponentials [B, C, parts, q], sums [B, C, parts, v, q, Rv]; `sizes` are v, q
+    and Rv, the latter rounded up."""
+    batch, clusters, rows, wide = query.shape
+    _, count, block = state.shape
     span = pl.cdiv(count, min(count, max(1, PROGRAMS // (batch * clusters))))
     parts = pl.cdiv(count, span)
-    few = isinstance(key, FewBits)
+    key, value = keys.store.blocks, values.store.blocks
+    rank, value_rank = (each.store.recent.shape[-1] for each in (keys, values))
+    read: tuple[ReadKey, ReadValue] = partial(_int4_key, rank=rank), partial(_int4_value, rank=value_rank)
+    if isinstance(key, FewBits):
+        read = (
+            partial(_few_key, bits=key.planes.shape[3], rank=rank),
+            partial(_few_value, bits=value.planes.shape[3], rank=value_rank),
+        )
     stored = [[x.reshape(*x.shape[:2], -1) for x in jax.tree.leaves(leaf)] for leaf in (key, value)]
-    heads = [1] * len(stored[0]) + [value_heads] * len(stored[1])
-    shapes = (rows,), (rows,), (value_heads, rows, value_wide)
-    read = (
-        (partial(_few_key, bits=key.planes.shape[3], rank=rank), partial(_few_value, bits=value.planes.shape[3], rank=value_rank))
-        if few
-        else (partial(_int4_key, rank=rank), partial(_int4_value, rank=value_rank))
-    )  # fmt: skip
-    highest, total, sums = pl.pallas_call(
+
+    def of_heads(x: Array, heads: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, heads, x.shape[2]), lambda b, c, s: (b, c, 0))
+
+    def result(*shape: int) -> tuple[pl.BlockSpec, jax.ShapeDtypeStruct]:
+        whole = jax.ShapeDtypeStruct((batch, clusters, parts, *shape), jnp.float32)
+        return pl.BlockSpec((None, None, None, *shape), lambda b, c, s: (b, c, s, *[0] * len(shape))), whole
+
+    results = [result(rows), result(rows), result(*sizes)]
+    out: list[Array] = pl.pallas_call(
         partial(_body, read=read, many=len(stored[0]), span=span, count=count, block=block),
         grid=(batch, clusters, parts),
         in_specs=[
             pl.BlockSpec((None, 2), lambda b, c, s: (b, 0)),
             pl.BlockSpec((None, count * block), lambda b, c, s: (b, 0)),
             pl.BlockSpec((None, None, rows, wide), lambda b, c, s: (b, c, 0, 0)),
-            *(pl.BlockSpec((None, some, x.shape[2]), lambda b, c, s: (b, c, 0))
-              for some, x in zip(heads, stored[0] + stored[1], strict=True)),
+            *(of_heads(x, heads) for some, heads in zip(stored, (1, sizes[0]), strict=True) for x in some),
         ],
-        out_specs=[pl.BlockSpec((None, None, None, *shape), lambda b, c, s, more=len(shape): (b, c, s, *[0] * more))
-                   for shape in shapes],
-        out_shape=[jax.ShapeDtypeStruct((batch, clusters, parts, *shape), jnp.float32) for shape in shapes],
+        out_specs=[spec for spec, _ in results],
+        out_shape=[shape for _, shape in results],
         compiler_params=plgpu.CompilerParams(num_warps=WARPS, num_stages=1),
         interpret=interpret,
         name="decode_attention_blocks",
-    )(
-        _used(state, allowed),
-        state.reshape(batch, -1).astype(jnp.int8),
-        jnp.pad(query, [(0, 0), (0, 0), (0, rows - queries), (0, wide - rank)]),
-        *stored[0],
-        *stored[1],
-    )  # fmt: skip
-    sums = sums[..., :queries, :value_rank].reshape(batch, clusters, parts, value_heads, queries, value_rank)
-    each = [
-        Part(highest[:, :, at, :queries, None], total[:, :, at, :queries, None],
-             sums[:, :, at].reshape(batch, -1, queries, value_rank))
-        for at in range(parts)
-    ]  # fmt: skip
-    return merged([*each, whole_part(query, keys, values, allowed, value_heads)], value_heads)
+    )(used, state.reshape(batch, -1).astype(jnp.int8), query, *stored[0], *stored[1])
+    return out
 
 
 def _used(state: Int32[Array, "B N M"], allowed: Bool[Array, "B S"]) -> Int32[Array, "B 2"]:
@@ -121,12 +124,13 @@ def _used(state: Int32[Array, "B N M"], allowed: Bool[Array, "B S"]) -> Int32[Ar
     return jnp.stack([jnp.where(some, first, 0), jnp.where(some, behind, most)], axis=1).astype(jnp.int32)
 
 
-Read = Callable[..., Array]
+ReadKey = Callable[[list[Any], Array, int], Array]
+ReadValue = Callable[[list[Any], Array, Array, int], tuple[Array, Array]]
 
 
 def _body(
     used: Any, state: Any, query: Any, *rest: Any,
-    read: tuple[Read, Read], many: int, span: int, count: int, block: int,
+    read: tuple[ReadKey, ReadValue], many: int, span: int, count: int, block: int,
 ) -> None:  # fmt: skip
     """References of one part: used [2], states [N * M], query [q, R], of keys and values what is stored, each [heads,
     entries]; outputs: the highest score and the sum of exponentials [q], sums [v, q, Rv]. q, R and Rv are rounded up.
@@ -207,7 +211,9 @@ def _few_value(stored: list[Any], head: Array, at: Array, wide: int, *, bits: in
     across, width = column[:, None], -(-rank // 8) * 8
 
     def byte(plane: Array, where: Any) -> Array:
-        return _loaded(planes, head, ((at * bits + plane) * 8 + (across & 7)) * width + channel, (channel < rank) & where)
+        return _loaded(
+            planes, head, ((at * bits + plane) * 8 + (across & 7)) * width + channel, (channel < rank) & where
+        )
 
     return _loaded(scale, head, at * 64 + column, column < 64), level_of(_numbers(byte, across, bits), bits)
 

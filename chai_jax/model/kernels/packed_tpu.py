@@ -94,7 +94,9 @@ def _call(query: Array, state: Array, stored: Stored, value_heads: int, few: boo
     count = keys.shape[2]
     blocks = min(count, BLOCKS["few" if few else "int4"])
     rows = max(keys.shape[-2], values.shape[-2]) * blocks * value_heads
-    together = max(each for each in range(1, clusters + 1) if clusters % each == 0 and (each == 1 or each * rows <= ROWS))
+    together = max(
+        each for each in range(1, clusters + 1) if clusters % each == 0 and (each == 1 or each * rows <= ROWS)
+    )
 
     def cut(x: Array, axis: int, heads: int) -> pl.BlockSpec:
         """Some heads of one sequence, and of an axis what some blocks have of it."""
@@ -107,7 +109,7 @@ def _call(query: Array, state: Array, stored: Stored, value_heads: int, few: boo
 
     heads = [together, together, together] + [together * value_heads] * (len(stored) - 3)
     sums = 1 if few else 2, queries, values.shape[-1]
-    results = [(clusters, together, (queries, 1))] * 2
+    results: list[tuple[int, int, tuple[int, ...]]] = [(clusters, together, (queries, 1))] * 2
     results += [(clusters * value_heads, together * value_heads, sums)]
     return Part(*pl.pallas_call(
         partial(_body, value_heads=value_heads, count=count, few=few),
@@ -129,7 +131,7 @@ def _body(query: Any, state: Any, *rest: Any, value_heads: int, count: int, few:
     """References: query [C, q, R], states [groups, n], keys and values as `_few_keys` and so on say, of some blocks;
     outputs: the softmax so far [C, q, 1] twice, sums [C * v, planes, q, Rv]."""
     *stored, highest, total, sums = rest
-    keys, values = stored[:3], stored[3:]
+    (packed, key_scale, key_low), values = stored[:3], stored[3:]
     step = pl.program_id(2)
 
     @pl.when(step == 0)
@@ -140,13 +142,13 @@ def _body(query: Any, state: Any, *rest: Any, value_heads: int, count: int, few:
 
     def inside(columns: int) -> Array:
         """Of [1, 1, columns of a step] those before the last block's end."""
-        blocks = keys[0].shape[1]
+        blocks = packed.shape[1]
         lane = jax.lax.broadcasted_iota(jnp.int32, (1, 1, columns), 2)
         return step * columns + lane < count * (columns // blocks)
 
     here = inside(state.shape[1])
     scores = []
-    for group, key in enumerate(_read_keys(*keys, few, query.dtype)):
+    for group, key in enumerate(_read_keys(packed, key_scale, key_low, few, query.dtype)):
         of_group = state[group : group + 1][None]
         score = _product(query[...], key, 2)
         scores.append(masked(score, of_group == READ, here & (of_group != NOT_HERE)))
@@ -155,7 +157,7 @@ def _body(query: Any, state: Any, *rest: Any, value_heads: int, count: int, few:
     highest[...] = new
     total[...] = total[...] * kept + sum(weight.sum(axis=-1, keepdims=True) for weight in weights)
     each = [_for_values(weight, value_heads) for weight in weights]
-    mixed = _mix_few(each, *values, here, query.dtype) if few else _mix_int4(each, *values, inside, query.dtype)
+    mixed = _mix_few(each, values, here, query.dtype) if few else _mix_int4(each, values, inside, query.dtype)
     shrunk = _for_values(kept, value_heads)
     for plane, one in enumerate(mixed):
         sums[:, plane] = sums[:, plane] * shrunk + one
@@ -201,8 +203,9 @@ def unpacked(planes: list[Array]) -> list[Array]:
     return [group for some in quarters for group in some]
 
 
-def _mix_few(weights: list[Array], planes: Any, scale: Any, here: Array, dtype: Any) -> list[Array]:
+def _mix_few(weights: list[Array], values: list[Any], here: Array, dtype: Any) -> list[Array]:
     """The weighted values [heads, q, R] of some blocks."""
+    planes, scale = values
     bits = planes.shape[2]
     mixed: Any = 0.0
     for group, numbers in enumerate(unpacked([planes[:, :, plane].astype(jnp.int32) for plane in range(bits)])):
@@ -214,8 +217,9 @@ def _mix_few(weights: list[Array], planes: Any, scale: Any, here: Array, dtype: 
     return [mixed]
 
 
-def _mix_int4(weights: list[Array], packed: Any, scale: Any, low: Any, inside: Any, dtype: Any) -> list[Array]:
+def _mix_int4(weights: list[Array], values: list[Any], inside: Any, dtype: Any) -> list[Array]:
     """The weighted values of even and of odd channels, [heads, q, R / 2] each."""
+    packed, scale, low = values
     half, columns = weights[0].shape[-1], 2 * weights[0].shape[-1]
     row, column = (jax.lax.broadcasted_iota(jnp.int32, (half, columns), axis) for axis in (0, 1))
     # Every other column's weights in turn: a product, since a TPU cannot put lanes between lanes.
@@ -231,9 +235,7 @@ def _mix_int4(weights: list[Array], packed: Any, scale: Any, low: Any, inside: A
     numbers = [part.astype(jnp.float32).astype(dtype) for part in (both & 15, both >> 4)]
     mixed: list[Any] = [0.0, 0.0]
     for group in range(scale.shape[1]):
-        by, lowest = (
-            jnp.where(here, x[:, group : group + 1].astype(jnp.float32), 0.0) for x in (scale, low)
-        )
+        by, lowest = (jnp.where(here, x[:, group : group + 1].astype(jnp.float32), 0.0) for x in (scale, low))
         of_group, weighted = lane >> 4 == group, (whole * by).astype(dtype)
         base = (whole * lowest).sum(axis=-1, keepdims=True)
         for at in (0, 1):
