@@ -130,6 +130,20 @@ def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> N
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize("storage", ["k3v2", "int4"])
+def test_blocks_of_few_bits_are_read_as_they_are_stored(storage: str) -> None:
+    """One kernel a layer, and no second cache, expanded or packed; XLA would expand it to several times its size."""
+    config = replace(SMALL, num_heads=2, max_positions=2048)  # heads of 128 dimensions, which fill the lanes
+    model = AbstractModel(config, dense_spec(config, storage), Layout(mesh_of(topology("v5e:2x4"), "1x1")))
+    program = lower(Job("decode", 64, 2048, attention="pallas"), model).compile()
+    text, cached = program.as_text(), cache_bytes(model.spec, 64, 2048)
+    assert text.count('custom_call_target="tpu_custom_call"') == SMALL.num_layers
+    assert program.memory_analysis().temp_size_in_bytes < cached / 4
+    assert not re.search(r"(f32|bf16)\[64,2,(2048|32,64|64,32),128\]", text)
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_the_kernel_of_prompts_leaves_no_scores_in_memory() -> None:
     """One kernel a layer but the last, which attends for the newest token alone; all pairs' scores never are in HBM."""
     config = replace(SMALL, num_layers=2, max_positions=512)

@@ -201,7 +201,7 @@ XLA = Execution(np.dtype("float32"), one_device(), "xla")
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
 def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str) -> None:
-    """One row with a past, and no int4; and jit does not take one kind of program for the other."""
+    """One row with a past; and jit does not take one kind of program for the other."""
     spec = Spec.dense(1, 2, 8, storage)
     params, mask = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 32), bool)
     cache = jax.eval_shape(partial(forward, CONFIG, spec, how=XLA), params, mask.astype(jnp.int32), mask).cache
@@ -217,7 +217,7 @@ def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str) -> None:
 
     assert kernels_of("xla", 1) == 0
     assert kernels_of("pallas", 2) == 0
-    assert kernels_of("pallas", 1) == (2 if storage == "int8" else 0)  # of either platform
+    assert kernels_of("pallas", 1) == 2  # of either platform
     assert kernels_of("xla", 1) == 0
 
 
