@@ -106,10 +106,10 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, "B"], how: Ex
     Args:
         how: by whose kernels, and how the cache is split over devices; None: XLA, on one.
     """
-    layout, kernels = (None, "xla") if how is None else (how.layout, how.kernels)
+    layout = None if how is None else how.layout
 
     def write(old: Array, entry: Array) -> Array:
-        return tokens_minor(put_tokens(tokens_minor(old, layout), entry, start, kernels), layout)
+        return tokens_minor(put_tokens(tokens_minor(old, layout), entry, start, how), layout)
 
     keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     return GroupCache(keys, values, cache.membership)
@@ -139,10 +139,9 @@ def remember(
     if storage in BLOCKS:
         format, stores = BLOCKS[storage].of(channels), (None, None) if past is None else (past.keys, past.values)
         codec: Codec = AS_IS if basis is None else KeyCodec(basis)
-        kernels = "xla" if how is None else how.kernels
-        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec, kernels)
+        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec, how)
         codec = AS_IS if basis is None else ValueCodec(basis, read_blocks(keys.blocks))
-        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec, kernels)
+        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec, how)
         return GroupCache(keys, values), read_keys, read_values
     new = GroupCache(store(key, storage), store(value, storage))
     if past is None:
@@ -152,14 +151,21 @@ def remember(
 
 
 def _remember_blocks(
-    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side, codec: Codec, kernels: str
+    past: BlockStore | None,
+    x: Array,
+    start: Array,
+    real: Array,
+    format: Blocks,
+    side: Side,
+    codec: Codec,
+    how: Execution | None,
 ) -> tuple[BlockStore, Any]:
     batch, heads, rows, rank = x.shape
     if past is None:
         stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, codec)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
     if rows == 1:
-        stored = append_row(past, x, start, real, codec, kernels)
+        stored = append_row(past, x, start, real, codec, how)
         row = OneRow(stored, start, real)
         return stored, row if codec is AS_IS else row.expanded(x.dtype, codec)  # kernels know no bases
     return append_blocks(past, x, start, real, codec)

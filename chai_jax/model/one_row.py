@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.block_store import AS_IS, BlockStore, Codec, fill, pad, read_blocks, with_sinks
 from chai_jax.model.by_row import put_rows, slice_rows
+from chai_jax.model.execution import Execution
 from chai_jax.model.kernels.write import put_tokens
 
 
@@ -53,7 +54,7 @@ def append_row(
     start: Int32[Array, "B"],
     real: Bool[Array, "B S"],
     codec: Codec = AS_IS,
-    kernels: str = "xla",
+    how: Execution | None = None,
 ) -> BlockStore:
     """The store with one token more in each sequence's column `start`; `real` and `codec` as of `append_blocks`.
 
@@ -61,7 +62,7 @@ def append_row(
     condition: they compute each sequence's block every time, and write the old one again where it is not whole.
     """
     block, new = past.recent.shape[2], x.astype(jnp.bfloat16)
-    recent = put_tokens(past.recent, new, start % block, kernels)
+    recent = put_tokens(past.recent, new, start % block, how)
     number, sinks = numbered(real), past.sinks
     if sinks is not None:
         mine = slice_rows(number, start, 1, axis=1) == jnp.arange(sinks.shape[2], dtype=jnp.int32)

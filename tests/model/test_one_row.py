@@ -155,13 +155,12 @@ def test_sequences_of_other_lengths_are_stored_and_read_as_alone(
     storage: str, kernels: str, request: pytest.FixtureRequest
 ) -> None:
     """Four of which some fill a block at another step than others, one is done and adds nothing."""
-    if kernels == "native":
-        request.getfixturevalue("native")
+    how = request.getfixturevalue("native") if kernels == "native" else None
     format, starts, steps = BLOCKS[storage], np.asarray([3, 60, 121, 62]), 9
     columns, goes_on = 160, np.asarray([True, True, True, False])
     x = jnp.asarray(np.random.default_rng(0).standard_normal((4, 2, columns, 16)), jnp.float32)
     query = jax.random.normal(jax.random.key(0), (4, 2, 1, 1, 16))
-    append = jax.jit(partial(append_row, kernels=kernels))
+    append = jax.jit(partial(append_row, how=how))
     attends = partial(attend_one, scale=0.25, value_heads=1, kernels=kernels)
 
     def through(rows: slice) -> tuple[list[np.ndarray], tuple[BlockStore, BlockStore]]:

@@ -1,7 +1,9 @@
 """New tokens put into a cache, each sequence's behind its own.
 
-XLA for CPUs knows no bfloat16: it passes over the whole cache to write a token. write_cpu.cc copies the token's bytes
-to where they belong.
+XLA's scatter, which starts that differ ask for, is in place on GPUs alone. On TPUs, where the tokens of a cache lie
+along the lanes, it would turn the whole cache around and back; so sequences are written one after another there, by a
+loop or by a kernel. XLA for CPUs knows no bfloat16, and passes over the whole cache to write a token; write_cpu.cc
+copies its bytes to where they belong.
 """
 
 from functools import partial
@@ -12,18 +14,40 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int32, Shaped
 
 from chai_jax.model.by_row import put_rows
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels.write_tpu import put_on_tpu
 
 
 def put_tokens(
     old: Shaped[Array, "B heads S ..."],
     tokens: Shaped[Array, "B heads T ..."],
     start: Int32[Array, "B"],
-    kernels: str = "xla",
+    how: Execution | None = None,
 ) -> Shaped[Array, "B heads S ..."]:
     """`old` with each sequence's tokens in its columns `start`..., which are within S, or else the last T."""
     by_xla: Any = partial(put_rows, axis=2)
-    on_cpu: Any = _on_cpu if kernels == "native" else _selected if tokens.shape[2] == 1 else by_xla
-    written: Array = jax.lax.platform_dependent(old, tokens, start, cpu=on_cpu, default=by_xla)
+    kernels, one = "xla" if how is None else how.kernels, tokens.shape[2] == 1
+    on_cpu: Any = _on_cpu if kernels == "native" else _selected if one else by_xla
+    on_tpu: Any = put_on_tpu if kernels == "pallas" and one else _one_by_one
+
+    def put(old: Array, tokens: Array, start: Array) -> Array:
+        written: Array = jax.lax.platform_dependent(old, tokens, start, cpu=on_cpu, tpu=on_tpu, default=by_xla)
+        return written
+
+    if how is None or how.layout.mesh.size == 1:
+        return put(old, tokens, start)
+    return how.layout.by_device(put, old, tokens, start)
+
+
+def _one_by_one(old: Array, tokens: Array, start: Array) -> Array:
+    """A turn for each sequence, in place."""
+    first = jnp.int32(0)
+
+    def turn(row: Array, old: Array) -> Array:
+        own = jax.lax.dynamic_slice_in_dim(tokens, row, 1, axis=0)
+        return jax.lax.dynamic_update_slice(old, own, (row, first, start[row], *[first] * (old.ndim - 3)))
+
+    written: Array = jax.lax.fori_loop(0, len(old), turn, old)
     return written
 
 
