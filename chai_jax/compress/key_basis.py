@@ -23,14 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from chai_jax.compress.moments import summed
+from chai_jax.compress.moments import cost_of_scores, summed
 from chai_jax.model.block_store import pad
 from chai_jax.model.channel_bits import quantize_channels, read_channels
 from chai_jax.model.execution import Execution
 from chai_jax.model.few_bits import turned
 from chai_jax.model.layerwise import anonymous, seen_through
 from chai_jax.model.params import Params
-from chai_jax.model.quantized import dequantize
 from chai_jax.model.rotary import rotate, turns
 from chai_jax.model.self_attention import normed, positioned, projected
 from chai_jax.plans.architecture import Architecture
@@ -192,20 +191,10 @@ def key_moments(
 
 
 def _damage_of_scores(seen: Any, params: Params, value: Array, queries: int, mask: Array) -> Array:
-    """a_ts^2 |(v_s - o_t) W|^2, [B, C, q, T', S], of pairs whose key is read from few bits, for some of the queries."""
-    batch, keys, length, rank = value.shape
-    attention = seen.probabilities[:, :, ::EVERY].reshape(batch, keys, queries, -1, length)
-    mixed = seen.heads[:, :, ::EVERY].reshape(batch, keys, queries, -1, rank)
-    kernel = dequantize(params["output"]["kernel"]).astype(jnp.float32)
-    kernel = kernel.reshape(keys, queries, rank, -1)
-    metric = jnp.einsum("cqrd,cqkd->cqrk", kernel, kernel, precision="highest")
-    own, out = jnp.einsum("bcsr,cqrk->bcqsk", value, metric), jnp.einsum("bcqtr,cqrk->bcqtk", mixed, metric)
-    distance = (
-        jnp.einsum("bcqsk,bcsk->bcqs", own, value)[:, :, :, None]
-        + jnp.einsum("bcqtk,bcqtk->bcqt", out, mixed)[..., None]
-        - 2 * jnp.einsum("bcqtk,bcsk->bcqts", out, value)
-    )
-    return jnp.where(read_later(mask)[:, None, None], attention**2 * jnp.maximum(distance, 0.0), 0.0)
+    """`cost_of_scores` [B, C, q, T', S], of pairs whose key is read from few bits, for some of the queries."""
+    some = seen.probabilities[:, :, ::EVERY], value, seen.heads[:, :, ::EVERY]
+    cost = cost_of_scores(*some, params).reshape(len(value), -1, queries, some[0].shape[2], value.shape[2])
+    return jnp.where(read_later(mask)[:, None, None], cost, 0.0)
 
 
 def read_later(mask: Array) -> Array:

@@ -1,9 +1,11 @@
 """Merging the heads of a cluster by linear algebra: closed forms, in float64 on the host.
 
 A representative throws away what the other heads knew; these keep as much of it as a rank allows. With x the layer's
-normed input (mean mu, covariance S over calibration text), every form is a truncated singular value decomposition of
-the map that is to be kept, weighed by the square root of what enters it, hence optimal for its own objective (Eckart
-and Young 1936). No matrix is inverted: after a layer norm, S is always singular.
+normed input on calibration text, every form is a truncated singular value decomposition of the map that is to be kept,
+weighed by the square root of what enters it, hence optimal for its own objective (Eckart and Young 1936). Queries, keys
+and values each have moments of their own, in which a token counts by what it does to the layer's output
+(`chai_jax.compress.moments`). Of keys and of values mu is the mean and S the covariance, of queries
+A = E[[x, 1]' [x, 1]]. No matrix is inverted: after a layer norm, S is always singular.
 
 Biases cost nothing. What is constant over keys (key biases, mu's part of a key) drops out of the softmax; what is
 constant over tokens (value biases, mu's part of a value) goes into the output bias, since softmax rows sum to one. So
@@ -32,11 +34,11 @@ NEGLIGIBLE = 1e-8  # of the norm: below it there is only rounding (weights are f
 
 
 @dataclass(frozen=True, eq=False)
-class InputMoments:
-    """Second moments of a layer's normed input, float64.
+class Moments:
+    """Second moments of a layer's normed input over tokens that count by some weight, float64.
 
     Attributes:
-        joint: A = E[[x, 1] [x, 1]'].
+        joint: E[[x, 1] [x, 1]'].
     """
 
     joint: Float[np.ndarray, "D1 D1"]
@@ -70,6 +72,15 @@ class InputMoments:
     def root(self) -> Float[np.ndarray, "D D"]:
         """S^(1/2)."""
         return square_root(self.covariance)
+
+
+@dataclass(frozen=True, eq=False)
+class InputMoments:
+    """Of a layer's normed input as queries, keys and values count its tokens (see `chai_jax.compress.moments`)."""
+
+    query: Moments
+    key: Moments
+    value: Moments
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,14 +198,15 @@ def low_rank_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
     """One query and key for heads that share their attention (`qk`, `qkv`).
 
     The score form of head h is [q, 1] F_h x' with F_h = [Wq_h; bq_h] Wk_h'; kept is the mean form F = mean_h F_h, as
-    A^(1/2) F S^(1/2) = U s V'. Objective: E |[x_q, 1] (F - merged) (x_k - mu)'|^2 for x_q, x_k drawn independently.
+    A^(1/2) F S^(1/2) = U s V'. Objective: E |[x_q, 1] (F - merged) (x_k - mu)'|^2 for x_q, x_k drawn independently,
+    keys by their weight.
     """
     queries = np.concatenate(heads.queries, axis=1) / len(heads.queries)  # [D + 1, m K]
     keys = heads.key.reshape(len(heads.key), -1)  # [D, m K], so that F = queries keys'
-    u, s, vt = svd(rank, (x.joint_root, queries), (keys.T, x.root))
-    key = keys @ (queries.T @ (x.joint_root @ (u * inverse(s))))
-    query = queries @ (keys.T @ (x.root @ vt.T))
-    return Scores(query[:-1, None], query[-1:], key, -x.mean @ key)
+    u, s, vt = svd(rank, (x.query.joint_root, queries), (keys.T, x.key.root))
+    key = keys @ (queries.T @ (x.query.joint_root @ (u * inverse(s))))
+    query = queries @ (keys.T @ (x.key.root @ vt.T))
+    return Scores(query[:-1, None], query[-1:], key, -x.key.mean @ key)
 
 
 def latent_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
@@ -206,16 +218,16 @@ def latent_scores(heads: HeadWeights, x: InputMoments, rank: int) -> Scores:
     score_h|^2.
     """
     joined = weighed_keys(heads, x)
-    u, s, vt = svd(rank, (x.root,), (joined,))
+    u, s, vt = svd(rank, (x.key.root,), (joined,))
     key = joined @ (vt.T * inverse(s))
-    read = fast_einsum("dr,de,emk->mrk", u, x.root, heads.key)
+    read = fast_einsum("dr,de,emk->mrk", u, x.key.root, heads.key)
     query = fast_einsum("mdk,mrk->dmr", heads.queries, read)
-    return Scores(query[:-1], query[-1], key, -x.mean @ key)
+    return Scores(query[:-1], query[-1], key, -x.key.mean @ key)
 
 
 def weighed_keys(heads: HeadWeights, x: InputMoments) -> Float[np.ndarray, "D mK"]:
     """N = [Wk_h G_h^(1/2)]_h: the keys of all heads side by side, each weighed by what its queries ask for."""
-    asked = [query.T @ x.joint @ query for query in heads.queries]
+    asked = [query.T @ x.query.joint @ query for query in heads.queries]
     n, heads_asked = heads.each, range(heads.key.shape[1])
     sums = [sum(asked[head * n + 1 : head * n + n], asked[head * n]) for head in heads_asked]
     return np.concatenate([heads.key[:, head] @ square_root(sums[head]) for head in heads_asked], axis=1)

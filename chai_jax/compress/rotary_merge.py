@@ -31,11 +31,11 @@ def rotary_low_rank_scores(heads: HeadWeights, x: InputMoments, rank: int, whole
         whole: every frequency has exactly one complex number, so that the key is an ordinary head.
     """
     asking, keys, n = _complex(heads.queries.transpose(1, 0, 2)), _keys(heads), heads.each
-    root, found = x.joint_root, Found()
+    asked, root, found = x.query.joint_root, x.key.joint_root, Found()
     for f in range(keys.shape[2]):
         b = keys[:, :, f]  # [E, m]
         a = asking[:, :, f].reshape(len(b), -1, n).transpose(2, 0, 1) / b.shape[1]  # [n, E, m]
-        left = np.concatenate([root @ one.conj() for one in a])  # [n E, m]
+        left = np.concatenate([asked @ one.conj() for one in a])  # [n E, m]
         u, s, vh = svd(b.shape[1], (left,), (b.T, root))
         key = b @ (left.T @ u.conj()) * inverse(s)
         inner = b.T @ (root @ vh.conj().T)  # [m, c], so that the conjugate query is conj(a) inner
@@ -52,10 +52,10 @@ def rotary_latent_scores(heads: HeadWeights, x: InputMoments, rank: int, whole: 
     u_h = U' A^(1/2) b_hf, which its queries absorb as q conj(u_ch).
     """
     asking, keys, n = _complex(heads.queries.transpose(1, 0, 2)), _keys(heads), heads.each
-    root, found = x.joint_root, Found()
+    asking_root, root, found = x.query.joint_root, x.key.joint_root, Found()
     for f in range(keys.shape[2]):
         b, a = keys[:, :, f], asking[:, :, f]  # [E, m], [E, m n]
-        asked = np.sum(np.abs(root @ a) ** 2, axis=0).reshape(-1, n).sum(axis=1)
+        asked = np.sum(np.abs(asking_root @ a) ** 2, axis=0).reshape(-1, n).sum(axis=1)
         weighed = b * np.sqrt(asked)
         u, s, vh = svd(b.shape[1], (root @ weighed,), (np.eye(b.shape[1]),))
         key = weighed @ vh.conj().T * inverse(s)

@@ -42,11 +42,11 @@ class ValueSpace:
     def of(cls, heads: HeadWeights, x: InputMoments) -> "ValueSpace":
         """What the family's biases allow."""
         if heads.centred:
-            return cls(heads.value, x.root, x.mean)
+            return cls(heads.value, x.value.root, x.value.mean)
         if heads.value_bias.any():
             values = np.concatenate([heads.value, heads.value_bias[None]])
-            return cls(values, x.joint_root, np.zeros(len(values)), biased=True)
-        return cls(heads.value, x.uncentred_root, np.zeros(len(heads.value)))
+            return cls(values, x.value.joint_root, np.zeros(len(values)), biased=True)
+        return cls(heads.value, x.value.uncentred_root, np.zeros(len(heads.value)))
 
     def merged(
         self, value: Float[np.ndarray, "E R"], output: Float[np.ndarray, "o R D"], constant: Float[np.ndarray, " D"]
@@ -61,7 +61,7 @@ def low_rank_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
 
     M_j = sum_h Wv_h Wo_hj, for the j-th query of every head; M = [M_1 ... M_n]; S^(1/2) M = U s V'; the value is
     (x - mu) M V_R / s, the output projections are s V_R'. Objective: E |(x - mu) (M - merged)|^2, the value path of one
-    token.
+    token, tokens by their weight.
     """
     space, n = ValueSpace.of(heads, x), heads.each
     values, outputs = space.values.reshape(len(space.values), -1), _side_by_side(heads.output, n)  # M = values outputs
@@ -85,7 +85,7 @@ def latent_values(heads: HeadWeights, x: InputMoments, rank: int) -> Values:
     if not heads.centred:
         return space.merged(value, read @ heads.output, np.zeros(heads.output.shape[-1]))
     outputs = heads.output if n == 1 else heads.output.reshape(-1, n, *heads.output.shape[1:]).sum(axis=1)
-    constant = fast_einsum("dmk,mke,d->e", heads.value, outputs, x.mean)
+    constant = fast_einsum("dmk,mke,d->e", heads.value, outputs, x.value.mean)
     constant += fast_einsum("mk,mke->e", heads.value_bias, outputs)
     return space.merged(value, read @ heads.output, constant)
 
@@ -106,7 +106,7 @@ def weighed_values(heads: HeadWeights, values: Float[np.ndarray, "E m K"]) -> Fl
 def spectra(heads: HeadWeights, x: InputMoments) -> tuple[Float[np.ndarray, " R"], Float[np.ndarray, " R"]]:
     """Singular values of a layer's keys and values, as `latent_scores` and `latent_values` cut them off at a rank."""
     space = ValueSpace.of(heads, x)
-    pairs = (x.root, weighed_keys(heads, x)), (space.root, weighed_values(heads, space.values))
+    pairs = (x.key.root, weighed_keys(heads, x)), (space.root, weighed_values(heads, space.values))
     keys, values = (svd(matrix.shape[1], (root,), (matrix,))[1] for root, matrix in pairs)
     return keys, values
 
@@ -140,5 +140,5 @@ def fitted_values(
     # Any square root of Z'Z + ridge gives the same singular values and right vectors.
     _, s, vt = svd(rank, (lower.T, narrow), (across.T,))
     value, output = narrow @ (across.T @ (vt.T * inverse(s))), s[:, None] * vt
-    constant = moments.y - (moments.z - x.mean) @ value @ output if heads.centred else np.zeros(output.shape[-1])
+    constant = moments.y - (moments.z - x.value.mean) @ value @ output if heads.centred else np.zeros(output.shape[-1])
     return space.merged(value, output[None], constant)

@@ -103,8 +103,8 @@ def test_a_token_of_decoding(slice_: str) -> None:
         assert record["hbm"]["aliased"] >= 256 * 32 * record["kv_bytes_per_token"]
     for hbm in (dense["hbm"], compressed["hbm"]):
         assert hbm["arguments"] <= hbm["at_most"] <= hbm["arguments"] + hbm["temporaries"] + 2**20
-    # There is no second cache in another layout, where heads of 64 are padded to 128: of one layer's keys or values at a
-    # time there may be, while they are written, and the model has one layer.
+    # There is no second cache in another layout, where heads of 64 are padded to 128; of the keys or the values of one
+    # layer there may be while they are written, and the model has one layer.
     assert dense["hbm"]["temporaries"] < 1.5 * cached
     assert compressed["hbm"]["at_most"] < dense["hbm"]["at_most"]
     # FLOPs of a token: two a weight, and a column for scores and for values; sums and choosing the token are few.

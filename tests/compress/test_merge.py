@@ -9,6 +9,7 @@ import scipy.optimize
 from chai_jax.compress.merge import (
     HeadWeights,
     InputMoments,
+    Moments,
     OutputMoments,
     Scores,
     Values,
@@ -36,20 +37,31 @@ def heads() -> HeadWeights:
     return HeadWeights(*(random.standard_normal(shape) for shape in shapes))
 
 
-def moments_of(x: np.ndarray) -> InputMoments:
-    ones = np.concatenate([x, np.ones((len(x), 1))], axis=1)
-    return InputMoments(ones.T @ ones / len(x))
+@pytest.fixture
+def read() -> np.ndarray:
+    """Other tokens than `x`, as keys count."""
+    return np.random.default_rng(6).standard_normal((N, D)) * np.asarray([0.2, 2.0, 1.0, 0.3, 1.0, 3.0]) + 0.5
 
 
-def head_scores(heads: HeadWeights, x: np.ndarray) -> np.ndarray:
+def moments_of(x: np.ndarray, read: np.ndarray | None = None, mixed: np.ndarray | None = None) -> InputMoments:
+    """Of `x` as queries meet it; keys meet `read` and values `mixed`, where they are others."""
+    found = []
+    for tokens in (x, x if read is None else read, x if mixed is None else mixed):
+        ones = np.concatenate([tokens, np.ones((len(tokens), 1))], axis=1)
+        found.append(Moments(ones.T @ ones / len(tokens)))
+    return InputMoments(*found)
+
+
+def head_scores(heads: HeadWeights, x: np.ndarray, read: np.ndarray | None = None) -> np.ndarray:
     """[m, T, S], keys centred: what is constant over keys means nothing to a softmax."""
     query = np.einsum("td,dmk->mtk", x, heads.query) + heads.query_bias[:, None]
-    return query @ np.einsum("sd,dmk->msk", x - x.mean(axis=0), heads.key).transpose(0, 2, 1)
+    read = x if read is None else read
+    return query @ np.einsum("sd,dmk->msk", read - read.mean(axis=0), heads.key).transpose(0, 2, 1)
 
 
-def merged_scores(merged: Scores, x: np.ndarray) -> np.ndarray:
+def merged_scores(merged: Scores, x: np.ndarray, read: np.ndarray | None = None) -> np.ndarray:
     query = np.einsum("td,dqr->qtr", x, merged.query) + merged.query_bias[:, None]
-    return query @ (x @ merged.key + merged.key_bias).T
+    return query @ ((x if read is None else read) @ merged.key + merged.key_bias).T
 
 
 def head_values(heads: HeadWeights, x: np.ndarray) -> np.ndarray:
@@ -86,17 +98,21 @@ def best_by_search(target: np.ndarray, left: np.ndarray, right: np.ndarray, rank
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_low_rank_scores_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
-    wanted = head_scores(heads, x).mean(axis=0)
-    found = square(wanted - merged_scores(low_rank_scores(heads, moments_of(x), rank), x)[0])
+def test_low_rank_scores_are_the_best_of_their_rank(
+    heads: HeadWeights, x: np.ndarray, read: np.ndarray, rank: int
+) -> None:
+    wanted = head_scores(heads, x, read).mean(axis=0)
+    found = square(wanted - merged_scores(low_rank_scores(heads, moments_of(x, read), rank), x, read)[0])
     ones = np.concatenate([x, np.ones((N, 1))], axis=1)
-    assert found == pytest.approx(best_by_search(wanted, ones, (x - x.mean(axis=0)).T, rank), rel=1e-5)
+    assert found == pytest.approx(best_by_search(wanted, ones, (read - read.mean(axis=0)).T, rank), rel=1e-5)
     assert found > 1e-3
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-def test_low_rank_values_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
-    merged = low_rank_values(heads, moments_of(x), rank)
+def test_low_rank_values_are_the_best_of_their_rank(
+    heads: HeadWeights, x: np.ndarray, read: np.ndarray, rank: int
+) -> None:
+    merged = low_rank_values(heads, moments_of(read, read, x), rank)
     wanted = head_values(heads, x).sum(axis=0)
     found = square(wanted - merged_values(merged, x)[0])
     centred = x - x.mean(axis=0)
@@ -106,12 +122,14 @@ def test_low_rank_values_are_the_best_of_their_rank(heads: HeadWeights, x: np.nd
 
 
 @pytest.mark.parametrize("rank", [2, 4])
-def test_latent_scores_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
+def test_latent_scores_are_the_best_of_their_rank(
+    heads: HeadWeights, x: np.ndarray, read: np.ndarray, rank: int
+) -> None:
     """All heads read one latent: sum over heads of |score_h - A_h latent|^2, weighed by what the queries are."""
-    wanted = head_scores(heads, x)
-    found = square(wanted - merged_scores(latent_scores(heads, moments_of(x), rank), x))
+    wanted = head_scores(heads, x, read)
+    found = square(wanted - merged_scores(latent_scores(heads, moments_of(x, read), rank), x, read))
     # A latent x A read by each head's query in its best way is a projection of the keys, so search over A alone.
-    centred = x - x.mean(axis=0)
+    centred = read - read.mean(axis=0)
     query = np.einsum("td,dmk->mtk", x, heads.query) + heads.query_bias[:, None]
 
     def loss(flat: np.ndarray) -> float:
@@ -126,8 +144,10 @@ def test_latent_scores_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndar
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_latent_values_are_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int) -> None:
-    merged = latent_values(heads, moments_of(x), rank)
+def test_latent_values_are_the_best_of_their_rank(
+    heads: HeadWeights, x: np.ndarray, read: np.ndarray, rank: int
+) -> None:
+    merged = latent_values(heads, moments_of(read, read, x), rank)
     wanted = head_values(heads, x)
     means = wanted.mean(axis=1, keepdims=True)
     out = np.einsum("tr,ord->otd", x @ merged.value + merged.value_bias, merged.output)
@@ -163,7 +183,7 @@ def test_full_rank_is_exact(heads: HeadWeights, x: np.ndarray) -> None:
 
 
 def test_the_covariance_here_is_singular(x: np.ndarray) -> None:
-    assert np.linalg.matrix_rank(moments_of(x).covariance, tol=1e-9) == D - 1
+    assert np.linalg.matrix_rank(moments_of(x).key.covariance, tol=1e-9) == D - 1
 
 
 def test_keys_and_values_are_white_and_centred(heads: HeadWeights, x: np.ndarray) -> None:

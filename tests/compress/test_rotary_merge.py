@@ -6,7 +6,7 @@ from itertools import combinations_with_replacement
 import numpy as np
 import pytest
 
-from chai_jax.compress.merge import HeadWeights, InputMoments, Scores
+from chai_jax.compress.merge import HeadWeights, InputMoments, Moments, Scores
 from chai_jax.compress.rotary_merge import rotary_latent_scores, rotary_low_rank_scores
 from chai_jax.compress.value_merge import latent_values, low_rank_values
 
@@ -30,9 +30,19 @@ def x() -> np.ndarray:
     return normal(60, D) * np.linspace(0.3, 2, D) + 0.5
 
 
-def moments_of(x: np.ndarray) -> InputMoments:
-    ones = np.concatenate([x, np.ones((len(x), 1))], axis=1)
-    return InputMoments(ones.T @ ones / len(x))
+@pytest.fixture
+def read() -> np.ndarray:
+    """Other tokens than `x`, as keys count."""
+    return normal(61, D)[:60] * np.linspace(2, 0.2, D) - 0.3
+
+
+def moments_of(x: np.ndarray, read: np.ndarray | None = None) -> InputMoments:
+    """Of `x` as queries and values meet it; keys meet `read`, where that is another."""
+    both = []
+    for tokens in (x, x if read is None else read):
+        ones = np.concatenate([tokens, np.ones((len(tokens), 1))], axis=1)
+        both.append(Moments(ones.T @ ones / len(tokens)))
+    return InputMoments(both[0], both[1], both[0])
 
 
 def numbers(x: np.ndarray) -> np.ndarray:
@@ -51,10 +61,12 @@ def score(query: np.ndarray, key: np.ndarray, frequencies: np.ndarray, distance:
     return float((query.conj() * key * np.exp(1j * frequencies * distance)).sum().real)
 
 
-def errors(made: Scores, heads: HeadWeights, x: np.ndarray, mean: bool) -> float:
+def errors(made: Scores, heads: HeadWeights, x: np.ndarray, mean: bool, read: np.ndarray | None = None) -> float:
     """1/2 sum over frequencies (and queries) of E |product of numbers - merged product|^2."""
-    query, key = queries_and_keys(heads, x)
-    merged_query, merged_key = queries_and_keys(made, x)
+    read = x if read is None else read
+    (query, merged_query), (key, merged_key) = (
+        [queries_and_keys(one, tokens)[at] for one in (heads, made)] for at, tokens in enumerate((x, read))
+    )
     total = 0.0
     for f in range(K // 2):
         own = [at for at, pair in enumerate(made.pairs or range(K // 2)) if pair == f]
@@ -84,17 +96,17 @@ def test_full_rank_is_exact(heads: HeadWeights, x: np.ndarray, distance: int) ->
 
 @pytest.mark.parametrize("rank", [2, 4, 8, 12])
 @pytest.mark.parametrize("mean", [False, True])
-def test_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, rank: int, mean: bool) -> None:
+def test_the_best_of_their_rank(heads: HeadWeights, x: np.ndarray, read: np.ndarray, rank: int, mean: bool) -> None:
     """Of all ways to give frequencies their numbers, each with its own optimum (Eckart and Young), none is better."""
-    moments = moments_of(x)
+    moments = moments_of(x, read)
     merge = rotary_low_rank_scores if mean else rotary_latent_scores
-    found = errors(merge(heads, moments, rank, whole=False), heads, x, mean)
-    best = best_by_trying(heads, x, rank // 2, mean)
+    found = errors(merge(heads, moments, rank, whole=False), heads, x, mean, read)
+    best = best_by_trying(heads, x, read, rank // 2, mean)
     assert found == pytest.approx(best, rel=1e-9, abs=1e-9)
 
 
-def best_by_trying(heads: HeadWeights, x: np.ndarray, count: int, mean: bool) -> float:
-    query, key = queries_and_keys(heads, x)
+def best_by_trying(heads: HeadWeights, x: np.ndarray, read: np.ndarray, count: int, mean: bool) -> float:
+    query, key = queries_and_keys(heads, x)[0], queries_and_keys(heads, read)[1]
     lost = []
     for f in range(K // 2):
         asked = query[:, :, f].reshape(len(x), M, N).conj()
