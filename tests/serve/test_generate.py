@@ -106,6 +106,7 @@ def test_long_prompts_are_read_a_few_at_a_time(model: Model, monkeypatch: pytest
     assert "f32[4,32,64]" not in program
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same(model: Model) -> None:
     """Five prompts in eight rows, split; and one prompt, which is not."""
     expected = {count: generate_tokens(model, PROMPTS[:count], 6, stop=False) for count in (1, 5)}
@@ -267,7 +268,12 @@ def test_mixed_requests_share_a_few_programs(model: Model, monkeypatch: pytest.M
 @pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 5])
 @pytest.mark.parametrize(
     ("dtype", "storage"),
-    [("float32", "float32"), ("float32", "bfloat16"), ("float32", "int8"), ("bfloat16", "bfloat16")],
+    [
+        pytest.param("float32", "float32", marks=pytest.mark.slow),
+        ("float32", "bfloat16"),
+        ("float32", "int8"),
+        pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_the_cache_is_updated_in_place(rows: int, dtype: str, storage: str) -> None:
     """A decode step neither takes a second cache nor copies the first: what it needs beside is a layer's."""
