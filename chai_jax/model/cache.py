@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import layout as memory
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.basis import KeyCodec, ValueCodec
@@ -27,13 +26,11 @@ from chai_jax.model.block_store import (
 )
 from chai_jax.model.by_row import Starts
 from chai_jax.model.execution import Execution
-from chai_jax.model.kernels import LANES
 from chai_jax.model.kernels.write import put_tokens
 from chai_jax.model.membership import calibrated
 from chai_jax.model.one_row import OneRow, append_row
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.channels import Channels
 from chai_jax.plans.formats import BLOCKS, Blocks, Side
 from chai_jax.plans.spec import Group, LayerSpec, Spec
@@ -106,11 +103,7 @@ def append(cache: GroupCache, new: GroupCache, start: Int32[Array, "B"], how: Ex
     Args:
         how: by whose kernels, and how the cache is split over devices; None: XLA, on one.
     """
-    layout = None if how is None else how.layout
-
-    def write(old: Array, entry: Array) -> Array:
-        return tokens_minor(put_tokens(tokens_minor(old, layout), entry, start, how), layout)
-
+    write = partial(put_tokens, start=start, how=how)
     keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     return GroupCache(keys, values, cache.membership)
 
@@ -169,25 +162,6 @@ def _remember_blocks(
         row = OneRow(stored, start, real)
         return stored, row if codec is AS_IS else row.expanded(x.dtype, codec)  # kernels know no bases
     return append_blocks(past, x, start, real, codec)
-
-
-def tokens_minor(x: Array, layout: Layout | None = None) -> Array:
-    """On TPUs, keep the tokens of keys and values along the lanes; elsewhere, and to their values, this does nothing.
-
-    A TPU's vectors have 128 lanes. Left alone, XLA puts the head dimension there while it decodes, padded to 128: of
-    heads of 64 it makes a second cache of twice the size, and copies it there and back at every call. Where sequences
-    and heads are both split, XLA would gather all of x for this, so each device does it to its own part.
-    """
-    if x.ndim != 4 or x.shape[-1] % LANES == 0:
-        return x
-
-    def pin(x: Array) -> Array:
-        return memory.with_layout_constraint(x, memory.Layout(major_to_minor=(0, 1, 3, 2)))
-
-    def pinned(x: Array) -> Array:
-        return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
-
-    return pinned(x) if layout is None or 1 in layout.mesh.shape.values() else layout.by_device(pinned, x)
 
 
 def extend(cache: Cache, capacity: int) -> Cache:

@@ -11,10 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout as memory
 from jaxtyping import Array, Int32, Shaped
 
 from chai_jax.model.by_row import put_rows
 from chai_jax.model.execution import Execution
+from chai_jax.model.kernels import LANES
 from chai_jax.model.kernels.write_tpu import put_on_tpu
 
 
@@ -31,19 +33,38 @@ def put_tokens(
     on_tpu: Any = put_on_tpu if kernels == "pallas" and one else _one_by_one
 
     def put(old: Array, tokens: Array, start: Array) -> Array:
-        written: Array = jax.lax.platform_dependent(old, tokens, start, cpu=on_cpu, tpu=on_tpu, default=by_xla)
-        return written
+        old = tokens_minor(old)
+        return tokens_minor(jax.lax.platform_dependent(old, tokens, start, cpu=on_cpu, tpu=on_tpu, default=by_xla))
 
     if how is None or how.layout.mesh.size == 1:
         return put(old, tokens, start)
     return how.layout.by_device(put, old, tokens, start)
 
 
+def tokens_minor(x: Array) -> Array:
+    """On TPUs, keep the tokens of keys and values along the lanes; elsewhere, and to their values, this does nothing.
+
+    A TPU's vectors have 128 lanes. Left alone, XLA puts the head dimension there while it decodes, padded to 128: of
+    heads of 64 it makes a second cache of twice the size, and copies it there and back at every call. Where sequences
+    and heads are both split, XLA would gather all of x for this, so each device does it to its own part.
+    """
+    if x.ndim != 4 or x.shape[-1] % LANES == 0:
+        return x
+
+    def pin(x: Array) -> Array:
+        return memory.with_layout_constraint(x, memory.Layout(major_to_minor=(0, 1, 3, 2)))
+
+    pinned: Array = jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
+    return pinned
+
+
 def _one_by_one(old: Array, tokens: Array, start: Array) -> Array:
-    """A turn for each sequence, in place."""
+    """A turn for each sequence, in place, from the last to the first: from first to last XLA for TPUs takes it for a
+    loop that writes all of each sequence, and stops at that mistake where a device has one head."""
     first = jnp.int32(0)
 
-    def turn(row: Array, old: Array) -> Array:
+    def turn(at: Array, old: Array) -> Array:
+        row = len(old) - 1 - at
         own = jax.lax.dynamic_slice_in_dim(tokens, row, 1, axis=0)
         return jax.lax.dynamic_update_slice(old, own, (row, first, start[row], *[first] * (old.ndim - 3)))
 

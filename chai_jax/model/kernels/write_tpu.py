@@ -22,7 +22,7 @@ def put_on_tpu(
     interpret: bool = False,
 ) -> Shaped[Array, "B heads S ..."]:
     """What `put_tokens` returns, of one token a sequence; arrays are [B, heads, S, R], int8's scales have no R."""
-    minor = old.ndim == 3 or old.shape[-1] % LANES != 0  # the tokens come last, see `cache.tokens_minor`
+    minor = old.ndim == 3 or old.shape[-1] % LANES != 0  # the tokens come last, see `write.tokens_minor`
     turned = old.ndim == 4 and minor
     stored = jnp.swapaxes(old, 2, 3) if turned else old
     entry = tokens.astype(jnp.float32)  # few, and all TPUs can choose among these
