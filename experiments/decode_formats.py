@@ -2,14 +2,18 @@
 
     JAX_NUM_CPU_DEVICES=1 python experiments/decode_formats.py --model HuggingFaceTB/SmolLM2-135M --out runs/formats
 
-Random weights of --model, all heads, no files and no network; the cache is filled with random entries up to
---start, and no prompt is read. The formats take turns in each of --rounds rounds of one process; a ratio is to the
-first format, round by round, below 1 where this one is faster. Expected on two CPU cores with a C++ compiler: formats
-of blocks take 0.6 to 0.8 of int8's time.
+    python experiments/decode_formats.py --model facebook/opt-1.3b --batch 64 --start 1920 --out runs/formats_gpu
+
+The first command is for one CPU, the second for one GPU of 80 GB or more (a H200: under 8 minutes, most of it
+compiling; then once more with `--attention xla`). Random weights of --model, all heads, no files and no network; the
+cache is filled with random entries up to --start, and no prompt is read. The formats take turns in each of --rounds
+rounds of one process; a ratio is to the first format, round by round, below 1 where this one is faster. Expected on two
+CPU cores with a C++ compiler: formats of blocks take 0.6 to 0.8 of int8's time. On GPUs nothing was timed yet.
 
 Writes decode_formats.json, .csv and .md.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +26,7 @@ from chai_jax.console import console
 from chai_jax.errors import InputError
 from chai_jax.files.published import architecture_of, random_model
 from chai_jax.model.execution import Execution
-from chai_jax.model.kernels import choose_kernels
+from chai_jax.model.kernels import choose_kernels, packed_gpu
 from chai_jax.model.sharding import one_device
 from chai_jax.plans.formats import STORAGES
 from chai_jax.report.tables import Column, with_percentiles
@@ -55,6 +59,8 @@ class FormatsOptions:
     """Decoding steps of a round: whole blocks of every format."""
     rounds: int = 5
     """Rounds; medians with their 10th and 90th percentile are reported."""
+    attention: str = "auto"
+    """auto (the kernels of the device), or xla."""
     seed: int = 0
     """Seed of weights and inputs."""
     out: Path = Path("runs/experiments")
@@ -71,6 +77,8 @@ class FormatsOptions:
     def check(self) -> None:
         """Raise InputError unless this can be measured."""
         parse_list("--storages", self.storages, STORAGES)
+        if self.attention not in ("auto", "xla"):
+            raise InputError(f"--attention is {self.attention!r:.80}; expected auto or xla")
         for name in ("batch", "start", "steps", "rounds"):
             if getattr(self, name) < 1:
                 raise InputError(f"--{name} is {getattr(self, name)}; expected at least 1")
@@ -82,7 +90,9 @@ def decode_formats(options: FormatsOptions) -> Record:
     """A row a format."""
     options.check()
     names = [name.strip() for name in options.storages.split(",") if name.strip()]  # in the order that was asked for
-    how = Execution.choose(layout=one_device(), kernels=choose_kernels("auto", jax.devices()[:1]))
+    if options.attention == "auto":
+        os.environ.setdefault(packed_gpu.UNTRIED, "1")
+    how = Execution.choose(layout=one_device(), kernels=choose_kernels(options.attention, jax.devices()[:1]))
     dense = random_model(options.model, options.seed).replace(execution=how)
     shape = Shape(options.batch, options.start, options.steps)
     models = {storage: with_storage(dense, storage) for storage in names}

@@ -49,6 +49,7 @@ from chai_jax.model.cache import bytes_per_sequence, bytes_per_token
 from chai_jax.model.model import Model
 from chai_jax.plans.plan import Plan
 from chai_jax.plans.spec import Spec
+from lab.damage import score_macs
 from lab.options import Record, parse_seeds, start
 from lab.study_tables import publish_study
 from lab.texts import documents
@@ -188,13 +189,6 @@ class Rows:
             if plan is not None:
                 write_json(folder / "plan.json", plan.to_json())
             write_json(folder / "record.json", record)
-
-
-def score_macs(model: Model, columns: int) -> int:
-    """Multiply-adds of attention scores and mixed values of one token against `columns` cached ones."""
-    return columns * sum(
-        layer.query_heads * layer.key_rank + layer.output_heads * layer.value_rank for layer in model.spec.layers
-    )
 
 
 def output_error(bench: Bench, model: Model) -> float:

@@ -29,6 +29,9 @@ SETTINGS = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Of several workers each; waiting for one another, threads of BLAS take twenty times as long for small matrices.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
     # Compiling is most of the time of these tests, and optimised code would hardly run faster at such sizes.
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1",
 }

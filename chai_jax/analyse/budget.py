@@ -21,11 +21,11 @@ from chai_jax.analyse.costs import CostMeter, FindClusters, LayerCosts, Sizes, i
 from chai_jax.analyse.planner import check_probe, find_clusters, mark_critical, singletons
 from chai_jax.analyse.probe import Probe
 from chai_jax.analyse.sensitivity import tiers
-from chai_jax.compress.calibration import evenly_spaced, joined
+from chai_jax.compress.calibration import held_out, joined
 from chai_jax.compress.quantize import store_weights
 from chai_jax.errors import InputError
 from chai_jax.model.cache import bytes_per_token
-from chai_jax.model.layerwise import rest_of
+from chai_jax.model.layerwise import Text, rest_of
 from chai_jax.model.model import Model
 from chai_jax.model.params import Declared, Params, declare
 from chai_jax.plans.architecture import Architecture
@@ -89,6 +89,7 @@ def plan_within(
     value_merge: str = "low_rank",
     seed: int = 0,
     file: Path | None = None,
+    scales: Sequence[float] = (),
 ) -> Plan:
     """The plan with the least predicted KL whose cache (and weights) keep to a budget; `Plan.predicted` is that KL.
 
@@ -98,6 +99,7 @@ def plan_within(
         probe: of this very model.
         seed: of K-Means.
         file: measurements are kept here after every layer, and read back by the next attempt.
+        scales: what the costs of each layer are multiplied by; none: 1 (see `chai_jax.analyse.whole_plan`).
 
     Raises:
         InputError: a model that is no dense one or not the one probed, a pinned layer that it lacks, a file of other
@@ -113,12 +115,11 @@ def plan_within(
     def find(index: int, count: int) -> tuple[ClusterPlan, ...]:
         return find_clusters(probe.correlation[index], count, seed)
 
-    few = {*FEW, *BASIS} & set(budget.storages)
-    text = joined(probe, budget.tokens, config.max_positions) if few else evenly_spaced(probe, budget.tokens)
+    fit, text = parts(config, probe, budget)
     storages = [name for name in budget.storages if name != "bfloat16"]
     measured = list(
         measure_costs(
-            partial(CostMeter, model, probe, text, base, find),
+            partial(CostMeter, model, fit, text, base, find),
             budget.shares,
             ["bfloat16", *storages],
             weights,
@@ -128,8 +129,11 @@ def plan_within(
         )
     )
     choices = [
-        list(_pinned(config) if index in budget.pinned else _choices(config, costs, budget, index, find))
-        for index, costs in enumerate(measured)
+        [
+            dataclasses.replace(one, cost=scale * one.cost)
+            for one in (_pinned(config) if index in budget.pinned else _choices(config, costs, budget, index, find))
+        ]
+        for index, (costs, scale) in enumerate(zip(measured, scales or [1.0] * len(measured), strict=True))
     ]
     dense = bytes_per_token(Spec.of(config, "bfloat16"))
     chosen = allocate(choices, budget.cache * dense)
@@ -146,6 +150,18 @@ def plan_within(
     made.check()
     made.check_model(config)
     return made
+
+
+def parts(config: Architecture, text: Text, budget: Budget) -> tuple[Text, tuple[np.ndarray, np.ndarray]]:
+    """What changes are fitted to, and the tokens and mask that their damage is measured on.
+
+    Raises:
+        InputError: the text is too short for the formats to choose from.
+    """
+    fit, rest = held_out(text, budget.tokens)
+    if {*FEW, *BASIS} & set(budget.storages):
+        return fit, joined(rest, budget.tokens, config.max_positions)
+    return fit, (rest.tokens, rest.mask)
 
 
 def _key(probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, seed: int) -> str:

@@ -17,7 +17,6 @@ import numpy as np
 from jaxtyping import Array
 
 from chai_jax.analyse.damage import Damage
-from chai_jax.analyse.probe import Probe
 from chai_jax.compress.basis_stream import BasisStream
 from chai_jax.compress.cluster import LayerMerge, Stream
 from chai_jax.compress.key_basis import in_one_program
@@ -27,6 +26,7 @@ from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.inputs.fields import Count, parse_as
 from chai_jax.inputs.reading import read_json, shown
+from chai_jax.model.layerwise import Text
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.plans.channels import Channels
@@ -113,10 +113,10 @@ def interpolate(sizes: Sizes, size: int) -> float:
 class CostMeter:
     """The changes of one layer after another, each measured alone against the dense model."""
 
-    def __init__(self, model: Model, probe: Probe, text: tuple[np.ndarray, np.ndarray], plan: Plan, find: FindClusters):
-        """`text`: tokens and mask to measure on; `plan`: share and merges, its layers are not read."""
-        self.damage, self.stream = Damage(model, *text), Stream(model, probe)
-        self.model, self.plan, self.find, self.text = self.damage.model, plan, find, probe
+    def __init__(self, model: Model, fit: Text, text: tuple[np.ndarray, np.ndarray], plan: Plan, find: FindClusters):
+        """`fit`: what changes are fitted to; `text`: tokens and mask to measure on; `plan`: its layers are not read."""
+        self.damage, self.stream = Damage(model, *text), Stream(model, fit)
+        self.model, self.plan, self.find, self.fit = self.damage.model, plan, find, fit
 
     def layer(self, shares: Sequence[str], storages: Sequence[str], weights: Sequence[str]) -> LayerCosts:
         """Measure the layer whose turn it is, then go on to the next."""
@@ -143,7 +143,7 @@ class CostMeter:
     @cached_property
     def bases(self) -> BasisStream:
         """Where bases are found; it starts at the layer whose turn it is when it is first asked for."""
-        bases = BasisStream(self.model, self.text)
+        bases = BasisStream(self.model, self.fit)
         for _ in range(self.stream.index):
             bases.advance()
         return bases

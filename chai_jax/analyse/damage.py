@@ -56,6 +56,20 @@ class Damage:
             x = through(changed, index, x, self.mask)
         return self.between(x)
 
+    def within(self, changed: Model) -> tuple[float, np.ndarray]:
+        """(KL of a model that may differ in every layer, by how much that falls with each layer as it was: [L])."""
+        states, layers = [self.entering[0]], range(changed.config.num_layers)
+        for index in layers:
+            states.append(through(changed, index, states[index], self.mask))
+        whole = self.between(states[-1])[0]
+        without = []
+        for index in layers:
+            x = through(self.model, index, states[index], self.mask)
+            for later in layers[index + 1 :]:
+                x = through(changed, later, x, self.mask)
+            without.append(self.between(x)[0])
+        return whole, whole - np.asarray(without)
+
     def between(self, x: Float[Array, "N W D"]) -> tuple[float, float]:
         """KL and rise of the loss when this, not the dense model's states, leaves the last layer."""
         rest, truth = rest_of(self.model.params), self.entering[-1]

@@ -10,6 +10,7 @@ So FLOPs of each computation are XLA's, and the rest is read from the program's 
 to and from HBM, and the collectives. A loop that ends by its data counts once, and is reported as such.
 """
 
+import re
 from dataclasses import dataclass
 
 import jax
@@ -138,6 +139,11 @@ def _moved(module: Module, one: Instruction) -> int:
     if one.opcode in STILL or one.opcode.endswith(("-done", "-update")):
         return 0
     sizes = [nbytes(module.instructions[name].shape, fast=False) for name in one.operands]
+    if one.opcode == "custom-call" and (
+        changed := re.search(r"output_to_operand_aliasing={{}: \((\d+), {}\)}", one.rest)
+    ):
+        # A kernel that changes an array in place does not say how much of it: it is not counted.
+        return sum(sizes) - sizes[int(changed[1])]
     if one.opcode == "fusion":
         body = module.computations[one.attribute("calls")]
         uses = [_uses(module, body, index) for index in range(len(sizes))]

@@ -230,7 +230,7 @@ class Timed:
         self.questions = split_questions(questions)
         self.prompts = prompts, jnp.ones(prompts.shape, bool), jax.random.split(jax.random.key(seed), shape.batch)
         self.rule = Sampling.checked(), jnp.int32(NEVER)
-        self.until = jnp.int32(shape.prompt + shape.new_tokens)
+        self.until = jnp.int32(shape.new_tokens + 1)  # reading the prompts makes one
         capacity = bucket(shape.prompt + shape.new_tokens + 1)
 
         self._score = self._compiled(target_logprobs, *what, how, self.params, self.questions[0])

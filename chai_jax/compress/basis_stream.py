@@ -1,11 +1,12 @@
 """Bases for the layers of a model, one after the other, from calibration text on its way through it."""
 
+import dataclasses
 from functools import cached_property
 
 import jax.numpy as jnp
 
 from chai_jax.compress.calibration import joined
-from chai_jax.compress.key_basis import KeyBasis, basis_params, find_basis
+from chai_jax.compress.key_basis import KeyBasis, basis_params, find_basis, in_one_program
 from chai_jax.console import track
 from chai_jax.model.execution import Execution
 from chai_jax.model.layerwise import Text, embed_text, how_in_float32, through
@@ -67,3 +68,15 @@ def basis_plan(model: Model, text: Text, bits: float, storage: str) -> Plan:
         layers.append(stream.plan(bits, storage))
         stream.advance()
     return Plan(tuple(layers))
+
+
+def sharing_programs(model: Model) -> Model:
+    """The same model with bases of one shape, so that its layers share a program where they go one by one."""
+    spec, layers = model.spec, dict(model.params["layers"])
+    for index, layer in enumerate(spec.layers):
+        if layer.channels:
+            params = layers[str(index)]
+            channels, basis = in_one_program(params["basis"], layer.channels, model.config.head_dim)
+            spec = spec.with_layer(index, dataclasses.replace(layer, channels=channels))
+            layers[str(index)] = {**params, "basis": basis}
+    return model.replace(spec=spec, params={**model.params, "layers": layers})

@@ -79,7 +79,7 @@ def find_basis(
     Args:
         x, mask: windows of several blocks each, see `chai_jax.compress.calibration.joined`.
     """
-    total = summed(partial(_key_moments, config, anonymous(layer), how), params, x, mask)
+    total = summed(partial(key_moments, config, anonymous(layer), how), params, x, mask)
     mean = total["key"] / total["count"]
     covariance = total["pairs"] / total["count"] - mean[:, :, None] * mean[:, None]
     # What coordinates are measured in is free, and a scale's byte reaches only so far: on average they have variance 1.
@@ -145,7 +145,7 @@ def in_one_program(basis: Params, channels: Channels, rank: int) -> tuple[Channe
     return ((CHANNEL_BITS[-1], rank),), padded
 
 
-def _seen(config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array) -> Any:
+def observed(config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array) -> Any:
     """What attention sees and did; keys before their rotation and values [B, C, T, R]; queries [B, C, q, T, R]."""
     _, seen = seen_through(config, layer, how, params, x, mask)
     query, key, value = projected(layer, params, seen.x, "xla")
@@ -155,18 +155,18 @@ def _seen(config: Architecture, layer: LayerSpec, how: Execution, params: Params
     return seen, key, value, asked.reshape(key.shape[0], key.shape[1], -1, *asked.shape[2:])
 
 
-def _stored(mask: Array) -> Array:
+def stored_tokens(mask: Array) -> Array:
     """Which tokens [B, T] are ever stored in few bits."""
     return mask & (jnp.arange(mask.shape[1]) >= FORMAT.sinks)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
-def _key_moments(
+def key_moments(
     config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array
 ) -> dict[str, Array]:
     """Sums over tokens of keys, of their squares, and of M."""
-    seen, key, value, query = _seen(config, layer, how, params, x, mask)
-    counted = jnp.where(_stored(mask)[:, None, :, None], key, 0.0)
+    seen, key, value, query = observed(config, layer, how, params, x, mask)
+    counted = jnp.where(stored_tokens(mask)[:, None, :, None], key, 0.0)
     weights, query = _damage_of_scores(seen, params, value, query.shape[2], mask), query[:, :, :, ::EVERY]
     turn = _turns(config, x.shape[1])
 
@@ -183,7 +183,7 @@ def _key_moments(
     heads = (part.reshape(-1, *part.shape[2:]) for part in (query, weights))
     found = jax.lax.map(asked, tuple(heads)).reshape(*key.shape[:2], key.shape[-1], key.shape[-1])
     return {
-        "count": _stored(mask).sum(dtype=jnp.float32),
+        "count": stored_tokens(mask).sum(dtype=jnp.float32),
         "key": counted.sum(axis=(0, 2)),
         "pairs": jnp.einsum("bctr,bctq->crq", counted, counted, precision="highest"),
         "asked": found.sum(axis=0),
@@ -194,9 +194,13 @@ def _damage_of_scores(seen: Any, params: Params, value: Array, queries: int, mas
     """`cost_of_scores` [B, C, q, T', S], of pairs whose key is read from few bits, for some of the queries."""
     some = seen.probabilities[:, :, ::EVERY], value, seen.heads[:, :, ::EVERY]
     cost = cost_of_scores(*some, params).reshape(len(value), -1, queries, some[0].shape[2], value.shape[2])
-    block = jnp.arange(value.shape[2]) // FORMAT.block
-    old = (block[::EVERY, None] != block[None]) & _stored(mask)[:, None, :] & mask[:, ::EVERY, None]
-    return jnp.where(old[:, None, None], cost, 0.0)
+    return jnp.where(read_later(mask)[:, None, None], cost, 0.0)
+
+
+def read_later(mask: Array) -> Array:
+    """Which tokens each of some queries reads from few bits, [B, T', S]."""
+    block = jnp.arange(mask.shape[1]) // FORMAT.block
+    return (block[::EVERY, None] != block[None]) & stored_tokens(mask)[:, None, :] & mask[:, ::EVERY, None]
 
 
 def _turns(config: Architecture, length: int) -> Array | None:
@@ -214,7 +218,7 @@ def _coordinates(params: Params, key: Array, mask: Array) -> tuple[Array, Array]
     the block's largest, so that it does not enter its scale."""
     centred = key - params["mean"][:, None]
     coordinates = jnp.einsum("bctr,crn->bctn", centred, params["into"], precision="highest")
-    block, real = FORMAT.block, _stored(mask)
+    block, real = FORMAT.block, stored_tokens(mask)
     room = -mask.shape[1] % block
     coordinates, real = pad(coordinates, 2, room), pad(real, 1, room)
     blocks = coordinates.reshape(*coordinates.shape[:2], -1, block, coordinates.shape[-1])
@@ -229,14 +233,14 @@ def _errors(
     config: Architecture, layer: LayerSpec, how: Execution, params: tuple[Params, Params], x: Array, mask: Array
 ) -> dict[str, Array]:
     """Sums over tokens of the squared error of each coordinate [bits, C, R], for 0 and each of `CHANNEL_BITS`."""
-    _, key, _, _ = _seen(config, layer, how, params[0], x, mask)
+    _, key, _, _ = observed(config, layer, how, params[0], x, mask)
     blocks, counts = _coordinates(params[1], key, mask)
 
     def error(read: Array) -> Array:
         return jnp.sum(jnp.where(counts, (read - blocks) ** 2, 0.0), axis=(0, 2, 3))
 
     found = [error(jnp.zeros_like(blocks)), *(error(_through(blocks, bits)) for bits in CHANNEL_BITS)]
-    return {"error": jnp.stack(found), "count": _stored(mask).sum(dtype=jnp.float32)}
+    return {"error": jnp.stack(found), "count": stored_tokens(mask).sum(dtype=jnp.float32)}
 
 
 def _through(blocks: Array, bits: int) -> Array:
@@ -252,17 +256,17 @@ def _value_moments(
 
     The bits of each coordinate are data, 0 for none, so that all layers share a program.
     """
-    _, key, value, _ = _seen(config, layer, how, params[0], x, mask)
+    _, key, value, _ = observed(config, layer, how, params[0], x, mask)
     blocks, _ = _coordinates(params[1], key, mask)
     read = jnp.zeros_like(blocks)
     for bits in CHANNEL_BITS:
         read = jnp.where(params[1]["bits"] == bits, _through(blocks, bits), read)
     read = read.reshape(*key.shape[:2], -1, read.shape[-1])[:, :, : key.shape[2]]
     known = jnp.pad(read, ((0, 0),) * 3 + ((1, 0),), constant_values=1.0)
-    known = jnp.where(_stored(mask)[:, None, :, None], known, 0.0)
+    known = jnp.where(stored_tokens(mask)[:, None, :, None], known, 0.0)
     value = turned(value, "basis3")  # as values are stored
     return {
         "known": jnp.einsum("bctn,bctm->cnm", known, known, precision="highest"),
         "both": jnp.einsum("bctn,bctr->cnr", known, value, precision="highest"),
-        "count": _stored(mask).sum(dtype=jnp.float32),
+        "count": stored_tokens(mask).sum(dtype=jnp.float32),
     }

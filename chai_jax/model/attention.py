@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from chai_jax.model.block_store import Windowed
-from chai_jax.model.kernels import decode_cpu, decode_gpu, prefill_gpu, prefill_tpu
+from chai_jax.model.kernels import decode_cpu, decode_gpu, packed, packed_gpu, prefill_gpu, prefill_tpu
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.one_row import OneRow
 from chai_jax.model.products import product
@@ -35,7 +35,7 @@ def scores_of(
         keys = keys.expanded(query.dtype)
     if isinstance(keys, Windowed):
         old, recent = (scores_of(query, part, allowed, scale) for part in (keys.old, keys.recent))
-        return jnp.where(keys.fresh, recent, old)
+        return jnp.where(keys.fresh[:, None, None], recent, old)
     stored = _multiplied(keys, query.dtype)
     # All rows of a cluster in one axis: with two of them XLA copies the keys to another layout on CPUs.
     rows = (query * scale).reshape(*query.shape[:2], -1, query.shape[-1])
@@ -58,7 +58,7 @@ def mix_values(
     if isinstance(values, OneRow):
         values = values.expanded(dtype)
     if isinstance(values, Windowed):
-        recent = jnp.where(values.fresh, probabilities, 0.0)
+        recent = jnp.where(values.fresh[:, None, None], probabilities, 0.0)
         old = mix_values(probabilities - recent, values.old, value_heads, dtype)
         return old + mix_values(recent, values.recent, value_heads, dtype)
     batch, clusters, queries, rows, columns = probabilities.shape
@@ -144,7 +144,8 @@ def attend_one(
     """What `attend` returns first, for one row, by the kernel of the device that the program is compiled for.
 
     Keys and values are plain or int8 arrays, or stores of blocks. It is `attend` where there is no kernel: on GPUs for
-    what `decode_gpu.takes` refuses, on GPUs and TPUs for blocks, and on devices that the `kernels` are not for.
+    what `decode_gpu.takes` or `packed_gpu.takes` refuses, for blocks of other formats than `packed.kind` knows, and on
+    devices that the `kernels` are not for.
 
     Args:
         kernels: "native" or "pallas". The caller has seen that the devices can have them, one and not too old
@@ -154,7 +155,8 @@ def attend_one(
     if kernels == "native":
         platforms = ["cpu"] if decode_cpu.takes(keys, values) else []
     elif isinstance(keys, OneRow) or isinstance(values, OneRow):
-        platforms = []  # accelerators have no kernel for blocks
+        takes = {"tpu": packed.kind(keys, values), "cuda": packed_gpu.takes(query, keys, values, value_heads)}
+        platforms = [platform for platform, taken in takes.items() if taken]
     else:
         platforms = ["tpu", *(["cuda"] if decode_gpu.takes(query, keys, values, value_heads) else [])]
     lowered = {platform: partial(decode_attention, **rest, platform=platform) for platform in platforms}

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from chai_jax.model.block_store import quantized_as
+from chai_jax.model.by_row import slice_rows
 from chai_jax.model.channel_bits import ChannelBits, quantize_channels
 from chai_jax.model.params import Params
 
@@ -30,6 +31,9 @@ class KeyCodec:
     def encode(self, window: Array, first: Array) -> Array:
         centred = window.astype(jnp.float32) - _by_head(self.basis["mean"], window)
         return jnp.einsum("bcsr,crn->bcsn", centred, _float32(self.basis["into"]), precision="highest")
+
+    def of(self, row: Array) -> "KeyCodec":
+        return self
 
     def quantize(self, blocks: Array, like: ChannelBits) -> ChannelBits:
         return quantize_channels(blocks, like.parts, self.basis.get("levels"))
@@ -51,8 +55,11 @@ class ValueCodec:
         count = window.shape[2] // block
         room = [(0, 0)] * 5
         room[2] = (0, count)  # the last block may be cut off
-        near = jax.lax.dynamic_slice_in_dim(jnp.pad(self.coordinates, room), first, count, axis=2)
+        near = slice_rows(jnp.pad(self.coordinates, room), first, count, axis=2)
         return window.astype(jnp.float32) - self._foretold(near).reshape(window.shape)
+
+    def of(self, row: Array) -> "ValueCodec":
+        return ValueCodec(self.basis, jax.lax.dynamic_slice_in_dim(self.coordinates, row, 1, axis=0))
 
     def quantize(self, blocks: Array, like: Any) -> Any:
         return quantized_as(blocks, like)

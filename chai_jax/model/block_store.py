@@ -6,8 +6,8 @@ good.
 
 What a token reads depends on columns alone: few bits in the blocks before its own, bfloat16 in its own block. So
 prefill, training and decoding read the same numbers, and of a text shorter than a block all is bfloat16. Masked columns
-take up their place in a block but do not enter its scales, nor do sinks. Padding on the right changes nothing; padding
-on the left moves the borders of the blocks along the text, unless it is a multiple of the block.
+between tokens take up their place in a block but do not enter its scales, nor do sinks. Padding on the right changes
+nothing, and a block is whole when its sequence's own tokens have filled it.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int32
 
+from chai_jax.model.by_row import Starts, put_rows, slice_rows
 from chai_jax.model.channel_bits import ChannelBits, quantize_channels, read_channels
 from chai_jax.model.few_bits import FewBits, quantize_few, read_few
 from chai_jax.model.quantized import Int4Array, dequantize, quantize_int4
@@ -48,12 +49,12 @@ class Windowed:
 
     old: Any  # [B, heads, S, R], read back from few bits
     recent: Any  # [B, heads, S, R], as `old` but for the rows' own blocks, read back from bfloat16
-    fresh: Any  # bool [T, S]
+    fresh: Any  # bool [B or 1, T, S]
 
     def upto(self, rows: slice) -> "Windowed":
         """The part that these rows read: no column behind the last of them."""
         part = self.each(lambda x: x[:, :, : rows.stop])
-        return Windowed(part.old, part.recent, self.fresh[rows, : rows.stop])
+        return Windowed(part.old, part.recent, self.fresh[:, rows, : rows.stop])
 
     def each(self, function: Callable[[Array], Array]) -> "Windowed":
         """A function of `old` and of `recent`."""
@@ -69,7 +70,7 @@ def of_rows(stored: Any, rows: Int32[Array, "B N"] | None) -> Any:
     """
     if rows is None or not isinstance(stored, Windowed):
         return stored
-    return dataclasses.replace(stored, fresh=stored.fresh[rows][:, None, None])
+    return dataclasses.replace(stored, fresh=jnp.take_along_axis(stored.fresh, rows[:, :, None], axis=1))
 
 
 def quantized(x: Float[Array, "B heads N M R"], side: Side) -> Int4Array | FewBits | ChannelBits:
@@ -97,8 +98,12 @@ def read_blocks(blocks: Any) -> Float[Array, "B heads N M R"]:
 class Codec(Protocol):
     """What is done to keys or values before they are quantized, and undone after."""
 
-    def encode(self, window: Float[Array, "B heads W R"], first: Int32[Array, ""]) -> Float[Array, "B heads W n"]:
+    def encode(self, window: Float[Array, "B heads W R"], first: Starts) -> Float[Array, "B heads W n"]:
         """What is quantized of whole blocks of columns, of which the first is block `first` of the cache."""
+        ...
+
+    def of(self, row: Int32[Array, ""]) -> "Codec":
+        """What is done to one sequence alone."""
         ...
 
     def quantize(self, blocks: Float[Array, "B heads N M n"], like: Any) -> Any:
@@ -115,6 +120,9 @@ class AsIs:
 
     def encode(self, window: Array, first: Array) -> Array:
         return window
+
+    def of(self, row: Array) -> "AsIs":
+        return self
 
     def quantize(self, blocks: Array, like: Any) -> Any:
         return quantized_as(blocks, like)
@@ -145,11 +153,11 @@ def extend_blocks(past: BlockStore, capacity: int) -> BlockStore:
 def append_blocks(
     past: BlockStore,
     x: Float[Array, "B heads T R"],
-    start: Int32[Array, ""],
+    start: Starts,
     real: Bool[Array, "B S"],
     codec: Codec = AS_IS,
 ) -> tuple[BlockStore, Windowed]:
-    """The store with T more tokens in columns `start`..., and what each of these T rows reads, in x's dtype.
+    """The store with T more tokens in each sequence's columns `start`..., and what these T rows read, in x's dtype.
 
     Args:
         real: which columns hold real tokens, the new ones included.
@@ -164,32 +172,34 @@ def append_blocks(
     if sinks is not None:
         sinks, whole = _first_tokens(sinks, x, start, number), sinks.shape[2]
 
-    numbers = first + jnp.arange(touched, dtype=jnp.int32)
-    complete = (numbers + 1) * block <= start + rows
-    held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, touched * block), base, touched * block, axis=1)
+    end = jnp.max(jnp.where(real, jnp.arange(1, columns + 1, dtype=jnp.int32), 0), axis=1)  # behind the last token
+    numbers = first[..., None] + jnp.arange(touched, dtype=jnp.int32)
+    complete = (numbers + 1) * block <= end[:, None]
+    held = slice_rows(pad(number >= whole, 1, touched * block), base, touched * block, axis=1)
     encoded = codec.encode(window, first)
     new = codec.quantize(fill(encoded, held, block).astype(jnp.float32), past.blocks)
     place = jnp.where(complete, numbers, columns)  # beyond all blocks: dropped
-    blocks = jax.tree.map(lambda old, entry: old.at[:, :, place].set(entry, mode="drop"), past.blocks, new)
-    last = (start + rows - 1) // block * block - base
-    after = BlockStore(blocks, jax.lax.dynamic_slice_in_dim(window, last, block, axis=2), sinks)
+    write = jax.vmap(lambda old, at, entry: old.at[:, at].set(entry, mode="drop"))
+    blocks = jax.tree.map(lambda old, entry: write(old, place, entry), past.blocks, new)
+    last = jnp.maximum((end - 1) // block * block - base, 0)
+    after = BlockStore(blocks, slice_rows(window, last, block, axis=2), sinks)
 
     read = codec.decode(read_blocks(blocks)).astype(x.dtype)
     old = pad(read.reshape(*x.shape[:2], -1, x.shape[3]), 2, touched * block)
     if sinks is not None:
         old = with_sinks(old, sinks, number)
-    recent = jax.lax.dynamic_update_slice_in_dim(old, window.astype(x.dtype), base, axis=2)
-    own = (start + jnp.arange(rows, dtype=jnp.int32)) // block
-    fresh = own[:, None] == jnp.arange(columns, dtype=jnp.int32) // block
-    return after, Windowed(old[:, :, :columns], recent[:, :, :columns], fresh)
+    recent = put_rows(old, window.astype(x.dtype), base, axis=2)
+    own = (start[..., None] + jnp.arange(rows, dtype=jnp.int32)) // block
+    fresh = own[..., None] == jnp.arange(columns, dtype=jnp.int32) // block
+    return after, Windowed(old[:, :, :columns], recent[:, :, :columns], fresh.reshape(-1, rows, columns))
 
 
 def _window(recent: Array, x: Array, used: Array, width: int) -> Array:
     """bfloat16 [B, heads, width, R]: the `used` columns of the block in progress, then the new ones, then zeros."""
     block = recent.shape[2]
-    kept = jnp.where(jnp.arange(block, dtype=jnp.int32)[:, None] < used, recent, jnp.zeros_like(recent))
-    window = pad(kept, 2, width - block)
-    return jax.lax.dynamic_update_slice_in_dim(window, x.astype(jnp.bfloat16), used, axis=2)
+    held = jnp.arange(block, dtype=jnp.int32) < used[..., None]
+    kept = jnp.where(held.reshape(-1, 1, block, 1), recent, jnp.zeros_like(recent))
+    return put_rows(pad(kept, 2, width - block), x.astype(jnp.bfloat16), used, axis=2)
 
 
 def fill(window: Array, real: Array, block: int) -> Array:
@@ -204,7 +214,7 @@ def fill(window: Array, real: Array, block: int) -> Array:
 def _first_tokens(sinks: Array, x: Array, start: Array, number: Int32[Array, "B S"]) -> Array:
     """The sinks with those of the new tokens that are among a sequence's first."""
     count = sinks.shape[2]
-    new = jax.lax.dynamic_slice_in_dim(number, start, x.shape[2], axis=1)
+    new = slice_rows(number, start, x.shape[2], axis=1)
     # In the order of columns there are at most `count` of them, and those come one after another.
     hits = new[:, None] == jnp.arange(count, dtype=jnp.int32)[:, None]  # [B, sinks, T]
     at = jnp.argmax(hits, axis=2)[:, None, :, None]

@@ -5,13 +5,11 @@ training the same damage (with a straight-through gradient) that decoding reads 
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import layout as memory
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.basis import KeyCodec, ValueCodec
@@ -26,12 +24,13 @@ from chai_jax.model.block_store import (
     pad,
     read_blocks,
 )
-from chai_jax.model.kernels import LANES
+from chai_jax.model.by_row import Starts
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels.write import put_tokens
 from chai_jax.model.membership import calibrated
 from chai_jax.model.one_row import OneRow, append_row
 from chai_jax.model.params import Params
 from chai_jax.model.quantized import Leaf, dequantize, quantize_int8
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.channels import Channels
 from chai_jax.plans.formats import BLOCKS, Blocks, Side
 from chai_jax.plans.spec import Group, LayerSpec, Spec
@@ -82,11 +81,11 @@ class GroupCache:
 @partial(jax.tree_util.register_dataclass, data_fields=["layers", "mask", "length"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """What decoding needs of the past: `layers[layer][group]`, which columns hold real tokens, how many are used."""
+    """What decoding needs of the past: `layers[layer][group]`, which columns hold tokens, how many a sequence uses."""
 
     layers: tuple[tuple[GroupCache, ...], ...]
     mask: Any  # bool [B, S]
-    length: Any  # int32 []
+    length: Any  # int32 [B]
 
     @property
     def nbytes(self) -> int:
@@ -98,30 +97,15 @@ class Cache:
         return self.mask.shape[1]
 
 
-def append(cache: GroupCache, new: GroupCache, start: Int32[Array, ""], layout: Layout | None = None) -> GroupCache:
-    """Write `new`'s tokens into columns `start`... of `cache`; what was stored before is not touched.
+def append(cache: GroupCache, new: GroupCache, start: Int32[Array, "B"], how: Execution | None = None) -> GroupCache:
+    """Write each sequence's new tokens into its columns `start`...; what was stored before is not touched.
 
     Args:
-        layout: how the cache is split over devices; None: it is on one.
+        how: by whose kernels, and how the cache is split over devices; None: XLA, on one.
     """
-
-    def write(old: Array, entry: Array) -> Array:
-        # Axis 2 holds the tokens in keys, values and scales alike.
-        put = partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-        written = partial(jax.lax.platform_dependent, cpu=partial(_in_loop, put), default=put)
-        return tokens_minor(written(tokens_minor(old, layout), entry, start), layout)
-
+    write = partial(put_tokens, start=start, how=how)
     keys, values = jax.tree.map(write, (cache.keys, cache.values), (new.keys, new.values))
     return GroupCache(keys, values, cache.membership)
-
-
-def _in_loop(put: Callable[[Array, Array, Array], Array], old: Array, entry: Array, start: Array) -> Array:
-    """`put(old, entry, start)` as a loop of one turn, which XLA for CPUs leaves alone.
-
-    Otherwise it gives a cache of one sequence another layout for the dots that follow, or one of bfloat16 the type
-    float32, and copies all of it there and back at every token.
-    """
-    return jax.lax.while_loop(lambda s: s[0] <= start, lambda s: (s[0] + 1, put(s[1], entry, s[0])), (start, old))[1]
 
 
 def remember(
@@ -129,9 +113,9 @@ def remember(
     key: Float[Array, "B C T Rk"],
     value: Float[Array, "B heads T Rv"],
     storage: str,
-    start: Int32[Array, ""],
+    start: Starts,
     real: Bool[Array, "B S"],
-    layout: Layout | None = None,
+    how: Execution | None = None,
     channels: Channels = (),
     basis: Params | None = None,
 ) -> tuple[GroupCache, Any, Any]:
@@ -141,55 +125,43 @@ def remember(
 
     Args:
         real: which columns hold tokens, these among them.
-        layout: as of `append`.
+        how: as of `append`.
         channels, basis: of formats of a basis, the layer's and its parameters; keys are then given, and handed back,
             before their rotation.
     """
     if storage in BLOCKS:
         format, stores = BLOCKS[storage].of(channels), (None, None) if past is None else (past.keys, past.values)
         codec: Codec = AS_IS if basis is None else KeyCodec(basis)
-        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec)
+        keys, read_keys = _remember_blocks(stores[0], key, start, real, format, format.keys, codec, how)
         codec = AS_IS if basis is None else ValueCodec(basis, read_blocks(keys.blocks))
-        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec)
+        values, read_values = _remember_blocks(stores[1], value, start, real, format, format.values, codec, how)
         return GroupCache(keys, values), read_keys, read_values
     new = GroupCache(store(key, storage), store(value, storage))
     if past is None:
         return new, through_storage(key, storage), through_storage(value, storage)
-    new = append(past, new, start, layout)
+    new = append(past, new, start, how)
     return new, new.keys, new.values
 
 
 def _remember_blocks(
-    past: BlockStore | None, x: Array, start: Array, real: Array, format: Blocks, side: Side, codec: Codec
+    past: BlockStore | None,
+    x: Array,
+    start: Array,
+    real: Array,
+    format: Blocks,
+    side: Side,
+    codec: Codec,
+    how: Execution | None,
 ) -> tuple[BlockStore, Any]:
     batch, heads, rows, rank = x.shape
     if past is None:
         stored, read = append_blocks(empty_blocks(batch, heads, rows, rank, format, side), x, start, real, codec)
         return stored, Windowed(straight_through(x, read.old), straight_through(x, read.recent), read.fresh)
     if rows == 1:
-        stored = append_row(past, x, start, real, codec)
+        stored = append_row(past, x, start, real, codec, how)
         row = OneRow(stored, start, real)
         return stored, row if codec is AS_IS else row.expanded(x.dtype, codec)  # kernels know no bases
     return append_blocks(past, x, start, real, codec)
-
-
-def tokens_minor(x: Array, layout: Layout | None = None) -> Array:
-    """On TPUs, keep the tokens of keys and values along the lanes; elsewhere, and to their values, this does nothing.
-
-    A TPU's vectors have 128 lanes. Left alone, XLA puts the head dimension there while it decodes, padded to 128: of
-    heads of 64 it makes a second cache of twice the size, and copies it there and back at every call. Where sequences
-    and heads are both split, XLA would gather all of x for this, so each device does it to its own part.
-    """
-    if x.ndim != 4 or x.shape[-1] % LANES == 0:
-        return x
-
-    def pin(x: Array) -> Array:
-        return memory.with_layout_constraint(x, memory.Layout(major_to_minor=(0, 1, 3, 2)))
-
-    def pinned(x: Array) -> Array:
-        return jax.lax.platform_dependent(x, tpu=pin, default=lambda x: x)
-
-    return pinned(x) if layout is None or 1 in layout.mesh.shape.values() else layout.by_device(pinned, x)
 
 
 def extend(cache: Cache, capacity: int) -> Cache:
@@ -272,7 +244,7 @@ def empty(spec: Spec, batch: int, capacity: int) -> Cache:
         return GroupCache(keys, values, calibrated(layer.clusters, batch) if group.assigned else None)
 
     layers = tuple(tuple(group_cache(group, layer) for group in layer.groups) for layer in spec.layers)
-    return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+    return Cache(layers, jnp.zeros((batch, capacity), bool), jnp.zeros(batch, jnp.int32))
 
 
 def measured_bytes_per_token(spec: Spec) -> int | float:

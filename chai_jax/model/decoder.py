@@ -120,8 +120,9 @@ def forward(
     """Run the decoder over a parameter tree: the one forward pass of everything.
 
     Without a cache this is prefill (and scoring, and training): its cache holds exactly these T columns. With a cache,
-    T further tokens are written behind its `length` used columns. Positions are counted over the mask, so padding may
-    stand left or right. Pure; jit it with `config`, `spec` and `how` static.
+    T further tokens are written behind the columns that each sequence has used. Positions are counted over the mask, so
+    padding may stand left or right; columns of padding on the right are not used up. Pure; jit it with `config`, `spec`
+    and `how` static.
 
     Args:
         mask: True where a token is real.
@@ -145,7 +146,7 @@ def forward(
             past = None if cache is None else cache.layers[index]
             x, stored, _ = (jax.checkpoint(run) if remat else run)(x, place, past, wanted if index == last else None)
         layers.append(stored)
-    after = Cache(tuple(layers), place.real, place.start + tokens.shape[1])
+    after = Cache(tuple(layers), place.real, place.length)
     return Output(final_norm(config, params, x), after)
 
 

@@ -5,26 +5,30 @@ can read as it is stored, and no block is quantized before its last column is th
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import layout as memory
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.block_store import AS_IS, BlockStore, Codec, fill, pad, read_blocks, with_sinks
+from chai_jax.model.by_row import put_rows, slice_rows
+from chai_jax.model.execution import Execution
+from chai_jax.model.kernels.write import put_tokens
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["store", "start", "real"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class OneRow:
-    """What the token in column `start` reads of S columns: its own block in bfloat16, and so the first tokens."""
+    """What each sequence's token in column `start` reads of S columns: its own block in bfloat16, and so the first
+    tokens."""
 
     # Any, because tree operations put other things (shapes, shardings) in their places.
     store: Any  # a BlockStore that has the token
-    start: Any  # int32 []
+    start: Any  # int32 [B]
     real: Any  # bool [B, S]: which columns hold tokens, this one among them
 
     def expanded(self, dtype: DTypeLike, codec: Codec = AS_IS) -> Float[Array, "B heads S R"]:
@@ -36,7 +40,7 @@ class OneRow:
         if store.sinks is not None:
             old = with_sinks(old, store.sinks, numbered(self.real))
         base = self.start // block * block
-        return jax.lax.dynamic_update_slice_in_dim(old, store.recent.astype(dtype), base, axis=2)[:, :, :columns]
+        return put_rows(old, store.recent.astype(dtype), base, axis=2)[:, :, :columns]
 
 
 def numbered(real: Bool[Array, "B S"]) -> Int32[Array, "B S"]:
@@ -47,68 +51,85 @@ def numbered(real: Bool[Array, "B S"]) -> Int32[Array, "B S"]:
 def append_row(
     past: BlockStore,
     x: Float[Array, "B heads 1 R"],
-    start: Int32[Array, ""],
+    start: Int32[Array, "B"],
     real: Bool[Array, "B S"],
     codec: Codec = AS_IS,
+    how: Execution | None = None,
 ) -> BlockStore:
-    """The store with one token more, in column `start`; `real` and `codec` as of `append_blocks`.
+    """The store with one token more in each sequence's column `start`; `real` and `codec` as of `append_blocks`.
 
-    On CPUs what is seldom written is a loop of one turn or none, which XLA runs in place and only then. Accelerators
-    would wait for its condition: they compute the block each time, and write the old one again where it is not whole.
+    On CPUs blocks are written in a loop, of no turn mostly, which XLA runs in place. Accelerators would wait for its
+    condition: they compute each sequence's block every time, and write the old one again where it is not whole.
     """
-    by_cpu, by_others = (partial(_append_row, codec=codec, loops=loops) for loops in (True, False))
-    after: BlockStore = jax.lax.platform_dependent(past, x, start, real, cpu=by_cpu, default=by_others)
-    return after
-
-
-# What becomes of x, given the column that is written.
-Change = Callable[[Any, Array], Any]
-
-
-def _in_loop(when: Array, change: Change, x: Any, start: Array) -> Any:
-    """`change(x, start)` where `when` says so, else x.
-
-    The column is the loop's counter: what a change computes from it alone, XLA cannot compute before the loop, at every
-    token and for nothing.
-    """
-    first = jnp.where(when, start, start + 1)
-    return jax.lax.while_loop(lambda c: c[0] <= start, lambda c: (c[0] + 1, change(c[1], c[0])), (first, x))[1]
-
-
-def _branchless(when: Array, change: Change, x: Any, start: Array) -> Any:
-    return jax.tree.map(partial(jnp.where, when), change(x, start), x)
-
-
-def _append_row(
-    past: BlockStore, x: Array, start: Array, real: Array, *, loops: bool, codec: Codec = AS_IS
-) -> BlockStore:
-    block, new, put = past.recent.shape[2], x.astype(jnp.bfloat16), partial(jax.lax.dynamic_update_slice_in_dim, axis=2)
-    used, seldom = start % block, _in_loop if loops else _branchless
-    recent = seldom(used == 0, lambda old, _: jnp.zeros_like(old), past.recent, start)
-    # This too in a loop: else XLA for CPUs makes float32 of all of it, and bfloat16 of that.
-    recent = seldom(start >= 0, lambda old, at: put(old, new, at % block), recent, start)
-    number, sinks, whole = numbered(real), past.sinks, 0
+    block, new = past.recent.shape[2], x.astype(jnp.bfloat16)
+    recent = put_tokens(past.recent, new, start % block, how)
+    number, sinks = numbered(real), past.sinks
     if sinks is not None:
-        whole = sinks.shape[2]
-        mine = jax.lax.dynamic_slice_in_dim(number, start, 1, axis=1) == jnp.arange(whole, dtype=jnp.int32)
-        sinks = seldom(mine.any(), lambda old, _: jnp.where(mine[:, None, :, None], new, old), sinks, start)
+        mine = slice_rows(number, start, 1, axis=1) == jnp.arange(sinks.shape[2], dtype=jnp.int32)
+        sinks = jnp.where(mine[:, None, :, None], new, sinks)
     if jax.tree.leaves(past.blocks)[0].shape[2] == 0:  # less than a block in all
         return BlockStore(past.blocks, recent, sinks)
-
-    def stored(at: Array) -> Any:
-        """The block of column `at`."""
-        window, at = jax.lax.optimization_barrier((recent, at))  # so that the window too is of the loop
-        held = jax.lax.dynamic_slice_in_dim(pad(number >= whole, 1, block), at // block * block, block, axis=1)
-        encoded = codec.encode(window, at // block)
-        return codec.quantize(fill(encoded, held, block).astype(jnp.float32), past.blocks)
-
-    def write(old: Any, new: Any, at: Array) -> Any:
-        return jax.tree.map(lambda each, part: put(each, part, at // block), old, new)
-
-    complete = used == block - 1
-    if loops:
-        blocks = _in_loop(complete, lambda old, at: write(old, stored(at), at), past.blocks, start)
-    else:
-        there = jax.tree.map(lambda each: jax.lax.dynamic_slice_in_dim(each, start // block, 1, axis=2), past.blocks)
-        blocks = write(past.blocks, _branchless(complete, lambda _, at: stored(at), there, start), start)
+    held = number >= (0 if sinks is None else sinks.shape[2])
+    complete = (start % block == block - 1) & slice_rows(real, start, 1, axis=1)[:, 0]
+    by_cpu, by_others = (partial(each, codec=codec) for each in (_one_by_one, _all_at_once))
+    blocks = jax.lax.platform_dependent(
+        past.blocks, recent, held, start // block, complete, cpu=by_cpu, default=by_others
+    )
     return BlockStore(blocks, recent, sinks)
+
+
+def _stored(blocks: Any, recent: Array, held: Array, number: Array, codec: Codec) -> Any:
+    """Each sequence's block in progress, which has this number, as it is stored."""
+    block = recent.shape[2]
+    held = slice_rows(pad(held, 1, block), number * block, block, axis=1)
+    return codec.quantize(fill(codec.encode(recent, number), held, block).astype(jnp.float32), blocks)
+
+
+def _one_by_one(blocks: Any, recent: Array, held: Array, number: Array, complete: Array, *, codec: Codec) -> Any:
+    """The blocks with those that are complete, one turn each."""
+    order = jnp.argsort(~complete, stable=True).astype(jnp.int32)
+
+    def turn(at: Array, blocks: Any) -> Any:
+        row = order[at]
+        own = [jax.lax.dynamic_slice_in_dim(x, row, 1, axis=0) for x in (recent, held, number)]
+        new = _stored(blocks, own[0], own[1], own[2], codec.of(row))
+        return jax.tree.map(lambda old, part: _put_block(old, part, row, own[2][0]), blocks, new)
+
+    return jax.lax.fori_loop(jnp.int32(0), complete.sum(dtype=jnp.int32), turn, blocks)
+
+
+def _put_block(old: Array, part: Array, row: Array, number: Array) -> Array:
+    first = jnp.int32(0)
+    return jax.lax.dynamic_update_slice(old, part, (row, first, number, *[first] * (old.ndim - 3)))
+
+
+def _as_it_lies(x: Array) -> Array:
+    """On GPUs and TPUs, keep the order that an array of blocks has outside of a program; else this does nothing.
+
+    Left alone, XLA for GPUs gives the planes of keys the order that packing makes them in, and copies all of them to
+    the kernel's at every token; and XLA for TPUs puts the few scales of an int4 value along the lanes, where they take
+    up 32 to 64 times their size.
+    """
+    rows = tuple(range(x.ndim))
+    few = x.ndim == 5 and x.dtype == jnp.bfloat16  # scales of int4, [B, heads, N, 1, R] or [B, heads, N, M, R / 32]
+    on_tpu = ((0, 1, 3, 2, 4) if x.shape[3] == 1 else (0, 1, 3, 4, 2)) if few else None
+
+    def pin(x: Array, order: tuple[int, ...] | None) -> Array:
+        return x if order is None else memory.with_layout_constraint(x, memory.Layout(major_to_minor=order))
+
+    pinned: Array = jax.lax.platform_dependent(
+        x, cuda=partial(pin, order=rows), tpu=partial(pin, order=on_tpu), default=lambda x: x
+    )
+    return pinned
+
+
+def _all_at_once(blocks: Any, recent: Array, held: Array, number: Array, complete: Array, *, codec: Codec) -> Any:
+    new = _stored(blocks, recent, held, number, codec)
+
+    def write(old: Array, part: Array) -> Array:
+        old = _as_it_lies(old)
+        kept = slice_rows(old, number, 1, axis=2)
+        new = jnp.where(complete.reshape(-1, *[1] * (old.ndim - 1)), part, kept)
+        return _as_it_lies(put_rows(old, new, number, axis=2))
+
+    return jax.tree.map(write, blocks, new)

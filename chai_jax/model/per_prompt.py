@@ -21,12 +21,13 @@ from jaxtyping import Array, Bool, Float, Int32
 
 from chai_jax.model.attention import attend, mix_values, scores_of
 from chai_jax.model.block_store import Windowed
+from chai_jax.model.by_row import Starts
 from chai_jax.model.cache import GroupCache, remember
+from chai_jax.model.execution import Execution
 from chai_jax.model.few_bits import turned
 from chai_jax.model.membership import Membership, calibrated, cluster_heads, features
 from chai_jax.model.one_row import OneRow
 from chai_jax.model.quantized import Leaf
-from chai_jax.model.sharding import Layout
 from chai_jax.plans.spec import LayerSpec
 
 
@@ -45,7 +46,7 @@ def mix_assigned(
     if isinstance(values, OneRow):
         values = values.expanded(dtype)
     if isinstance(values, Windowed):
-        recent = jnp.where(values.fresh, probabilities, 0.0)
+        recent = jnp.where(values.fresh[:, None], probabilities, 0.0)
         old = mix_assigned(probabilities - recent, values.old, cluster_of, dtype)
         return old + mix_assigned(recent, values.recent, cluster_of, dtype)
     if probabilities.shape[2] == 1:
@@ -84,7 +85,8 @@ def attend_warmup(
 def _columns(x: Array | Windowed, chosen: Int32[Array, "B W"]) -> Any:
     """Of [B, H, T, R] the chosen columns, as rows in the same places read them."""
     if isinstance(x, Windowed):
-        fresh = x.fresh[chosen[:, :, None], chosen[:, None]][:, None, None]
+        rows = jnp.take_along_axis(x.fresh, chosen[:, :, None], axis=1)
+        fresh = jnp.take_along_axis(rows, jnp.broadcast_to(chosen[:, None], (*chosen.shape, chosen.shape[1])), axis=2)
         return Windowed(_columns(x.old, chosen), _columns(x.recent, chosen), fresh)
     return jnp.take_along_axis(x, chosen[:, None, :, None], axis=2)
 
@@ -103,21 +105,21 @@ def attend_per_prompt(
     allowed: Bool[Array, "B T S"],
     real: Bool[Array, "B S"],
     past: GroupCache | None,
-    start: Int32[Array, ""],
+    start: Starts,
     scale: float,
-    layout: Layout | None = None,
+    how: Execution | None = None,
 ) -> tuple[Float[Array, "B H T R"], Float[Array, "B C T S"], Float[Array, "B C T S"], GroupCache]:
     """Outputs of all heads, scores and probabilities of the kept ones, and the cache after these tokens.
 
     Args:
         real: which columns hold tokens.
         past: what is stored of the tokens before; None where the sequences begin here.
-        start: the first column written.
-        layout: how the past is split over devices.
+        start: the first column that each sequence writes.
+        how: as of `chai_jax.model.cache.append`.
     """
     (group,) = layer.groups
     value = turned(value, group.storage)
-    remembered = partial(remember, past, storage=group.storage, start=start, real=real, layout=layout)
+    remembered = partial(remember, past, storage=group.storage, start=start, real=real, how=how)
     if past is not None:
         membership = past.membership
     else:

@@ -113,7 +113,7 @@ def attention(
     if layer.membership == "prompt":
         before = None if past is None else past[0]
         joined, score, probability, new = attend_per_prompt(
-            layer, query, key, value, allowed, place.real, before, place.start, scale, how.layout
+            layer, query, key, value, allowed, place.real, before, place.start, scale, how
         )
         return output(at_columns(joined, wanted, 2)), (new,), Seen(x, score, probability, allowed, joined)
     readable = at_columns(allowed, wanted, 1)
@@ -127,7 +127,7 @@ def attention(
         before = None if past is None else past[index]
         values = turned(values, group.storage)
         basis = layer.channels, params.get("basis")
-        new, keys, values = remember(before, keys, values, group.storage, place.start, place.real, how.layout, *basis)
+        new, keys, values = remember(before, keys, values, group.storage, place.start, place.real, how, *basis)
         if layer.channels:
             keys = rotated_keys(config, keys, place.columns)
         caches.append(new)

@@ -191,10 +191,11 @@ class Layout:
 
         return jax.tree.map(leaf, layers)
 
-    def by_device(self, function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-        """Inside jit: what a function that keeps the shape makes of each device's part of one of a cache's arrays."""
-        part = self._sharding(("batch", "heads"), x.shape).spec
-        return jax.shard_map(function, mesh=self.mesh, in_specs=part, out_specs=part)(x)
+    def by_device(self, function: Callable[..., jax.Array], x: jax.Array, *more: jax.Array) -> jax.Array:
+        """Inside jit: what a function that keeps the shape of `x`, one of a cache's arrays [batch, heads, ...], makes
+        of each device's part of it and of what belongs to it, [batch] or [batch, heads, ...]."""
+        parts = tuple(self._sharding(("batch", "heads")[: y.ndim], y.shape).spec for y in (x, *more))
+        return jax.shard_map(function, mesh=self.mesh, in_specs=parts, out_specs=parts[0])(x, *more)
 
     def _sharding(self, axes: tuple[str, ...], shape: tuple[int, ...]) -> NamedSharding:
         return NamedSharding(self.mesh, partition_spec(axes, shape[: len(axes)], self.mesh))

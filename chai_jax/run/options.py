@@ -6,13 +6,14 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from chai_jax.analyse.budget import Budget, plan_within
+from chai_jax.analyse.budget import Budget
 from chai_jax.analyse.cluster import cluster_count
 from chai_jax.analyse.explain import cache_fraction
 from chai_jax.analyse.planner import grouped_plan
 from chai_jax.analyse.planner import plan as make_plan
 from chai_jax.analyse.probe import Probe, probe
 from chai_jax.analyse.queries import of_kept
+from chai_jax.analyse.whole_plan import plan_and_measure
 from chai_jax.config import PlanConfig
 from chai_jax.console import console
 from chai_jax.errors import InputError
@@ -178,7 +179,7 @@ def _by_clusters(model: Model, seen: Probe, wanted: PlanConfig, seed: int) -> Pl
 def _by_budget(model: Model, seen: Probe, wanted: PlanConfig, seed: int, costs: Path | None) -> Plan:
     shares, score_merge, value_merge = merges_of(wanted, model.config)
     budget, merges = budget_of(wanted, shares), {"score_merge": score_merge, "value_merge": value_merge}
-    plan = plan_within(model, seen, budget, **merges, seed=seed, file=costs)
+    plan = plan_and_measure(model, seen, budget, **merges, seed=seed, file=costs)
     reached = cache_fraction(plan, model.config)
     if reached > budget.cache:
         console.print(

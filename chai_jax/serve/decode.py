@@ -1,7 +1,7 @@
 """Two programs that make tokens: one reads the prompts, one loops over new tokens with the cache as its carry.
 
-Prompts of a batch are padded on the left, so that the last column is every sequence's newest token, in prefill as in
-decoding. Batch, prompt length and capacity are rounded up to a few sizes, so that mixed requests seldom recompile.
+Every sequence begins at column 0 and has a length of its own. Batch, prompt length and capacity are rounded up to a few
+sizes, so that mixed requests seldom recompile.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Key
 
+from chai_jax.model.by_row import put_rows, slice_rows
 from chai_jax.model.cache import Cache, extend
 from chai_jax.model.decoder import Output, forward, unembed
 from chai_jax.model.execution import Execution
@@ -30,22 +31,24 @@ from chai_jax.serve.sample import Sampling, sample
 NEVER = -1  # as a token to stop at
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "done", "keys"], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["cache", "tokens", "done", "keys", "made"], meta_fields=[])
 @dataclass(frozen=True)
 class Decoding:
     """A batch between two steps of decoding.
 
     Attributes:
-        cache: of all columns but the newest.
+        cache: of all tokens but the newest.
         tokens: column by column what the cache holds, then the newest token (at column `cache.length`), then padding.
         done: sequences that have stopped, or are there to fill the batch.
         keys: for each sequence's next draw.
+        made: tokens since the prompts, of those that have not stopped.
     """
 
     cache: Cache
     tokens: Any  # int32 [B, S]
     done: Any  # bool [B]
     keys: Any  # random keys [B]
+    made: Any  # int32 []
 
 
 def bucket(count: int) -> int:
@@ -104,12 +107,13 @@ def _choose(
     eos: Array,
     how: Execution,
 ) -> Decoding:
-    """Write the next token of every sequence behind the columns that the cache holds."""
+    """Write the next token of every sequence that goes on behind the columns that its cache holds."""
     keys = jax.vmap(jax.random.split)(state.keys)
     chosen = sample(unembed(config, params, hidden[:, -1], how), keys[:, 1], sampling)
-    chosen = jnp.where(state.done, config.pad_token_id, chosen)
-    tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, chosen[:, None], state.cache.length, axis=1)
-    return Decoding(state.cache, tokens, state.done | jnp.isin(chosen, eos), keys[:, 0])
+    length = state.cache.length
+    chosen = jnp.where(state.done, slice_rows(state.tokens, length, 1, axis=1)[:, 0], chosen)
+    tokens = put_rows(state.tokens, chosen[:, None], length, axis=1)
+    return Decoding(state.cache, tokens, state.done | jnp.isin(chosen, eos), keys[:, 0], state.made + 1)
 
 
 def _read(config: Architecture, spec: Spec, params: Params, tokens: Array, mask: Array, how: Execution) -> Output:
@@ -123,16 +127,14 @@ def _read(config: Architecture, spec: Spec, params: Params, tokens: Array, mask:
         rows = next(rows for rows in range(min(batch, most_rows(columns)), 0, -1) if batch % rows == 0)
 
     def some(prompts: tuple[Array, Array]) -> Output:
-        newest = jnp.full((rows, 1), columns - 1, jnp.int32)
+        newest = jnp.maximum(prompts[1].sum(axis=1, keepdims=True, dtype=jnp.int32) - 1, 0)
         return forward(config, spec, params, *prompts, how, wanted=newest)
 
     if rows == batch:
         return some((tokens, mask))
     parts = jax.lax.map(some, jax.tree.map(lambda x: x.reshape(-1, rows, columns), (tokens, mask)))
-    hidden, layers, seen = jax.tree.map(
-        lambda x: x.reshape(batch, *x.shape[2:]), (parts.hidden, parts.cache.layers, parts.cache.mask)
-    )
-    return Output(hidden, Cache(layers, seen, parts.cache.length[0]))
+    joined: Output = jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), parts)
+    return joined
 
 
 @partial(jax.jit, static_argnames=("config", "spec", "capacity", "how"))
@@ -149,7 +151,7 @@ def prefill(
     capacity: int,
     how: Execution,
 ) -> Decoding:
-    """Read left-padded prompts and choose each sequence's first token; rows without any token are done at once.
+    """Read prompts, padded on the right, and choose each one's first token; rows without any token are done at once.
 
     Args:
         capacity: columns to make room for, prompt and new tokens together.
@@ -161,7 +163,7 @@ def prefill(
     columns = jnp.pad(tokens, ((0, 0), (0, room)), constant_values=config.pad_token_id)
     cache = extend(output.cache, capacity)
     cache = dataclasses.replace(cache, layers=how.layout.cache(cache.layers))
-    state = Decoding(cache, columns, ~mask.any(axis=1), keys)
+    state = Decoding(cache, columns, ~mask.any(axis=1), keys, jnp.zeros((), jnp.int32))
     return _choose(config, params, output.hidden, state, sampling, eos, how)
 
 
@@ -177,21 +179,21 @@ def decode(
     *,
     how: Execution,
 ) -> Decoding:
-    """Token after token until the cache holds `until` columns or all sequences are done; `state` is used up.
+    """Token after token until `until` of them are made or all sequences are done; `state` is used up.
 
     One program serves a whole completion and the small pieces of a stream.
     """
 
     def step(state: Decoding) -> Decoding:
-        newest = jax.lax.dynamic_slice_in_dim(state.tokens, state.cache.length, 1, axis=1)
+        newest = slice_rows(state.tokens, state.cache.length, 1, axis=1)
         output = forward(config, spec, params, newest, ~state.done[:, None], how, cache=state.cache)
-        after = Decoding(output.cache, state.tokens, state.done, state.keys)
+        after = dataclasses.replace(state, cache=output.cache)
         return _choose(config, params, output.hidden, after, sampling, eos, how)
 
-    return jax.lax.while_loop(lambda state: (state.cache.length < until) & ~state.done.all(), step, state)
+    return jax.lax.while_loop(lambda state: (state.made < until) & ~state.done.all(), step, state)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad: int, ways: int = 1) -> tuple[np.ndarray, np.ndarray]:
+def pad_right(prompts: Sequence[Sequence[int]], pad: int, ways: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Tokens int32 [B, T] and mask bool [B, T] of ragged prompts; B and T are rounded up.
 
     From `ways` rows on B is a multiple of it, so that the batch can be split; fewer rows are not worth splitting.
@@ -200,6 +202,6 @@ def pad_left(prompts: Sequence[Sequence[int]], pad: int, ways: int = 1) -> tuple
     rows = rows if rows < ways else -(-rows // ways) * ways
     tokens, mask = np.full((rows, columns), pad, np.int32), np.zeros((rows, columns), bool)
     for row, prompt in enumerate(prompts):
-        tokens[row, columns - len(prompt) :] = prompt
-        mask[row, columns - len(prompt) :] = True
+        tokens[row, : len(prompt)] = prompt
+        mask[row, : len(prompt)] = True
     return tokens, mask

@@ -17,7 +17,7 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.sharding import whole
-from chai_jax.serve.decode import Decoding, bucket, decode, pad_left, prefill, serving_params
+from chai_jax.serve.decode import Decoding, bucket, decode, pad_right, prefill, serving_params
 from chai_jax.serve.request import Request, check_prompts
 
 STREAM_TOKENS = 8  # tokens decoded between two pieces of streamed text
@@ -30,22 +30,22 @@ def _begin(
     prompts: Sequence[Sequence[int]],
     numbers: Sequence[int],
     request: Request,
-) -> tuple[Decoding, int]:
-    """One batch with its first new token, and how many columns its prompts take up.
+) -> Decoding:
+    """One batch with its first new token.
 
     Args:
         params: the model's `serving_params`.
         numbers: of the prompts among all that were asked for; they and the seed decide what is drawn.
     """
-    tokens, mask = pad_left(prompts, model.config.pad_token_id, how.layout.ways)
-    rows, start = tokens.shape
+    tokens, mask = pad_right(prompts, model.config.pad_token_id, how.layout.ways)
+    rows, columns = tokens.shape
     filled = np.array([*numbers, *[0] * (rows - len(prompts))], np.uint32)
-    capacity = bucket(start + request.max_new_tokens)
+    capacity = bucket(columns + request.max_new_tokens)
     tokens, mask, filled = how.layout.rows((tokens, mask, filled))
     return prefill(
         model.config, model.spec, params, tokens, mask, keys_of(jnp.uint32(request.seed), filled), request.sampling,
         request.eos, capacity=capacity, how=how,
-    ), start  # fmt: skip
+    )  # fmt: skip
 
 
 def _continue(
@@ -61,15 +61,16 @@ def _continue(
 
     Arguments as of `_begin`.
     """
-    state, start = _begin(model, params, how, prompts, numbers, request)
+    state = _begin(model, params, how, prompts, numbers, request)
     made = 1
     while True:
         columns, done = whole((state.tokens, state.done))
-        yield [request.cut(row) for row in columns[: len(prompts), start : start + made].tolist()]
+        starts = map(len, prompts)
+        yield [request.cut(row[start : start + made].tolist()) for row, start in zip(columns, starts, strict=False)]
         if made == request.max_new_tokens or done.all():
             return
         made = min(made + piece, request.max_new_tokens)
-        until = jnp.int32(start + made - 1)
+        until = jnp.int32(made)
         state = decode(model.config, model.spec, params, state, until, request.sampling, request.eos, how=how)
 
 
@@ -109,9 +110,9 @@ def warm_up(model: Model, batch_sizes: Sequence[int] = (1,), longest: int = 256,
     ):
         prompts = [[model.config.pad_token_id] * read] * rows
         request = asked(max_new_tokens=new, stop=False)
-        state, start = _begin(model, params, how, prompts, range(rows), request)
+        state = _begin(model, params, how, prompts, range(rows), request)
         for made in range(1, min(new, 3)):  # from what reading gives and, as streams do, from what decoding gives
-            until = jnp.int32(start + made)
+            until = jnp.int32(made + 1)
             rule = request.sampling, request.eos
             state = decode(model.config, model.spec, params, state, until, *rule, how=how)
     return len(shapes)

@@ -29,7 +29,7 @@ from chai_jax.model.sharding import whole
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.formats import BLOCKS
 from chai_jax.plans.spec import Spec
-from chai_jax.serve.decode import bucket, pad_left, prefill, serving_params
+from chai_jax.serve.decode import bucket, pad_right, prefill, serving_params
 from chai_jax.serve.generate import STREAM_TOKENS, as_text, encode_prompt, keys_of
 from chai_jax.serve.request import Request, check_prompts
 from chai_jax.serve.sample import Sampling, chances
@@ -114,9 +114,9 @@ def judge(
     return kept, jax.random.categorical(redraw, jnp.log(left)).astype(jnp.int32)
 
 
-def rewind(cache: Cache, length: Int32[Array, ""]) -> Cache:
-    """The cache as if it held `length` columns; what lies behind them will be written over."""
-    return dataclasses.replace(cache, mask=cache.mask & (jnp.arange(cache.capacity) < length), length=length)
+def rewind(cache: Cache, length: Int32[Array, "B"]) -> Cache:
+    """The cache as if its sequences had `length` columns; what lies behind them will be written over."""
+    return dataclasses.replace(cache, mask=cache.mask & (jnp.arange(cache.capacity) < length[:, None]), length=length)
 
 
 @partial(jax.jit, static_argnames=("model", "draft", "count", "how"), donate_argnames="state")
@@ -135,10 +135,10 @@ def speculate_until(
     """Round after round until the caches hold `until` columns or more, or the text has ended; `state` is used up."""
 
     def go_on(state: Speculation) -> Bool[Array, ""]:
-        return (state.model.length < until) & ~state.done
+        return (state.model.length[0] < until) & ~state.done
 
     def play(state: Speculation) -> Speculation:
-        start = state.model.length
+        start = state.model.length[0]
         key, drawing, judging = jax.random.split(state.key, 3)
         newest = jax.lax.dynamic_slice_in_dim(state.tokens, start, 1, axis=1)
         drafted, proposed, q = propose(draft, params[1], state.draft, newest[0, 0], drawing, sampling, count, how)
@@ -149,7 +149,7 @@ def speculate_until(
         made = jnp.pad(proposed, (0, 1)).at[kept].set(follows)
         tokens = jax.lax.dynamic_update_slice_in_dim(state.tokens, made[None], start + 1, axis=1)
         ended = (jnp.isin(made, eos) & (jnp.arange(count + 1) <= kept)).any()
-        length = start + kept + 1
+        length = (start + kept + 1)[None]
         return Speculation(
             rewind(output.cache, length), rewind(drafted, length), tokens, ended, key, state.rounds + 1,
             state.kept + kept,
@@ -220,9 +220,8 @@ def speculate(
     sampling, eos = request.sampling, request.eos
     how = model.how
     params = tuple(serving_params(each, how) for each in (model, draft))
-    tokens, mask = pad_left([prompt], model.config.pad_token_id)
-    start = tokens.shape[1]
-    capacity = bucket(start + max_new_tokens + count)
+    tokens, mask = pad_right([prompt], model.config.pad_token_id)
+    start, capacity = len(prompt), bucket(tokens.shape[1] + max_new_tokens + count)
     keys = keys_of(jnp.uint32(seed), jnp.zeros(1, jnp.uint32))
     read, drafted = (
         prefill(each.config, each.spec, weights, tokens, mask, keys, sampling, eos,
@@ -237,7 +236,7 @@ def speculate(
         columns, done, rounds, kept, held = whole(
             (state.tokens, state.done, state.rounds, state.kept, state.model.length)
         )
-        new = request.cut(columns[0, start : min(int(held) + 1, start + max_new_tokens)].tolist())
+        new = request.cut(columns[0, start : min(int(held[0]) + 1, start + max_new_tokens)].tolist())
         yield Speculated(new, int(rounds), int(rounds) * count, int(kept))
         if done or len(new) == max_new_tokens:
             return

@@ -1,6 +1,7 @@
 """What a smaller cache costs: KL divergence and change of perplexity, window by window, beside its bytes."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from chai_jax.compress.basis_stream import sharing_programs
 from chai_jax.console import track
 from chai_jax.data.text import read_text_file, windows
 from chai_jax.evaluation.statistics import paired
 from chai_jax.model.cache import empty
+from chai_jax.model.decoder import final_norm, unembed
+from chai_jax.model.execution import Execution
+from chai_jax.model.layerwise import embed_text, how_in_float32, rest_of, through
 from chai_jax.model.model import Model
+from chai_jax.model.params import Params
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.channels import count_channels
 from chai_jax.report.figures.curves import cost_against
 from chai_jax.report.tables import Column
 from chai_jax.score.divergence import kl_divergence
@@ -25,6 +33,7 @@ COLUMNS: tuple[Column, ...] = (
     ("cache", lambda row: row["cache"]),
     ("a token, % of bfloat16", lambda row: f"{100 * row['token']:.1f}"),
     ("a window, %", lambda row: f"{100 * row['sequence']:.1f}"),
+    ("multiply-adds, %", lambda row: f"{100 * row['macs']:.0f}" if "macs" in row else ""),
     ("KL, nats [95 %]", lambda row: "{:.4f} [{:.4f}, {:.4f}]".format(*row["kl"])),
     ("perplexity, change % [95 %]", lambda row: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["perplexity_change"])),
 )
@@ -42,6 +51,25 @@ def compared(truth: Array, logits: Array, targets: Array) -> tuple[Array, Array]
     right, wrong = jax.nn.log_softmax(truth), jax.nn.log_softmax(logits)
     rise = jnp.take_along_axis(right - wrong, targets[..., None], -1)[..., 0]
     return kl_divergence(right, wrong).sum(axis=1), rise.sum(axis=1)
+
+
+def layer_by_layer(model: Model) -> Callable[[np.ndarray], Any]:
+    """Logits of a model whose layers go one by one, in float32: what has few bits compiles in seconds, not a minute."""
+    shared = sharing_programs(model)
+
+    def logits(tokens: np.ndarray) -> Array:
+        mask = np.ones(tokens.shape, bool)
+        x = embed_text(shared, tokens, mask)
+        for index in range(shared.config.num_layers):
+            x = through(shared, index, x, mask)
+        return _unembedded(shared.config, how_in_float32(shared), rest_of(shared.params), x)
+
+    return logits
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _unembedded(config: Architecture, how: Execution, params: Params, x: Array) -> Array:
+    return unembed(config, params, final_norm(config, params, x), how)
 
 
 def damage(
@@ -75,9 +103,23 @@ def figures(kl: np.ndarray, rise: np.ndarray) -> Record:
 
 
 def sizes(changed: Model, dense: Model, window: int) -> Record:
-    """Bytes of a token and of a whole window, as fractions of the dense model's, summed from allocated arrays."""
+    """Bytes of a token and of a whole window, summed from allocated arrays, and multiply-adds of attention to a window:
+    all as fractions of the dense model's."""
     whole = [empty(model.spec, 1, window).nbytes for model in (changed, dense)]
-    return {"token": changed.kv_bytes_per_token / dense.kv_bytes_per_token, "sequence": whole[0] / whole[1]}
+    token = changed.kv_bytes_per_token / dense.kv_bytes_per_token
+    macs = score_macs(changed, window) / score_macs(dense, window)
+    return {"token": token, "sequence": whole[0] / whole[1], "macs": macs}
+
+
+def score_macs(model: Model, columns: int) -> int:
+    """Multiply-adds of attention scores and mixed values of one token against `columns` cached ones; of keys in a basis
+    with those that make keys, and what is foretold of values, from coordinates."""
+    return columns * sum(
+        layer.query_heads * layer.key_rank
+        + layer.output_heads * layer.value_rank
+        + layer.key_heads * count_channels(layer.channels) * (layer.key_rank + layer.value_rank)
+        for layer in model.spec.layers
+    )
 
 
 def frontier(path: Path, rows: Sequence[Record], kinds: Sequence[str], caption: str) -> None:

@@ -80,7 +80,7 @@ class Ours:
     def __init__(self, model: Model, shape: Shape, seed: int, held: Held | None = None) -> None:
         self.shape, self.until, self.seed = shape, shape.prompt + shape.new_tokens, seed
         self.held = held or Held.of(model, shape, seed)
-        self.rest = jnp.int32(self.until), Sampling.checked(), jnp.int32(NEVER)
+        self.rest = jnp.int32(shape.new_tokens), Sampling.checked(), jnp.int32(NEVER)
         began, state = time.perf_counter(), self._state()
         lowered = decode.lower(model.config, model.spec, self.held.params, state, *self.rest, how=model.how)
         self.program = lowered.compile()
@@ -98,7 +98,8 @@ class Ours:
         mask = jnp.tile(jnp.arange(self.until) < start, (batch, 1))
         tokens = jnp.full((batch, self.until + 1), FIRST, jnp.int32)
         keys = jax.random.split(jax.random.key(self.seed), batch)
-        return Decoding(Cache(self.held.layers, mask, jnp.int32(start)), tokens, jnp.zeros(batch, bool), keys)
+        cache = Cache(self.held.layers, mask, jnp.full(batch, start, jnp.int32))
+        return Decoding(cache, tokens, jnp.zeros(batch, bool), keys, jnp.int32(0))
 
     def lap(self) -> list[float]:
         """Milliseconds of one step of the batch, the mean over the lap."""

@@ -103,8 +103,9 @@ def test_a_token_of_decoding(slice_: str) -> None:
         assert record["hbm"]["aliased"] >= 256 * 32 * record["kv_bytes_per_token"]
     for hbm in (dense["hbm"], compressed["hbm"]):
         assert hbm["arguments"] <= hbm["at_most"] <= hbm["arguments"] + hbm["temporaries"] + 2**20
-    # There is no second cache in another layout, where heads of 64 are padded to 128.
-    assert dense["hbm"]["temporaries"] < cached
+    # There is no second cache in another layout, where heads of 64 are padded to 128; of the keys or the values of one
+    # layer there may be while they are written, and the model has one layer.
+    assert dense["hbm"]["temporaries"] < 1.5 * cached
     assert compressed["hbm"]["at_most"] < dense["hbm"]["at_most"]
     # FLOPs of a token: two a weight, and a column for scores and for values; sums and choosing the token are few.
     columns = 2 * 256 * SMALL.hidden_size
@@ -115,17 +116,33 @@ def test_a_token_of_decoding(slice_: str) -> None:
 @needs_libtpu
 @pytest.mark.parametrize("storage", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
 def test_the_kernel_of_decoding_reads_the_cache_where_it_lies(storage: str) -> None:
-    """One kernel a layer, and a token moves the cache once (read), the weights, and little else: no copy is made.
+    """A kernel reads and one writes each array, and a token moves the cache once (read), the weights, and little else:
+    no copy is made.
 
     The cache is larger than fast memory, where the compiler otherwise takes it whole.
     """
     job = Job("decode", 2048, 256, attention="pallas")
     program = lower(job, abstract("v5e:2x4", dense_spec(SMALL, storage), "1x1")).compile().as_text()
-    assert program.count('custom_call_target="tpu_custom_call"') == SMALL.num_layers
+    arrays = 4 if storage == "int8" else 2
+    assert program.count('custom_call_target="tpu_custom_call"') == SMALL.num_layers * (1 + arrays)
     cached = cache_bytes(dense_spec(SMALL, storage), 2048, 256)
     entries, _ = count(SMALL)
     moved = program_cost(program, per_iteration=True).hbm_bytes
     assert cached + 2 * entries < moved < 1.1 * (cached + 2 * entries)
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("storage", ["k3v2", "int4"])
+def test_blocks_of_few_bits_are_read_as_they_are_stored(storage: str) -> None:
+    """One kernel a layer, and no second cache, expanded or packed; XLA would expand it to several times its size."""
+    config = replace(SMALL, num_heads=2, max_positions=2048)  # heads of 128 dimensions, which fill the lanes
+    model = AbstractModel(config, dense_spec(config, storage), Layout(mesh_of(topology("v5e:2x4"), "1x1")))
+    program = lower(Job("decode", 64, 2048, attention="pallas"), model).compile()
+    text, cached = program.as_text(), cache_bytes(model.spec, 64, 2048)
+    assert text.count('custom_call_target="tpu_custom_call"') == 3 * SMALL.num_layers  # and two that write
+    assert program.memory_analysis().temp_size_in_bytes < cached / 4
+    assert not re.search(r"(f32|bf16)\[64,2,(2048|32,64|64,32),128\]", text)
 
 
 @pytest.mark.slow

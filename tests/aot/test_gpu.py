@@ -12,7 +12,8 @@ from chai_jax.aot.tpu import mesh_of
 from chai_jax.cli import main
 from chai_jax.errors import InputError
 from chai_jax.machine.peaks import CHIPS
-from chai_jax.model.cache import bytes_per_token
+from chai_jax.model.cache import bytes_per_token, cache_bytes
+from chai_jax.model.kernels.packed_gpu import UNTRIED
 from chai_jax.model.sharding import Layout
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.spec import Spec
@@ -43,6 +44,19 @@ def test_a_token_of_decoding(attention: str) -> None:
         moved.append(record["hbm_bytes"])
         caches.append(cache)
     assert moved[0] - moved[1] == pytest.approx(caches[0] - caches[1], rel=0.2)
+
+
+@needs_plugin
+@pytest.mark.parametrize("storage", ["k3v4", "int4"])
+def test_blocks_of_few_bits_are_read_as_they_are_stored(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler accepts the kernel, there is no second cache, expanded or not, and none of it is copied: what is
+    moved beside the cache and the weights is the newest block, which is quantized at every token."""
+    monkeypatch.setenv(UNTRIED, "1")
+    config = dataclasses.replace(SMALL, max_positions=2048)
+    model = AbstractModel(config, dense_spec(config, storage), abstract().layout)
+    record, cached = measure(Job("decode", 64, 2048, attention="pallas"), model), cache_bytes(model.spec, 64, 2048)
+    assert record["hbm"]["temporaries"] < cached / 2
+    assert cached < record["hbm_bytes"] < 3 * cached
 
 
 @needs_plugin

@@ -33,10 +33,10 @@ def test_what_an_error_of_a_key_costs(config: Architecture) -> None:
     model = Model(config, spec, init(config, spec, jax.random.key(0), 0.3))
     how, layer, params = how_in_float32(model), spec.layers[0], model.params["layers"]["0"]
     x = embed_text(model, jnp.asarray(TOKENS), jnp.asarray(MASK))
-    found = key_basis._key_moments(config, layer, how, params, x, jnp.asarray(MASK))
+    found = key_basis.key_moments(config, layer, how, params, x, jnp.asarray(MASK))
     assert float(found["count"]) == (100 - 4) + (91 - 4)
 
-    _, key, value, query = key_basis._seen(config, layer, how, params, x, jnp.asarray(MASK))
+    _, key, value, query = key_basis.observed(config, layer, how, params, x, jnp.asarray(MASK))
     kernel = params["output"]["kernel"].reshape(*query.shape[1:3], -1, config.hidden_size)
     positions = jnp.arange(100)
 
@@ -63,7 +63,7 @@ def test_coordinates_are_uncorrelated_and_all_errors_weigh_alike() -> None:
     how, layer, params = how_in_float32(model), spec.layers[0], model.params["layers"]["0"]
     x = embed_text(model, jnp.asarray(TOKENS), jnp.asarray(MASK))
     basis = find_basis(LLAMA, layer, how, params, x, MASK)
-    moments = jax.device_get(key_basis._key_moments(LLAMA, layer, how, params, x, jnp.asarray(MASK)))
+    moments = jax.device_get(key_basis.key_moments(LLAMA, layer, how, params, x, jnp.asarray(MASK)))
     mean = moments["key"] / moments["count"]
     np.testing.assert_allclose(basis.mean, mean, atol=1e-5)
     for head in range(2):

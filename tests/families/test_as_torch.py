@@ -161,7 +161,7 @@ def test_logits_and_an_exported_folder(
     assert (back.config, back.spec) == (ours.config, ours.spec)
 
 
-@cases("llama", "mistral")
+@cases("llama")
 def test_texts(made: dict[str, Any], tmp_path: Path, name: str, options: dict[str, Any]) -> None:
     """Fifty greedy tokens with the cache, of prompts of several lengths in one batch."""
     torch = pytest.importorskip("torch")

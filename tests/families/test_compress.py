@@ -73,7 +73,7 @@ LOW_RANK = {"score_merge": "low_rank", "value_merge": "low_rank"}
 
 
 WHOLE = [(name, share) for name in SHAPES for share in ("kv", "qkv")]
-WHOLE_USUAL = {("llama", "qkv"), ("qwen2", "kv"), ("qwen3", "kv"), ("gpt_neox", "kv")}
+WHOLE_USUAL = {("llama", "qkv"), ("qwen3", "kv")}
 
 
 @pytest.mark.parametrize(

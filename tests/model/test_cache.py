@@ -34,7 +34,7 @@ PROMPT, LENGTH = 6, 12
 RandomParams = Callable[[Architecture, Spec, float], Params]
 # A prompt on the left edge, one padded on the left, one padded on the right before it goes on, one that has two gaps.
 PADDING = np.ones((4, LENGTH), bool)
-PADDING[1, :3] = PADDING[2, 4:PROMPT] = PADDING[3, [0, 5, 8]] = False
+PADDING[1, :3] = PADDING[2, 4 : PROMPT - 1] = PADDING[3, [0, 3]] = False
 
 
 def mixed_spec(storages: tuple[str, str, str]) -> Spec:
@@ -108,7 +108,7 @@ def test_cached_equals_uncached_at_every_step(random_params: RandomParams, norm:
         real = PADDING[:, column]
         bound = 1e-5 if storage == "float32" else 1e-2  # one step of storage, somewhere in the past
         np.testing.assert_allclose(output.hidden[real, 0], uncached.hidden[real, column], atol=bound)
-    assert int(output.cache.length) == LENGTH
+    assert output.cache.length.tolist() == [LENGTH] * 4
     assert output.cache.capacity == LENGTH + 3
     np.testing.assert_array_equal(output.cache.mask[:, :LENGTH], PADDING)
     assert not output.cache.mask[:, LENGTH:].any()
@@ -121,7 +121,8 @@ def test_appending_leaves_what_was_stored_bit_for_bit(random_params: RandomParam
     tokens = np.random.default_rng(1).integers(4, 97, (4, LENGTH), np.int32)
     steps = [output.cache for output in decode(PRE_NORM, spec, params, tokens, PADDING)]
     for before, after in itertools.pairwise(steps):
-        used = int(before.length)
+        used = int(before.length[0])
+        assert before.length.tolist() == [used] * 4
         for old, new in zip(jax.tree.leaves(before.layers), jax.tree.leaves(after.layers), strict=True):
             np.testing.assert_array_equal(old[:, :, :used], new[:, :, :used])
             assert (np.asarray(new[:, :, used]) != 0).any()
@@ -167,7 +168,7 @@ def test_extended_columns_are_empty_and_masked() -> None:
     large = cache.extend(small, 8)
     assert large.capacity == 8
     assert not large.mask.any()
-    assert int(large.length) == 0
+    assert large.length.tolist() == [0, 0]
     (group,) = large.layers[0]
     assert isinstance(group.keys, QuantizedArray)
     assert group.keys.values.shape == (2, 2, 8, 4)

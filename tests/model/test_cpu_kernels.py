@@ -74,7 +74,7 @@ def test_decoding_by_kernels_makes_the_same_tokens_in_place(native: Execution, s
     group = Group(clusters=2, queries=1, values=2, storage=storage)
     spec = Spec((LayerSpec("qk", ((0, 1), (2, 3)), (group,), 8, 8),) * 2)
     params = fold_projections(init(CONFIG, spec, jax.random.key(0), std=0.3))
-    tokens, mask = serve.pad_left([[2, 9, 4], [2, 5]], 1)
+    tokens, mask = serve.pad_right([[2, 9, 4], [2, 5]], 1)
     keys, rule = jax.random.split(jax.random.key(0), 2), (serve.Sampling.checked(), jnp.int32(serve.NEVER))
 
     def completed(how: Execution) -> tuple[np.ndarray, str]:

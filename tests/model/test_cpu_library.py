@@ -5,6 +5,7 @@ import os
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,8 +33,7 @@ if [ "$1" = --version ]; then cat "$0.version"; exit; fi
 for last; do :; done
 echo made > "$last"
 chmod 777 "$last"
-echo once >> "$0.log"
-cat "$0.says" >&2
+case "$last" in *.so) echo once >> "$0.log"; cat "$0.says" >&2;; esac
 """
 
 
@@ -111,6 +111,18 @@ def test_the_library_is_compiled_once(stub: SimpleNamespace, monkeypatch: pytest
     monkeypatch.setattr(cpu, "_processor", lambda: "another")
     stub.loaded()
     assert stub.runs() == len(stub.kept()) == 3
+
+
+def test_processes_that_start_together_compile_once(stub: SimpleNamespace) -> None:
+    """The others wait for the first. (A descriptor of their own is as good as a process of their own.)"""
+    stub.folder.mkdir(mode=0o700)
+    with ThreadPoolExecutor(2) as pool:
+        with cpu._alone(stub.folder):
+            others = [pool.submit(stub.loaded) for _ in range(2)]
+            with pytest.raises(TimeoutError):
+                others[0].result(timeout=0.5)
+        assert [other.result() for other in others] == ["made"] * 2
+    assert stub.runs() == 1
 
 
 def test_nobody_else_can_write_what_is_kept(stub: SimpleNamespace) -> None:

@@ -17,7 +17,7 @@ from chai_jax.model.attention import attend, attend_one
 from chai_jax.model.cache import store
 from chai_jax.model.decoder import forward
 from chai_jax.model.execution import Execution
-from chai_jax.model.kernels import check, choose_kernels, cpu, decode_gpu, decode_tpu, one_gpu
+from chai_jax.model.kernels import check, choose_kernels, cpu, decode_gpu, decode_tpu, one_gpu, packed_gpu
 from chai_jax.model.kernels.decode import decode_attention
 from chai_jax.model.params import init
 from chai_jax.model.sharding import one_device
@@ -200,8 +200,9 @@ XLA = Execution(np.dtype("float32"), one_device(), "xla")
 
 
 @pytest.mark.parametrize("storage", ["int8", "int4"])
-def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str) -> None:
-    """One row with a past, and no int4; and jit does not take one kind of program for the other."""
+def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row with a past; and jit does not take one kind of program for the other."""
+    monkeypatch.setenv(packed_gpu.UNTRIED, "1")
     spec = Spec.dense(1, 2, 8, storage)
     params, mask = init(CONFIG, spec, jax.random.key(0)), jnp.ones((1, 32), bool)
     cache = jax.eval_shape(partial(forward, CONFIG, spec, how=XLA), params, mask.astype(jnp.int32), mask).cache
@@ -213,11 +214,11 @@ def test_a_program_has_the_kernel_where_it_is_asked_for(storage: str) -> None:
 
     def kernels_of(kernels: str, rows: int) -> int:
         traced = run.trace(XLA.replace(kernels=kernels), jax.ShapeDtypeStruct((1, rows), jnp.int32), cache)
-        return str(traced.jaxpr).count("pallas_call")
+        return str(traced.jaxpr).count("name=decode_attention")
 
     assert kernels_of("xla", 1) == 0
     assert kernels_of("pallas", 2) == 0
-    assert kernels_of("pallas", 1) == (2 if storage == "int8" else 0)  # of either platform
+    assert kernels_of("pallas", 1) == 2  # of either platform
     assert kernels_of("xla", 1) == 0
 
 

@@ -19,7 +19,7 @@ from chai_jax.model.sharding import FSDP, Layout, make_mesh, shardings
 from chai_jax.plans.architecture import Architecture, Rotary
 from chai_jax.plans.planned import uniform_plan
 from chai_jax.plans.spec import Spec
-from chai_jax.serve.decode import NEVER, Sampling, decode, pad_left, prefill, serving_params
+from chai_jax.serve.decode import NEVER, Sampling, decode, pad_right, prefill, serving_params
 from chai_jax.serve.generate import generate_tokens
 
 LLAMA = Architecture(
@@ -52,7 +52,7 @@ def model_on(config: Architecture, data: int = 1, model: int = 1, fsdp: bool = F
 def answers(model: Model) -> tuple[np.ndarray, list[list[int]]]:
     """Logits of prompts padded on the left, and what follows them."""
     how, prompts = model.how, [[3, *range(4, 4 + length)] for length in (1, 5, 9, 3, 7, 2, 2, 4)]
-    tokens, mask = pad_left(prompts, 0, how.layout.ways)
+    tokens, mask = pad_right(prompts, 0, how.layout.ways)
     placed = model.replace(params=how.layout.params(model.config, model.spec, model.params))
     return np.asarray(placed(tokens, mask))[mask], generate_tokens(model, prompts, max_new_tokens=6, stop=False)
 
@@ -118,7 +118,7 @@ def collectives(config: Architecture) -> list[Counter[str]]:
     model = model_on(config, 4, 2)
     how, spec = model.how, model.spec
     params, keys = serving_params(model, how), jax.random.split(jax.random.key(0), 4)
-    tokens, mask = how.layout.rows(pad_left([[3, 4, 5]] * 4, 0, 4))
+    tokens, mask = how.layout.rows(pad_right([[3, 4, 5]] * 4, 0, 4))
     rule: Any = Sampling.checked(), jnp.int32(NEVER)
     reading = prefill.lower(config, spec, params, tokens, mask, keys, *rule, capacity=32, how=how).compile()
     state = reading(params, tokens, mask, keys, *rule)

@@ -182,6 +182,7 @@ def data(tmp_path: Path) -> Path:
     return folder.parent
 
 
+@pytest.mark.slow
 def test_two_processes_evaluate_as_one(
     small_model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

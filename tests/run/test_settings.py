@@ -26,7 +26,7 @@ def test_devices_flags_and_kernels_are_a_users_or_not() -> None:
     assert how.kernels == ("native" if AS_USER and cpu.compiler() else "xla")
     spec = Spec.dense(2, 4, 8)
     params = init(CONFIG, spec, jax.random.key(0))
-    tokens, mask = serve.pad_left([[2, 9, 4]], 1)
+    tokens, mask = serve.pad_right([[2, 9, 4]], 1)
     rule = serve.Sampling.checked(), jnp.int32(2)
     keys = jax.random.split(jax.random.key(0), 1)
     state = serve.prefill(CONFIG, spec, params, tokens, mask, keys, *rule, capacity=64, how=how)

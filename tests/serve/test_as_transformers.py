@@ -85,7 +85,12 @@ STOPS: dict[str, tuple[Any, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", STOPS)
+USUAL = ("one", "in config.json alone is what counts without the file")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in USUAL else pytest.mark.slow) for case in STOPS]
+)
 def test_stop_tokens(case: str, free: list[int], at: int, altered: Altered) -> None:
     written, configured = json.loads(json.dumps(STOPS[case]).replace(f'"{END}"', str(free[at])))
     folder = altered(generation_config=written, config={"eos_token_id": configured})

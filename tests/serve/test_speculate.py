@@ -52,7 +52,7 @@ def drafts(model: Model) -> dict[str, Model]:
 @pytest.mark.parametrize(
     ("name", "count"),
     [
-        ("itself", 4),
+        pytest.param("itself", 4, marks=pytest.mark.slow),
         ("clustered", 4),
         pytest.param("clustered", 1, marks=pytest.mark.slow),
         pytest.param("another", 4, marks=pytest.mark.slow),

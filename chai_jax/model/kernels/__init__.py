@@ -2,11 +2,12 @@
 
 They compute what `chai_jax.model.attention` and `chai_jax.model.products` do, but keep what lies in between in fast
 memory. Those for TPUs and GPUs are written in Pallas (prefill on GPUs is cuDNN's), those for CPUs in C++; CPUs have
-none for prefill. Where several query heads read one key, a GPU's kernel for one token leaves them to XLA; the others
-take them. Caches of blocks of few bits are read as they are stored by CPUs alone; on accelerators XLA expands them.
+none for prefill. Where several query heads read one key, a GPU's kernel for one token leaves them to XLA, but over
+blocks of few bits; the others take them. Such blocks are read as they are stored (`packed`, `decode_blocks.cc`).
 
 A program uses the kernels that its `Execution` names. By default these are the kernels of one NVIDIA GPU or of one CPU,
-where they were timed (experiments/bench_gpu.py, `chai-jax bench`). On TPUs, where they were not, they are an option.
+where they were timed (experiments/bench_gpu.py, `chai-jax bench`), but for a GPU's over blocks. On TPUs,
+where they were not, they are an option.
 XLA cannot split a kernel over devices, so only programs of one device may have them (`check`).
 """
 

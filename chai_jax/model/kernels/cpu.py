@@ -1,5 +1,4 @@
-"""decode_cpu.cc, decode_blocks.cc and products_cpu.cc for this machine: compiled once by the C++ compiler that is
-there, kept, and known to XLA.
+"""The C++ files here for this machine: compiled once by the compiler that is there, kept, and known to XLA.
 
 XLA's own programs for CPUs read keys, values and weights at half to two thirds of what memory gives, since their
 products are made for many rows (measured: docs/performance.md). Where no C++ compiler is found they are what computes.
@@ -8,6 +7,7 @@ A library is code: what is kept is loaded only from a folder and a file that nob
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import platform
@@ -17,6 +17,9 @@ import stat
 import subprocess
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +28,9 @@ import jax
 
 from chai_jax.inputs.reading import reason, shown
 
-SOURCES = [Path(__file__).with_name(name) for name in ("decode_cpu.cc", "decode_blocks.cc", "products_cpu.cc")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("decode_cpu.cc", "decode_blocks.cc", "products_cpu.cc", "write_cpu.cc")
+]
 HEADERS = [
     Path(__file__).with_name(name)
     for name in ("checks.h", "few_bits.h", "int4.h", "parallel.h", "softmax.h", "vectors.h")
@@ -34,8 +39,14 @@ COMPILERS = ("c++", "g++", "clang++")
 # Not -ffast-math, which would change how the whole process rounds.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math",
          "-shared", "-fPIC", "-Wall", "-Wextra")  # fmt: skip
-TARGETS = ("chai_jax_attention", "chai_jax_attention_few_bits", "chai_jax_attention_int4", "chai_jax_few_rows")
-SECONDS = 300  # that compiling may take: some 25 of an idle core, and others may compute too
+TARGETS = (
+    "chai_jax_attention",
+    "chai_jax_attention_few_bits",
+    "chai_jax_attention_int4",
+    "chai_jax_few_rows",
+    "chai_jax_put_tokens",
+)
+SECONDS = 300  # that compiling may take: some 10 of idle cores, and others may compute too
 
 
 def compiler() -> tuple[str, ...]:
@@ -55,7 +66,7 @@ def available() -> bool:
 
 @cache
 def why_not() -> str:
-    """Why there are no kernels, one line; empty where there are. The first call compiles them, some 20 seconds."""
+    """Why there are no kernels, one line; empty where there are. The first call compiles them, some 10 seconds."""
     found = compiler()
     if not found:
         return f"no C++ compiler was found ({', '.join(COMPILERS)}, or what CXX names)"
@@ -89,9 +100,9 @@ def _library(compiler: tuple[str, ...]) -> ctypes.CDLL:
         if not folder.is_absolute():
             raise FileNotFoundError("not an absolute path")
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        os.close(_opened(folder))
-        if not (folder / name).exists():
-            _compile(compiler, folder / name)
+        with _alone(folder):
+            if not (folder / name).exists():
+                _compile(compiler, folder / name)
         return _loaded(folder / name)
     except OSError as error:  # not to be written, or by others too; damaged; a file system that runs no code
         kept = f"{shown(folder)} keeps no kernels ({reason(error)})"
@@ -120,16 +131,41 @@ def _compile(compiler: tuple[str, ...], library: Path) -> None:
     """Make the library, whole or not at all; what the compiler warns of is shown."""
     place = Path(tempfile.mkdtemp(dir=library.parent))
     try:
-        made = place / library.name
+        made, parts = place / library.name, [place / f"{source.stem}.o" for source in SOURCES]
         # jaxlib's headers are a system's: of them nothing is warned.
-        command = [*compiler, *_flags(), "-isystem", jax.ffi.include_dir(), *map(str, SOURCES), "-o", str(made)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=SECONDS)
-        if done.stderr.strip():
-            warnings.warn(f"{shlex.join(compiler)} on the kernels for CPUs:\n{done.stderr.strip()}", stacklevel=2)
+        how = (*compiler, *_flags(), "-isystem", jax.ffi.include_dir())
+        commands = [(*how, "-c", str(source), "-o", str(part)) for source, part in zip(SOURCES, parts, strict=True)]
+        with ThreadPoolExecutor(len(commands)) as pool:
+            said = list(pool.map(_run, commands))
+        said.append(_run((*compiler, *_flags(), *map(str, parts), "-o", str(made))))
+        if text := "\n".join(filter(None, said)):
+            warnings.warn(f"{shlex.join(compiler)} on the kernels for CPUs:\n{text}", stacklevel=2)
         made.chmod(0o600)  # whatever the umask
         made.replace(library)
     finally:
         shutil.rmtree(place, ignore_errors=True)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process at a time compiles into the folder, where its file system has locks: the next finds what it made."""
+    handle = _opened(folder)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a command complains of.
+
+    Raises:
+        OSError, subprocess.SubprocessError: it failed.
+    """
+    done = subprocess.run(command, check=True, capture_output=True, text=True, errors="replace", timeout=SECONDS)
+    return done.stderr.strip()
 
 
 def _opened(path: Path) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float
 
+from chai_jax.model.kernels import packed_gpu, packed_tpu
 from chai_jax.model.kernels.decode_cpu import attend_on_cpu
 from chai_jax.model.kernels.decode_gpu import attend_on_gpu
 from chai_jax.model.kernels.decode_tpu import attend_on_tpu
@@ -27,8 +28,8 @@ def decode_attention(
     platform: str,
     interpret: bool = False,
 ) -> Float[Array, "B heads 1 Rv"]:
-    """What `attend` returns first, for one query row a sequence; keys and values are plain or int8 arrays, on CPUs also
-    stores of blocks.
+    """What `attend` returns first, for one query row a sequence; keys and values are plain or int8 arrays, or stores of
+    blocks.
 
     Args:
         platform: whose kernel, "tpu", "cuda" or "cpu"; of "cuda" see `decode_gpu.takes`.
@@ -37,6 +38,8 @@ def decode_attention(
     batch, clusters, queries = query.shape[:3]
     scaled = (query * scale)[:, :, :, 0]
     pallas: dict[str, Any] = {"tpu": attend_on_tpu, "cuda": attend_on_gpu}
+    if isinstance(keys, OneRow):
+        pallas = {"tpu": packed_tpu.attend_to_blocks, "cuda": packed_gpu.attend_to_blocks}
     kernel = partial(pallas[platform], interpret=interpret) if platform in pallas else attend_on_cpu
     mixed = kernel(scaled, keys, values, allowed[:, 0], value_heads)
     return mixed.reshape(batch, clusters * value_heads * queries, 1, -1).astype(query.dtype)

@@ -35,12 +35,13 @@ struct Group {
   Whole whole_keys, whole_values;
   const float* query;
   const bool *allowed, *real;
+  const int32_t* start;
   float* out;
-  int64_t batch, clusters, queries, heads, columns, rank, value_rank, block, blocks, first_tokens, start;
+  int64_t batch, clusters, queries, heads, columns, rank, value_rank, block, blocks, first_tokens;
 
   // What one cluster of one sequence reads: columns from `begin`, where a block begins, up to `end`.
   struct Span {
-    int64_t begin, end, size;  // size: up to the end of its last block
+    int64_t begin, end, size, own;  // size: up to the end of its last block; own: the number of that in progress
     std::vector<int64_t> first;  // the column of each first token that is not in the block in progress, or -1
   };
 
@@ -50,10 +51,11 @@ struct Group {
     if (begin == columns) begin = 0;  // then it reads all alike
     else while (!readable[end - 1]) --end;
     begin = begin / block * block;
-    Span span{begin, end, (end - begin + block - 1) / block * block, std::vector<int64_t>(first_tokens, -1)};
+    Span span{begin, end, (end - begin + block - 1) / block * block, start[sequence] / block,
+              std::vector<int64_t>(first_tokens, -1)};
     for (int64_t column = 0, found = 0; column < columns && found < first_tokens; ++column) {
       if (!tokens[column]) continue;
-      if (column >= begin && column < end && column / block != start / block) span.first[found] = column - begin;
+      if (column >= begin && column < end && column / block != span.own) span.first[found] = column - begin;
       ++found;
     }
     return span;
@@ -63,13 +65,13 @@ struct Group {
   template <typename Run>
   void EachBlock(const Span& span, const Run& run) const {
     for (int64_t at = span.begin; at < span.end; at += block)
-      if (at / block < blocks && at / block != start / block) run(at / block, at - span.begin);
+      if (at / block < blocks && at / block != span.own) run(at / block, at - span.begin);
   }
 
   // Rows of bfloat16 that are read: `run(row, offset)`.
   template <typename Run>
   void EachWhole(const Span& span, const Whole& whole, int64_t head, int64_t rank, const Run& run) const {
-    const int64_t base = start / block * block;
+    const int64_t base = span.own * block;
     for (int64_t column = std::max(base, span.begin); column < std::min(base + block, span.end); ++column)
       run(whole.recent + (head * block + column - base) * rank, column - span.begin);
     for (int64_t number = 0; number < first_tokens; ++number)
@@ -135,7 +137,7 @@ struct Group {
 struct Given {
   ffi::BufferR4<ffi::F32> query;
   ffi::BufferR2<ffi::PRED> allowed, real;
-  ffi::BufferR0<ffi::S32> start;
+  ffi::BufferR1<ffi::S32> start;
   ffi::BufferR4<ffi::BF16> recent_keys, recent_values, first_keys, first_values;
   float* out;
   ffi::Span<const int64_t> out_shape;
@@ -151,7 +153,7 @@ struct Given {
   bool Fits(int64_t block) const {
     const int64_t queries = query.dimensions()[2];
     return clusters() > 0 && columns() > 0 && rank() > 0 && value_rank() > 0 && heads() % clusters() == 0 &&
-           Is(allowed.dimensions(), {batch(), columns()}) && Is(real.dimensions(), {batch(), columns()}) &&
+           Is(start.dimensions(), {batch()}) && Is(allowed.dimensions(), {batch(), columns()}) && Is(real.dimensions(), {batch(), columns()}) &&
            Is(recent_keys.dimensions(), {batch(), clusters(), block, rank()}) &&
            Is(recent_values.dimensions(), {batch(), heads(), block, value_rank()}) &&
            Is(first_keys.dimensions(), {batch(), clusters(), first_tokens(), rank()}) &&
@@ -161,20 +163,21 @@ struct Given {
 
   ffi::Error Attend(ffi::ThreadPool& pool, const Keys& keys, const Values& values, int64_t block, int64_t blocks,
                     int64_t bytes) const {
-    const int64_t at = *start.typed_data();
-    if (at < 0 || at >= columns()) return Wrong("expected a start within the columns");
+    const int32_t* at = start.typed_data();
+    if (std::any_of(at, at + batch(), [&](int32_t each) { return each < 0 || each > columns(); }))
+      return Wrong("expected starts within the columns");
     auto floats = [](const auto& buffer) { return reinterpret_cast<const BFloat16*>(buffer.typed_data()); };
     return Group{keys, values, {floats(recent_keys), floats(first_keys)},
                                {floats(recent_values), floats(first_values)}, query.typed_data(),
-                               allowed.typed_data(), real.typed_data(), out, batch(), clusters(),
+                               allowed.typed_data(), real.typed_data(), at, out, batch(), clusters(),
                                query.dimensions()[2], heads() / clusters(), columns(), rank(), value_rank(), block, blocks,
-                 first_tokens(), at}
+                 first_tokens()}
         .All(pool, bytes);
   }
 };
 
 const char* const kShapes =
-    "expected query [B, C, q, R], allowed and real [B, S], recent [B, heads, M, R], first tokens [B, heads, F, R], out "
+    "expected query [B, C, q, R], allowed and real [B, S], start [B], recent [B, heads, M, R], first tokens [B, heads, F, R], out "
     "[B, C, v q, Rv] and the blocks of S // M of keys and of values as they are packed";
 
 template <template <int> class Format, typename... Given>
@@ -186,7 +189,7 @@ std::unique_ptr<const std::conditional_t<std::is_base_of_v<Keys, Format<2>>, Key
 }
 
 ffi::Error FewBits(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::BufferR2<ffi::PRED> allowed,
-                   ffi::BufferR2<ffi::PRED> real, ffi::BufferR0<ffi::S32> start,
+                   ffi::BufferR2<ffi::PRED> real, ffi::BufferR1<ffi::S32> start,
                    ffi::BufferR4<ffi::BF16> recent_keys, ffi::BufferR4<ffi::BF16> recent_values,
                    ffi::BufferR4<ffi::BF16> first_keys, ffi::BufferR4<ffi::BF16> first_values,
                    Planes keys, ffi::BufferR4<ffi::U8> key_scale, ffi::BufferR4<ffi::BF16> key_low,
@@ -213,7 +216,7 @@ ffi::Error FewBits(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::Buf
 }
 
 ffi::Error Int4(ffi::ThreadPool pool, ffi::BufferR4<ffi::F32> query, ffi::BufferR2<ffi::PRED> allowed,
-                ffi::BufferR2<ffi::PRED> real, ffi::BufferR0<ffi::S32> start,
+                ffi::BufferR2<ffi::PRED> real, ffi::BufferR1<ffi::S32> start,
                 ffi::BufferR4<ffi::BF16> recent_keys, ffi::BufferR4<ffi::BF16> recent_values,
                 ffi::BufferR4<ffi::BF16> first_keys, ffi::BufferR4<ffi::BF16> first_values,
                 Packed keys, Grid key_scale, Grid key_low,
@@ -243,7 +246,7 @@ auto Common() {
       .Arg<ffi::BufferR4<ffi::F32>>()
       .Arg<ffi::BufferR2<ffi::PRED>>()
       .Arg<ffi::BufferR2<ffi::PRED>>()
-      .Arg<ffi::BufferR0<ffi::S32>>()
+      .Arg<ffi::BufferR1<ffi::S32>>()
       .Arg<ffi::BufferR4<ffi::BF16>>()
       .Arg<ffi::BufferR4<ffi::BF16>>()
       .Arg<ffi::BufferR4<ffi::BF16>>()

@@ -68,7 +68,7 @@ def attend_on_tpu(
 
 
 def _as_pinned(x: Shaped[Array, "B heads S R"]) -> tuple[Array, bool]:
-    """The array as it lies in a TPU's memory, and whether its tokens come last (see `cache.tokens_minor`)."""
+    """The array as it lies in a TPU's memory, and whether its tokens come last (see `write.tokens_minor`)."""
     minor = x.shape[-1] % LANES != 0
     return (jnp.swapaxes(x, 2, 3) if minor else x), minor
 
