@@ -9,7 +9,8 @@ round, and floors use rates probed before and after. `--parts` picks some of the
 decode   opt-1.3b, batch 64, positions 1920 to 2048: the compressed cache (share qkv, half the clusters, int8: about a
          quarter of the bytes) and the dense bfloat16 one, each with XLA's attention and with our kernel; transformers
          with a static cache and torch.compile. The cache is filled with random entries: no prompt is read.
-         `--storage k4v4 --clusters 1` (or any other format) sets a cache of blocks beside it in under 8 minutes.
+         `--storage k4v4 --clusters 1` (or any other format) sets a cache of blocks beside it in under 8 minutes;
+         attention over it is XLA's, unless the environment has CHAI_JAX_GPU_BLOCKS=1.
          `decode_formats.py` sets several formats beside int8.
 prompt   the same two models read 8 prompts of 1920 tokens at once, with XLA's attention and with cuDNN's;
          transformers with scaled_dot_product_attention.

@@ -47,23 +47,26 @@ def plan_and_measure(
     def made(scales: tuple[float, ...] = ()) -> Plan:
         return plan_within(model, probe, budget, **merges, seed=seed, file=file, scales=scales)
 
+    def carried_out(plan: Plan) -> Model:
+        return sharing_programs(quantize(cluster(model, plan, fit), plan, fit))
+
     first = made()
-    kl, scales = in_place(model, first, probe, budget)
+    fit, text = parts(model.config, probe, budget)
+    damage, changed = Damage(model, *text), carried_out(first)
+    kl = damage.of_model(changed)[0]
     first = dataclasses.replace(first, measured=kl)
     if first.predicted is None or kl <= MISSED * max(first.predicted, SMALL):
         return first
     console.print(f"The plan does {kl:.2g} nats of damage instead of {first.predicted:.2g}: it is made again")
-    second = made(scales)
-    again = in_place(model, second, probe, budget)[0]
+    second = made(in_place(damage, changed))
+    again = damage.of_model(carried_out(second))[0]
     return dataclasses.replace(second, measured=again) if again < kl else first
 
 
-def in_place(model: Model, plan: Plan, probe: Probe, budget: Budget) -> tuple[float, tuple[float, ...]]:
-    """(KL of a plan as a whole, by layer: what it does within the plan over what it does alone)."""
-    fit, text = parts(model.config, probe, budget)
-    damage, changed = Damage(model, *text), sharing_programs(quantize(cluster(model, plan, fit), plan, fit))
+def in_place(damage: Damage, changed: Model) -> tuple[float, ...]:
+    """By layer of a model whose layers all may differ: what it does there over what it does alone, within `REACH`."""
     kl, within = damage.within(changed)
     layers = enumerate(changed.spec.layers)
     alone = np.asarray([damage.of(at, layer, changed.params["layers"][str(at)])[0] for at, layer in layers])
     least = SMALL * max(kl, SMALL)
-    return kl, tuple(np.clip(np.maximum(within, least) / np.maximum(alone, least), 1 / REACH, REACH).tolist())
+    return tuple(np.clip(np.maximum(within, least) / np.maximum(alone, least), 1 / REACH, REACH).tolist())

@@ -6,8 +6,8 @@ none for prefill. Where several query heads read one key, a GPU's kernel for one
 blocks of few bits; the others take them. Such blocks are read as they are stored (`packed`, `decode_blocks.cc`).
 
 A program uses the kernels that its `Execution` names. By default these are the kernels of one NVIDIA GPU or of one CPU,
-where they were timed (experiments/bench_gpu.py, `chai-jax bench`), but for a GPU's over blocks. On TPUs,
-where they were not, they are an option.
+where they were timed (experiments/bench_gpu.py, `chai-jax bench`). A GPU's over blocks, which was not, waits to
+be asked for (`packed_gpu.UNTRIED`). On TPUs, where none was, they are an option.
 XLA cannot split a kernel over devices, so only programs of one device may have them (`check`).
 """
 
