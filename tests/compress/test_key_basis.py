@@ -25,7 +25,9 @@ TOKENS = np.random.default_rng(0).integers(3, 60, (2, 100)).astype(np.int32)
 MASK = np.arange(100) < np.array([[100], [91]])
 
 
-@pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(LLAMA, id="llama"), pytest.param(OPT, id="opt", marks=pytest.mark.slow)]
+)
 def test_what_an_error_of_a_key_costs(config: Architecture) -> None:
     """The matrix is the sum of squares of the output's derivative by keys before their rotation: of rows that read the
     key from few bits, for every so many of them."""

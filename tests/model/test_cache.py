@@ -86,9 +86,7 @@ def assert_stored_alike(found: cache.Cache, expected: cache.Cache, real: np.ndar
 
 def marks(norm: str, storage: str) -> tuple[pytest.MarkDecorator, ...]:
     """`mixed` has every format: by itself each is slow, and mixed is also what a user runs."""
-    if (norm, storage) == ("pre_norm", "mixed"):
-        return (pytest.mark.as_user,)
-    return () if (norm, storage) == ("post_norm", "float32") else (pytest.mark.slow,)
+    return (pytest.mark.as_user if (norm, storage) == ("pre_norm", "mixed") else pytest.mark.slow,)
 
 
 CASES = [
@@ -115,6 +113,7 @@ def test_cached_equals_uncached_at_every_step(random_params: RandomParams, norm:
     assert_stored_alike(output.cache, uncached.cache, PADDING)
 
 
+@pytest.mark.slow
 def test_appending_leaves_what_was_stored_bit_for_bit(random_params: RandomParams) -> None:
     spec = mixed_spec(STORAGES["mixed"])
     params = random_params(PRE_NORM, spec, 0.15)

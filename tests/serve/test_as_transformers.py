@@ -245,7 +245,10 @@ def test_what_cannot_be_is_refused_before_the_model_is_read(case: str, capsys: p
     assert len(captured.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("options", [(), ("--temperature", "0.8", "--top-k", "0", "--seed", str(2**32 - 1))])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param((), marks=pytest.mark.slow), ("--temperature", "0.8", "--top-k", "0", "--seed", str(2**32 - 1))],
+)
 def test_the_command_says_what_generate_gives(
     options: tuple[str, ...], tiny: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -270,7 +270,7 @@ def test_mixed_requests_share_a_few_programs(model: Model, monkeypatch: pytest.M
     ("dtype", "storage"),
     [
         pytest.param("float32", "float32", marks=pytest.mark.slow),
-        ("float32", "bfloat16"),
+        pytest.param("float32", "bfloat16", marks=pytest.mark.slow),
         ("float32", "int8"),
         pytest.param("bfloat16", "bfloat16", marks=pytest.mark.slow),
     ],
