@@ -1,5 +1,6 @@
 """How the next token is chosen from its logits: greedy, temperature, top-k, top-p."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,9 @@ class Sampling:
         top_p: of these, only the nucleus (see `nucleus`); 1 for no limit.
     """
 
-    temperature: Any = None  # float32 []
-    top_k: Any = None  # int32 []
-    top_p: Any = None  # float32 []
+    temperature: Any = None  # float32 [], or [B] where each row has its own
+    top_k: Any = None  # int32, likewise
+    top_p: Any = None  # float32, likewise
 
     @classmethod
     def checked(cls, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None) -> "Sampling":
@@ -57,7 +58,7 @@ class Sampling:
 
 
 def likeliest(
-    logits: Float[Array, "*batch V"], weights: Float[Array, "*batch V"], enough: Float[Array, ""]
+    logits: Float[Array, "*batch V"], weights: Float[Array, "*batch V"], enough: Float[Array, "..."]
 ) -> Bool[Array, "*batch V"]:
     """The fewest likeliest tokens whose weights add up to `enough`, and those as likely as the last of them.
 
@@ -76,7 +77,7 @@ def likeliest(
     return distance <= jax.lax.fori_loop(0, 31, halve, (low, jnp.full_like(low, FARTHEST)))[1]
 
 
-def nucleus(logits: Float[Array, "*batch V"], top_p: float | Float[Array, ""]) -> Bool[Array, "*batch V"]:
+def nucleus(logits: Float[Array, "*batch V"], top_p: float | Float[Array, "..."]) -> Bool[Array, "*batch V"]:
     """The fewest likeliest tokens that hold `top_p` of the probability, and those as likely as the last; all at 1.
 
     Holtzman et al. 2019 (arXiv 1904.09751), section 3.1.
@@ -94,7 +95,10 @@ def chances(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array
     if sampling.temperature is None:
         best = jnp.argmax(logits, axis=-1, keepdims=True)
         return jnp.where(jnp.arange(vocabulary) == best, 0.0, -jnp.inf)
-    temperature, top_k, top_p = map(jnp.asarray, (sampling.temperature, sampling.top_k, sampling.top_p))
+    # [1], or [B, 1] where each row has its own.
+    temperature, top_k, top_p = (
+        jnp.asarray(each)[..., None] for each in (sampling.temperature, sampling.top_k, sampling.top_p)
+    )
 
     def limited(scaled: Array) -> Array:
         of_k = likeliest(scaled, jnp.ones_like(scaled), top_k.astype(jnp.float32))
@@ -103,7 +107,7 @@ def chances(logits: Float[Array, "*batch V"], sampling: Sampling) -> Float[Array
 
     # Relative to the peak, a tiny temperature gives -inf and never inf - inf.
     scaled = (logits - logits.max(axis=-1, keepdims=True)) / temperature
-    some = (top_k < vocabulary) | (top_p < 1)
+    some = ((top_k < vocabulary) | (top_p < 1)).any()
     return jax.nn.log_softmax(jax.lax.cond(some, limited, lambda scaled: scaled, scaled), axis=-1)
 
 
@@ -115,3 +119,14 @@ def sample(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Samplin
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, chances(logits, sampling)).astype(jnp.int32)
+
+
+def sample_rows(logits: Float[Array, "B V"], keys: Key[Array, "B"], sampling: Sampling) -> Int32[Array, "B"]:
+    """As `sample`, each row by its own numbers, all of them [B]; rows of temperature 0 are greedy."""
+    greedy, drawn = jnp.argmax(logits, axis=-1).astype(jnp.int32), sampling.temperature > 0
+
+    def draw() -> Array:
+        warm = jnp.where(drawn, sampling.temperature, 1.0)
+        return jnp.where(drawn, sample(logits, keys, dataclasses.replace(sampling, temperature=warm)), greedy)
+
+    return jax.lax.cond(drawn.any(), draw, lambda: greedy)
