@@ -30,7 +30,7 @@ compress score
 adapt analyse
 sources
 report serve
-aot bench evaluation
+aot bench evaluation server
 __init__
 run
 commands
@@ -48,6 +48,9 @@ DOORS = {
     "tyro": "commands/",
     "torch": "bench/peers.py",
     "ctranslate2": "bench/peers.py",
+    "starlette": "server/",
+    "uvicorn": "server/",
+    "prometheus_client": "server/",
 }
 
 
@@ -132,6 +135,7 @@ def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines = project["dependencies"] + extras["eval"] + extras["sinks"] + extras["peers"] + extras["gguf"]
+    lines += extras["serve"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     modules = {name.split(".")[0] for source in SOURCES for name in imports_of(source)}
     modules -= sys.stdlib_module_names | {"chai_jax"}
