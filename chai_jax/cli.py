@@ -20,6 +20,7 @@ from chai_jax.commands.options import one_of, read
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
 from chai_jax.commands.reports import ReportCommand
 from chai_jax.commands.run import RunCommand
+from chai_jax.commands.serving import ServeCommand
 from chai_jax.commands.streams import adapt_to_terminal, complain, finish_stdout, nobody_reads
 from chai_jax.console import console
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
@@ -31,6 +32,7 @@ COMMANDS = {
     "explain": ExplainCommand,
     "evaluate": EvaluateCommand,
     "generate": GenerateCommand,
+    "serve": ServeCommand,
     "bench": BenchCommand,
     "verify": VerifyCommand,
     "export": ExportCommand,
