@@ -15,10 +15,9 @@ USUAL_CONTEXT = 2048
 
 @dataclass(frozen=True)
 class ServeCommand:
-    """Answer OpenAI clients with a model: many requests at once, as many as the memory for the cache holds.
+    """Answer OpenAI clients: many requests at once, as many as the memory for the cache holds.
 
-    Prints what the cache holds, and then the address. SIGTERM or Ctrl-C ends it, once running
-    requests have ended."""
+    Prints what the cache holds, then the address. SIGTERM ends it, once running requests have."""
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""

@@ -19,7 +19,7 @@ class Room:
         context: tokens of a sequence, prompt and answer; `columns`: of a slot, which are a few more.
         slots: sequences that are continued at once.
         prefixes: beginnings that are kept; each takes as much as a slot, and so does the prompt that is being read.
-        limit: bytes.
+        limit: bytes; `most`: slots that are wanted, whatever fits.
     """
 
     context: int
@@ -27,6 +27,7 @@ class Room:
     slots: int
     prefixes: int
     limit: int
+    most: int
 
 
 def room(model: Model, limit: int, context: int, prefixes: int = 0, most: int | None = None) -> Room:
@@ -39,20 +40,21 @@ def room(model: Model, limit: int, context: int, prefixes: int = 0, most: int | 
         raise InputError(f"--context is {context}; expected 1 to the model's {model.config.context} positions")
     columns = capacity_of(context)
     each = cache_bytes(model.spec, 1, columns)
-    slots = min(limit // each - 1 - prefixes, most or MOST_SLOTS)
+    most = most or MOST_SLOTS
+    slots = min(limit // each - 1 - prefixes, most)
     if slots < 1:
         raise InputError(
             f"a cache of {limit:,} bytes holds {max(limit // each, 0)} sequences of {columns} tokens ({each:,} bytes "
             f"each); expected {2 + prefixes}: one that is read, one that is continued, and {prefixes} kept prefixes: "
             "raise --kv-memory, or lower --context or --prefixes"
         )
-    return Room(context, columns, slots, prefixes, limit)
+    return Room(context, columns, slots, prefixes, limit, most)
 
 
 def dense_slots(model: Model, of: Room) -> int:
     """Slots that the same memory holds of the dense model in bfloat16."""
     each = cache_bytes(Spec.of(model.config, "bfloat16"), 1, of.columns)
-    return max(of.limit // each - 1 - of.prefixes, 0)
+    return max(min(of.limit // each - 1 - of.prefixes, of.most), 0)
 
 
 def format_of(spec: Spec) -> str:
