@@ -21,15 +21,15 @@ class ServeCommand:
 
     model: Positional[str]
     """Hub id, folder, or `toy`."""
-    host: str = "127.0.0.1"
+    host: Annotated[str, arg(metavar="ADDRESS")] = "127.0.0.1"
     """Address to listen at. Others than 127.0.0.1 are reached from other machines: give --api-key too."""
     port: int = 8000
     """Port; 0 takes one that is free."""
-    name: str | None = None
+    name: Annotated[str | None, arg(metavar="NAME")] = None
     """What clients call the model (default: the last part of MODEL)."""
-    storage: str | None = None
+    storage: Annotated[str | None, arg(metavar="FORMAT")] = None
     """Of a model that was not compressed: store its cache in this format (default: bfloat16)."""
-    adaptive: str | None = None
+    adaptive: Annotated[str | None, arg(metavar="FORMAT,...")] = None
     """Store the cache in the first of these formats, such as bfloat16,int8,int4; turn to the next where requests wait
     and memory is full, and back when it is quiet."""
     kv_memory: Annotated[str | None, arg(metavar="SIZE")] = None
@@ -42,9 +42,9 @@ class ServeCommand:
     """How many beginnings that prompts share are kept; each takes the memory of one request."""
     queue: int = 256
     """Requests that may wait; more are refused with status 503."""
-    time_limit: float | None = None
+    time_limit: Annotated[float | None, arg(metavar="SECONDS")] = None
     """Seconds a request may take, waiting included; then it ends with status 504 (default: as long as it takes)."""
-    grace: float = 30.0
+    grace: Annotated[float, arg(metavar="SECONDS")] = 30.0
     """Seconds that running requests may go on for after SIGTERM."""
     api_key: Annotated[str | None, arg(metavar="KEY|@FILE")] = None
     """What clients must send as a bearer token, or @FILE that holds it."""
