@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -198,16 +199,15 @@ def _choose(
 def insert(slots: Slots, one: Slots, slot: Int32[Array, ""]) -> Slots:
     """The slots with `one` (a single sequence) in place of what the slot held."""
 
-    def put(old: Array, new: Array) -> Array:
-        return _from_bits(jax.lax.dynamic_update_slice_in_dim(_bits(old), _bits(new), slot, axis=0), old)
-
-    return jax.tree.map(put, slots, one)
+    put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
+    return jax.tree.map(lambda old, new: _in_bits(put, old, new, slot), slots, one)
 
 
 @jax.jit
 def take(slots: Slots, slot: Int32[Array, ""]) -> Slots:
     """The single sequence in a slot; the slots stay."""
-    return jax.tree.map(lambda x: _from_bits(jax.lax.dynamic_slice_in_dim(_bits(x), slot, 1, axis=0), x), slots)
+    cut = partial(jax.lax.dynamic_slice_in_dim, slice_size=1, axis=0)
+    return jax.tree.map(lambda x: _in_bits(cut, x, slot), slots)
 
 
 @partial(jax.jit, donate_argnames="left")
@@ -219,8 +219,12 @@ def release(left: Int32[Array, "B"], slot: Int32[Array, ""]) -> Int32[Array, "B"
 @partial(jax.jit, static_argnames="count")
 def _moved(x: Array, order: Int32[Array, "N"], count: int) -> Array:
     """x with `count` rows: the first are the rows `order`, where those are not `NEVER`; all others are zeros."""
-    read = jnp.take(_bits(x), order, axis=0, mode="fill", fill_value=0)
-    return _from_bits(jnp.pad(read, [(0, count - len(order)), *[(0, 0)] * (x.ndim - 1)]), x)
+
+    def move(x: Array, order: Array) -> Array:
+        read = jnp.take(x, order, axis=0, mode="fill", fill_value=0)
+        return jnp.pad(read, [(0, count - len(order)), *[(0, 0)] * (x.ndim - 1)])
+
+    return _in_bits(move, x, order)
 
 
 def resize(slots: Slots, order: list[int], count: int) -> Slots:
@@ -240,13 +244,21 @@ def resize(slots: Slots, order: list[int], count: int) -> Slots:
     return resized
 
 
-def _bits(x: Array) -> Array:
-    """bfloat16 as integers: XLA for CPUs, which knows no bfloat16, would turn all of a cache to float32 and back."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+def _in_bits(function: Callable[..., Array], *arrays: Array) -> Array:
+    """`function(*arrays)`, which moves entries and computes nothing; on CPUs it moves bfloat16 as integers.
 
+    XLA for CPUs knows no bfloat16 and would turn all of a cache to float32 and back. XLA for TPUs would turn the bits
+    of a cache around.
+    """
 
-def _from_bits(x: Array, like: Array) -> Array:
-    return jax.lax.bitcast_convert_type(x, jnp.bfloat16) if like.dtype == jnp.bfloat16 else x
+    def by_bits(*arrays: Array) -> Array:
+        whole = [jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x for x in arrays]
+        return jax.lax.bitcast_convert_type(function(*whole), jnp.bfloat16)
+
+    if arrays[0].dtype != jnp.bfloat16:
+        return function(*arrays)
+    moved: Array = jax.lax.platform_dependent(*arrays, cpu=by_bits, default=function)
+    return moved
 
 
 def vacant(spec: Spec, count: int, capacity: int, stops: int) -> Slots:

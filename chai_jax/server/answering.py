@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from chai_jax.data.tokens import require_tokenizer
 from chai_jax.server.answers import Shape
-from chai_jax.server.choices import Choice, Choices, Place
+from chai_jax.server.choices import Choices, Place
 from chai_jax.server.metrics import Metrics
 from chai_jax.server.protocol import Asked, encode, read_request, wanted
 from chai_jax.server.refusals import Refused, as_json, closing
