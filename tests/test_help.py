@@ -34,7 +34,9 @@ SHARED = {
     "storage": "run serve bench aot",
     "attention": "bench aot",
     "prompt": "generate bench",
-    **dict.fromkeys(("dtype", "require_backend", "compile_cache"), "run plan evaluate generate serve bench lm-eval env"),
+    **dict.fromkeys(
+        ("dtype", "require_backend", "compile_cache"), "run plan evaluate generate serve bench lm-eval env"
+    ),
     "mesh": "run plan evaluate generate bench lm-eval aot env",
     "fsdp": "run plan evaluate generate bench lm-eval aot env",
 }

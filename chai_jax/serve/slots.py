@@ -179,8 +179,14 @@ def _choose(
     tokens = sample_rows(logits, keys[:, 1], slots.sampling)
     ended = (tokens[:, None] == slots.stops).any(axis=1)
     left = jnp.where(live & ~ended, slots.left - 1, 0)
+    # What has ended is not read any more: attention passes over a cache of length 0.
+    cache = dataclasses.replace(slots.cache, length=jnp.where(left > 0, slots.cache.length, 0))
     after = dataclasses.replace(
-        slots, newest=jnp.where(live, tokens, slots.newest), left=left, keys=jax.random.key_data(keys[:, 0])
+        slots,
+        cache=cache,
+        newest=jnp.where(live, tokens, slots.newest),
+        left=left,
+        keys=jax.random.key_data(keys[:, 0]),
     )
 
     def likeliest() -> tuple[Array, Array]:
