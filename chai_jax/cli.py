@@ -14,6 +14,7 @@ from typing import Any
 
 from chai_jax.commands.bench import BenchCommand
 from chai_jax.commands.harness import LmEvalCommand
+from chai_jax.commands.load import BenchServeCommand
 from chai_jax.commands.machines import AotCommand, EnvCommand
 from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCommand, VerifyCommand
 from chai_jax.commands.options import one_of, read
@@ -32,6 +33,7 @@ COMMANDS = {
     "evaluate": EvaluateCommand,
     "generate": GenerateCommand,
     "bench": BenchCommand,
+    "bench-serve": BenchServeCommand,
     "verify": VerifyCommand,
     "export": ExportCommand,
     "lm-eval": LmEvalCommand,

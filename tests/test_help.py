@@ -15,13 +15,13 @@ COLUMNS = 100
 
 # What several commands take, and which.
 SHARED = {
-    "model": "run plan explain evaluate generate verify export lm-eval aot",
+    "model": "run plan explain evaluate generate verify export lm-eval aot bench-serve",
     "task": "run plan evaluate",
     "text": "run plan evaluate",
     "data_dir": "run plan evaluate lm-eval",
-    "out": "run plan evaluate bench export report",
+    "out": "run plan evaluate bench bench-serve export report",
     "plan": "run explain aot",
-    "seed": "run plan generate bench",
+    "seed": "run plan generate bench bench-serve",
     "limit": "run evaluate",
     "revision": "run evaluate lm-eval",
     "batch": "run bench aot",
@@ -34,6 +34,8 @@ SHARED = {
     "storage": "run bench aot",
     "attention": "bench aot",
     "prompt": "generate bench",
+    "new_tokens": "bench bench-serve",
+    "chat": "generate bench-serve",
     "mesh": "run plan evaluate generate bench lm-eval aot env",
     "fsdp": "run plan evaluate generate bench lm-eval aot env",
 }

@@ -48,6 +48,7 @@ DOORS = {
     "tyro": "commands/",
     "torch": "bench/peers.py",
     "ctranslate2": "bench/peers.py",
+    "httpx2": "bench/load_client.py",
 }
 
 
@@ -132,6 +133,7 @@ def test_what_is_imported_is_declared() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     lines = project["dependencies"] + extras["eval"] + extras["sinks"] + extras["peers"] + extras["gguf"]
+    lines += extras["serve"]
     declared = {canonicalize_name(Requirement(line).name) for line in lines}
     modules = {name.split(".")[0] for source in SOURCES for name in imports_of(source)}
     modules -= sys.stdlib_module_names | {"chai_jax"}

@@ -11,7 +11,7 @@ Closed: so many at once; each answer makes room for the next request.
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -188,8 +188,8 @@ class Sending:
         into.finished += 1
         if not self._reached and answer.outcome in HOPELESS:
             raise InputError(
-                f"the server answered {answer.outcome} ({answer.message or 'without a message'}); expected a completion: "
-                "check the address, --model and --api-key"
+                f"the server answered {answer.outcome} ({answer.message or 'without a message'}); expected a "
+                "completion: check the address, --model and --api-key"
             )
         self._reached = True
         self._tick(into)
@@ -202,12 +202,10 @@ class Sending:
             self.measured.loop_late.append(max(0.0, self._clock() - before - WATCH))
 
 
-class _first_alone:
+@contextmanager
+def _first_alone() -> Iterator[None]:
     """Of a group of exceptions the first one alone leaves the block."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, BaseExceptionGroup):
-            raise error.exceptions[0] from None
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None

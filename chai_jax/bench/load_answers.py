@@ -158,7 +158,8 @@ def hear(answer: Answer, event: bytes, now: float) -> bool:
         raise ValueError(message_of(event))
     choices = chunk.get("choices")
     choice = choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else {}
-    delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
+    delta = choice.get("delta")
+    delta = delta if isinstance(delta, dict) else {}
     if any((choice.get("text"), *(delta.get(name) for name in ("content", "reasoning_content", "reasoning")))):
         answer.pieces.append(now)
         if len(answer.pieces) > 4 * answer.asked + 64:

@@ -14,12 +14,14 @@ from chai_jax.inputs.reading import SMALL, open_utf8, parse_json, shown
 
 LONGEST = 2**20  # tokens that may be asked for, or words of a prompt
 # Common words: most tokenizers have each of them, with the blank before it, as one token.
-WORDS = """
+WORDS = tuple(
+    """
 the of and to in is was for that with on as by he at from his it an were are which this be or had first one their its
 new after but who not they have her she two been other when there all during into time may more school years year up
 only would later most world people city some where between over state about made game under while then team part three
 him being such work war day life second name many small large house water music book film river north south long end
-""".split()
+""".split()  # noqa: SIM905
+)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ def _prompt_of(line: str, path: Path, number: int) -> str:
         row = None
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt:
-        raise InputError(f'{shown(path)} has no prompt in line {number}; expected an object such as {{"prompt": "Once"}}')
+        raise InputError(
+            f'{shown(path)} has no prompt in line {number}; expected an object such as {{"prompt": "Once"}}'
+        )
     return prompt
 
 
