@@ -63,7 +63,8 @@ class Load:
             )
         if self.requests is None and self.seconds is None:
             raise InputError("the load has no end; expected --requests or --seconds, or both")
-        rate, seconds = self.rate or 1.0, self.seconds or 1.0
+        rate = 1.0 if self.rate is None else self.rate
+        seconds = 1.0 if self.seconds is None else self.seconds
         require(self.rate is None or 1e-4 <= rate <= 1e5, "--rate", self.rate, "from 0.0001 to 100,000 a second")
         at_once = self.concurrency
         require(at_once is None or 1 <= at_once <= 2**16, "--concurrency", at_once, "from 1 to 65,536")

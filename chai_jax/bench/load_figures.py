@@ -27,7 +27,7 @@ COLUMNS: tuple[Column, ...] = (
     ("n", lambda row: f"{row['n']:,}"),
     *((name, lambda row, name=name: number(row[name], ",.1f")) for name in ("mean", "p50", "p95", "p99")),
 )
-TOTALS: tuple[Column, ...] = (("", lambda row: row["figure"]), ("in all", lambda row: row["value"]))
+TOTALS: tuple[Column, ...] = (("figure", lambda row: row["figure"]), ("in all", lambda row: row["value"]))
 
 
 def spread(seconds: Sequence[float]) -> Record:

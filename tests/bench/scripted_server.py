@@ -26,9 +26,7 @@ class Asked:
         await self.writer.drain()
 
     async def begin(self) -> None:
-        self.writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
-        )
+        self.writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
         await self.writer.drain()
 
     async def send(self, data: bytes) -> None:
@@ -112,9 +110,7 @@ class ScriptedServer:
         try:
             while not writer.is_closing():
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                headers = {
-                    name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)
-                }
+                headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in head[1:] if line)}
                 body = await reader.readexactly(int(headers.get("content-length", 0)))
                 one = Asked(len(self.asked), head[0].split()[1], headers, json.loads(body or b"{}"), writer)
                 self.asked.append(one)
@@ -124,7 +120,7 @@ class ScriptedServer:
                     await self.script(one)
                 finally:
                     self.now -= 1
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
             writer.close()
