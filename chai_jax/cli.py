@@ -10,6 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from chai_jax.commands.bench import BenchCommand
@@ -21,7 +22,7 @@ from chai_jax.commands.options import one_of, read
 from chai_jax.commands.planning import ExplainCommand, PlanCommand
 from chai_jax.commands.reports import ReportCommand
 from chai_jax.commands.run import RunCommand
-from chai_jax.commands.streams import adapt_to_terminal, complain, finish_stdout, nobody_reads
+from chai_jax.commands.streams import Replacing, adapt_to_terminal, complain, finish_stdout, nobody_reads
 from chai_jax.console import console
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.files.atomic import finite
@@ -52,7 +53,9 @@ def parse(argv: Sequence[str]) -> Any:
     """
     asked: dict[str, Any] = {"prog": "chai-jax", "description": ABOUT}
     if list(argv[:1]) != ["lm-eval"]:
-        return read(one_of(COMMANDS), argv, **asked)
+        # Tyro's usage line has all names in one word, which a terminal cannot break. They are listed below it.
+        with redirect_stdout(Replacing(sys.stdout, f"{{{','.join(COMMANDS)}}}", "COMMAND ...")):
+            return read(one_of(COMMANDS), argv, **asked)
     command, unknown = read(one_of(COMMANDS), argv, unknown=True, **asked)
     return dataclasses.replace(command, arguments=tuple(unknown))
 

@@ -15,7 +15,7 @@ COLUMNS = 100
 
 # What several commands take, and which.
 SHARED = {
-    "model": "run plan explain evaluate generate verify export lm-eval aot bench-serve",
+    "model": "run plan explain evaluate generate bench-serve verify export lm-eval aot",
     "task": "run plan evaluate",
     "text": "run plan evaluate",
     "data_dir": "run plan evaluate lm-eval",

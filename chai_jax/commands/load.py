@@ -33,7 +33,7 @@ DESCRIPTORS = 2**16  # files that may be open at once: one a request in flight
 
 @dataclass(frozen=True)
 class BenchServeCommand:
-    """Send requests to an OpenAI-compatible server: requests/s, tokens/s, times to first and between tokens."""
+    """Send requests to an OpenAI-compatible server: requests/s, tokens/s, time to first token."""
 
     address: Annotated[Positional[str], arg(metavar="ADDRESS")]
     """Of the server, such as http://127.0.0.1:8000/v1. It is asked directly, through no proxy."""

@@ -35,7 +35,7 @@ def answer(due: float, sent: float, pieces: list[float], end: float, told: int |
 # Events
 
 
-STREAM = b": hello\r\ndata: one\r\n\r\ndata:two\r\ndata: lines\r\n\r\nevent: x\rdata: three\r\r\n\ndata: [DONE]\n\ndata: un"
+STREAM = b": hi\r\ndata: one\r\n\r\ndata:two\r\ndata: lines\r\n\r\nevent: x\rdata: three\r\r\n\ndata: [DONE]\n\ndata: x"
 EVENTS = [b"one", b"two\nlines", b"three", b"[DONE]"]
 
 
