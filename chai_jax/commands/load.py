@@ -1,16 +1,7 @@
 """`chai-jax bench-serve`: a load of requests on any OpenAI-compatible server, and what became of them."""
 
-import asyncio
-import os
-import platform
-import resource
-import signal
-import sys
-import threading
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,17 +9,16 @@ from tyro.conf import Positional, arg
 
 from chai_jax.commands.options import OptionalOutFolder
 from chai_jax.config.checks import require
-from chai_jax.console import bar, console, print_table
+from chai_jax.console import console, print_table
 from chai_jax.errors import InputError
 from chai_jax.inputs.reading import Record, parse_json
 
 if TYPE_CHECKING:
-    from chai_jax.bench.load import Load, Measured, Sending
+    from chai_jax.bench.load import Load
     from chai_jax.bench.load_answers import Request
     from chai_jax.bench.load_client import Server
 
 OURS = ("model", "prompt", "messages", "max_tokens", "stream")  # fields of a request that --extra may not set
-DESCRIPTORS = 2**16  # files that may be open at once: one a request in flight
 
 
 @dataclass(frozen=True)
@@ -72,9 +62,9 @@ class BenchServeCommand:
     """A new folder for load.json (settings, machine, every request) and load.csv (every request)."""
 
     def run(self) -> Any:
-        from chai_jax.bench.load import Sending
         from chai_jax.bench.load_client import check_library
         from chai_jax.bench.load_figures import COLUMNS, TOTALS, rows, summary, totals
+        from chai_jax.bench.load_run import machine, send
         from chai_jax.files.atomic import claim_folder, finite, write_json, write_text
         from chai_jax.report.tables import as_csv, terminal
 
@@ -83,8 +73,7 @@ class BenchServeCommand:
         requests, warm = self._requests(load.warm_up)
         if self.out is not None:
             claim_folder(self.out)
-        raise_limit_of_files()
-        measured, interrupted = send(server, load, requests, warm, Sending)
+        measured, interrupted = send(server, load, requests, warm)
         figures = summary(load, measured, interrupted)
         settings = {**asdict(load), "address": server.base, "model": self.model, "chat": self.chat, **self._lengths()}
         record = {"settings": settings, "machine": machine(), **figures}
@@ -150,62 +139,3 @@ class BenchServeCommand:
         return read_requests([*found[first:], *found[:first]], new, self.seed, 1), read_requests(
             found, new, self.seed, 2
         )
-
-
-def send(
-    server: "Server",
-    load: "Load",
-    requests: Iterator["Request"],
-    warm: Iterator["Request"],
-    sending: "type[Sending]",
-) -> tuple["Measured", bool]:
-    """Send a load. Returns what was measured, and whether Ctrl-C or SIGTERM ended it early."""
-    from chai_jax.bench.load_client import check_listening, connected
-
-    at_work: list[Sending] = []
-
-    async def whole() -> None:
-        this = asyncio.current_task()
-        if this is not None and threading.current_thread() is threading.main_thread():
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, this.cancel)
-        await check_listening(server.base)
-        async with connected(server) as client:
-            at_work.append(sending(load, client, requests, warm, tick))
-            await at_work[0].run()
-
-    with bar() as progress:
-        shown = progress.add_task("requests", total=load.requests, note="")
-
-        def tick(measured: "Measured") -> None:
-            progress.update(shown, completed=measured.finished, note=f"{measured.in_flight} in flight")
-
-        try:
-            asyncio.run(whole())
-        except (KeyboardInterrupt, asyncio.CancelledError):
-            if not (at_work and at_work[0].measured.answers):
-                raise KeyboardInterrupt from None  # nothing was measured
-            return at_work[0].measured, True
-    return at_work[0].measured, False
-
-
-def raise_limit_of_files() -> None:
-    """Let this process have as many connections as the system allows it: some shells allow 256 or 1,024 files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        with suppress(OSError, ValueError):
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def machine() -> Record:
-    """Where the client ran. No device is touched: on this machine they may be the server's."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "system": platform.system(),
-        "machine": platform.machine(),
-        "cpus_of_the_client": cpus,
-        "load_average": os.getloadavg()[0],
-        "python": ".".join(map(str, sys.version_info[:3])),
-        "chai_jax": metadata.version("chai_jax"),
-        "httpx2": metadata.version("httpx2"),
-    }
