@@ -14,6 +14,7 @@ Writes serve_peers.json, .csv, .md, and what each server printed to serve_peers_
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -65,6 +66,11 @@ class PeersOptions(Common):
     """Ask for chat completions."""
     patience: Annotated[float, arg(metavar="SECONDS")] = 900.0
     """Seconds in which a server must answer its first request."""
+
+    @property
+    def command(self) -> str:
+        """As others have it; of absolute paths within the servers' commands the last part alone too."""
+        return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", super().command)
 
     def checked(self) -> tuple[list[Peer], list[int]]:
         """The servers, and how many requests are at once.
@@ -166,16 +172,16 @@ def findings(rows: list[Record]) -> list[str]:
         for row in others:
             mine = row["new_tokens_per_second"]["median"]
             if base and mine:
-                told.append(
-                    f"{size} at once: {first['server']} made {base / mine:.2f} times the tokens/s of {row['server']}"
-                )
+                ratio = f"{base / mine:.2f} times the tokens/s of {row['server']}"
+                told.append(f"{size} at once: {first['server']} made {ratio}")
     for row in rows:
-        if row["answered"] < row["sent"]:
-            told.append(f"{row['server']}, {row['at_once']} at once: {row['sent'] - row['answered']} not answered")
-        if row["client_limited"]:
-            told.append(
-                f"{row['server']}, {row['at_once']} at once: the client was late in {row['client_limited']} rounds"
-            )
+        where, missing, late = (
+            f"{row['server']}, {row['at_once']} at once",
+            row["sent"] - row["answered"],
+            "client_limited",
+        )
+        told += [f"{where}: {missing} requests were not answered"] if missing else []
+        told += [f"{where}: the client was late itself in {row[late]} rounds"] if row[late] else []
     return told
 
 

@@ -63,6 +63,7 @@ class ScriptedServer:
 
     Attributes:
         connections: that were ever taken; `most`: requests that were being answered at once.
+        port: 0 until it has one, if it may be any.
     """
 
     script: Script
@@ -92,7 +93,7 @@ class ScriptedServer:
     def _serve(self, ready: threading.Event) -> None:
         async def whole() -> None:
             self._over = asyncio.Event()
-            server = await asyncio.start_server(self._connection, "127.0.0.1", 0, backlog=512)
+            server = await asyncio.start_server(self._connection, "127.0.0.1", self.port, backlog=512)
             self.port = server.sockets[0].getsockname()[1]
             ready.set()
             await self._over.wait()
