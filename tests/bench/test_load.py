@@ -2,6 +2,7 @@
 
 import asyncio
 import csv
+import errno
 import itertools
 import json
 import os
@@ -469,6 +470,18 @@ def test_answers_that_do_not_come_to_their_end(wrong: Any) -> None:
     assert found["outcomes"] == {"200": 2, outcome: 2}
     assert message in found["messages"].get(outcome, "")
     assert found["new_tokens"] == 12
+
+
+def test_files_that_run_out_are_the_clients_fault() -> None:
+    """However deep the libraries below wrap it."""
+
+    def wrapped(number: int) -> Exception:
+        outer = RuntimeError("no connection")
+        outer.__cause__ = ExceptionGroup("all failed", [ValueError(), OSError(number, "x")])
+        return outer
+
+    assert load_client._out_of_descriptors(wrapped(errno.EMFILE))
+    assert not load_client._out_of_descriptors(wrapped(errno.ECONNREFUSED))
 
 
 def test_an_end_without_done_is_one() -> None:
