@@ -10,10 +10,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from chai_jax.commands.bench import BenchCommand
 from chai_jax.commands.harness import LmEvalCommand
+from chai_jax.commands.load import BenchServeCommand
 from chai_jax.commands.machines import AotCommand, EnvCommand
 from chai_jax.commands.models import EvaluateCommand, ExportCommand, GenerateCommand, VerifyCommand
 from chai_jax.commands.options import one_of, read
@@ -21,7 +23,7 @@ from chai_jax.commands.planning import ExplainCommand, PlanCommand
 from chai_jax.commands.reports import ReportCommand
 from chai_jax.commands.run import RunCommand
 from chai_jax.commands.serving import ServeCommand
-from chai_jax.commands.streams import adapt_to_terminal, complain, finish_stdout, nobody_reads
+from chai_jax.commands.streams import Replacing, adapt_to_terminal, complain, finish_stdout, nobody_reads
 from chai_jax.console import console
 from chai_jax.errors import EXIT_STOPPED, InputError, Stopped
 from chai_jax.files.atomic import finite
@@ -34,6 +36,7 @@ COMMANDS = {
     "generate": GenerateCommand,
     "serve": ServeCommand,
     "bench": BenchCommand,
+    "bench-serve": BenchServeCommand,
     "verify": VerifyCommand,
     "export": ExportCommand,
     "lm-eval": LmEvalCommand,
@@ -52,7 +55,9 @@ def parse(argv: Sequence[str]) -> Any:
     """
     asked: dict[str, Any] = {"prog": "chai-jax", "description": ABOUT}
     if list(argv[:1]) != ["lm-eval"]:
-        return read(one_of(COMMANDS), argv, **asked)
+        # Tyro's usage line has all names in one word, which a terminal cannot break. They are listed below it.
+        with redirect_stdout(Replacing(sys.stdout, f"{{{','.join(COMMANDS)}}}", "COMMAND ...")):
+            return read(one_of(COMMANDS), argv, **asked)
     command, unknown = read(one_of(COMMANDS), argv, unknown=True, **asked)
     return dataclasses.replace(command, arguments=tuple(unknown))
 

@@ -51,6 +51,7 @@ DOORS = {
     "starlette": "server/",
     "uvicorn": "server/",
     "prometheus_client": "server/",
+    "httpx2": "bench/load_client.py",
 }
 
 

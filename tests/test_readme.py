@@ -24,7 +24,7 @@ PAGES = {
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SOURCES = ["chai_jax", "experiments", "tests", "docs"]
 COMMANDS = ["run", "plan", "explain", "evaluate", "generate", "bench", "verify", "export", "lm-eval", "report", "aot"]
-COMMANDS += ["env"]
+COMMANDS += ["env", "bench-serve"]
 
 
 def blocks(page: str, kind: str) -> list[str]:
@@ -90,7 +90,7 @@ def test_every_option_exists(capsys: pytest.CaptureFixture[str]) -> None:
     assert not missing
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "bench", "export", "report"])
+@pytest.mark.parametrize("command", ["run", "plan", "evaluate", "bench", "bench-serve", "export", "report"])
 def test_what_is_written_goes_where_out_says(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert {"-o", "--out"} <= listed(command, capsys)
 

@@ -5,6 +5,7 @@ import os
 import select
 import shutil
 import sys
+from typing import Any
 
 from chai_jax.console import console, discard
 
@@ -19,6 +20,20 @@ def adapt_to_terminal() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if shutil.get_terminal_size().columns < NARROWEST:
         os.environ["COLUMNS"] = str(NARROWEST)
+
+
+class Replacing:
+    """A stream in which `new` is written for `old`."""
+
+    def __init__(self, stream: Any, old: str, new: str):
+        self._stream, self._old, self._new = stream, old, new
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._stream.write(text.replace(self._old, self._new))
+        return len(text)
 
 
 def nobody_reads() -> bool:

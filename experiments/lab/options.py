@@ -78,7 +78,8 @@ class Options(Common):
 def command_line(public: Mapping[str, str]) -> str:
     """This program's command line, some of its words replaced; of other absolute paths the last part alone."""
     words = [public.get(word, Path(word).name if word.startswith("/") else word) for word in sys.argv[1:]]
-    return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *(word or "''" for word in words)])
+    words = [f'"{word}"' if " " in word else word or "''" for word in words]
+    return " ".join(["python", f"experiments/{Path(sys.argv[0]).name}", *words])
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
