@@ -52,8 +52,10 @@ class PeersOptions(Common):
     the model by another name than MODEL."""
     at_once: Annotated[str, arg(metavar="N,...")] = "1,8,32"
     """Requests at once."""
+    rates: Annotated[str, arg(metavar="RATE,...")] = ""
+    """Instead: requests a second, which come whether or not others were answered (Poisson arrivals)."""
     requests: int = 4
-    """Requests for each one at once: at 8 at once, 32 of them."""
+    """Requests for each one at once: at 8 at once, 32 of them; with --rates, of each rate."""
     rounds: int = 3
     """Rounds in which every server has a turn."""
     prompt_tokens: Annotated[str, arg(metavar="LOW:HIGH")] = "32:256"
@@ -72,8 +74,8 @@ class PeersOptions(Common):
         """As others have it; of absolute paths within the servers' commands the last part alone too."""
         return re.sub(r"(?<![\w.])(?:/[\w.+-]+)+/([\w.+-]+)", r"\1", super().command)
 
-    def checked(self) -> tuple[list[Peer], list[int]]:
-        """The servers, and how many requests are at once.
+    def checked(self) -> tuple[list[Peer], list[float]]:
+        """The servers, and how many requests are at once, or come in a second.
 
         Raises:
             InputError: none, two of one name, or a number that cannot be.
@@ -82,11 +84,13 @@ class PeersOptions(Common):
         peers = [Peer.read(text, self.model[0]) for text in self.servers]
         if len(self.model) > 1 or not peers or len({peer.name for peer in peers}) < len(peers):
             raise InputError("expected one MODEL, and --servers of different names: 'ours=chai-jax serve ... {port}'")
+        for name in ("requests", "rounds"):
+            require_count(f"--{name}", getattr(self, name), 10**4)
+        if self.rates:
+            return peers, [float(word) for word in self.rates.split(",") if checked_rate(word)]
         words = self.at_once.split(",")
         good = all(word.isascii() and word.isdecimal() and 1 <= int(word) <= 4096 for word in words)
         require(good, "--at-once", self.at_once, "numbers from 1 to 4,096 with commas: 1,8,32")
-        for name in ("requests", "rounds"):
-            require_count(f"--{name}", getattr(self, name), 10**4)
         return peers, [int(word) for word in words]
 
     def fields(self) -> Record:
@@ -100,39 +104,52 @@ class PeersOptions(Common):
         return extra
 
 
-def measured(options: PeersOptions, server: Server, size: int, seed: int) -> Record:
-    """The figures of one load. All servers get the same requests, and those of no two sizes begin alike."""
+def checked_rate(word: str) -> bool:
+    """True.
+
+    Raises:
+        InputError: it is no rate.
+    """
+    good = re.fullmatch(r"\d{1,5}(\.\d{1,4})?", word) is not None
+    require(good and float(word) > 0, "--rates", word, "requests a second with commas: 0.5,2")
+    return True
+
+
+def measured(options: PeersOptions, server: Server, size: float, at: int, seed: int) -> Record:
+    """The figures of the load number `at`. All servers get the same requests, and those of no two loads begin alike."""
     words = Between.read("--prompt-tokens", options.prompt_tokens)
     new = Between.read("--new-tokens", options.new_tokens)
-    load = Load(concurrency=size, requests=options.requests * size, warm_up=size, seed=seed)
-    requests, warm = (made_requests(words, new, seed, 2 * size + part) for part in (0, 1))
+    if options.rates:
+        load = Load(rate=size, requests=options.requests, warm_up=8, seed=seed)
+    else:
+        load = Load(concurrency=int(size), requests=options.requests * int(size), warm_up=int(size), seed=seed)
+    requests, warm = (made_requests(words, new, seed, 2 * at + part) for part in (0, 1))
     found, interrupted = send(replace(server, extra=options.fields()), load, requests, warm)
     if interrupted:
         raise KeyboardInterrupt
     return summary(load, found, False)
 
 
-def turns(options: PeersOptions, peers: list[Peer], sizes: list[int]) -> Iterator[Record]:
-    """One record a round, server and size. Each round begins with the next server."""
+def turns(options: PeersOptions, peers: list[Peer], sizes: list[float]) -> Iterator[Record]:
+    """One record a round, server and load. Each round begins with the next server."""
     for seed in options.seed_numbers:
         for turn in range(options.rounds):
             first = turn % len(peers)
             for peer in [*peers[first:], *peers[:first]]:
                 log = options.out / f"serve_peers_{''.join(c if c.isalnum() else '_' for c in peer.name)}.log"
                 with running(peer, options.chat, options.patience, log) as server:
-                    for size in sizes:
-                        figures = measured(options, server, size, seed)
-                        console.print(
-                            f"{peer.name}, {size} at once: {figures['new_tokens_per_second'] or 0:.1f} tokens/s"
-                        )
-                        yield {"server": peer.name, "at_once": size, "seed": seed, "round": turn, **figures}
+                    for at, size in enumerate(sizes):
+                        figures = measured(options, server, size, at, seed)
+                        name = f"{size:g} a second" if options.rates else f"{size} at once"
+                        console.print(f"{peer.name}, {name}: {figures['new_tokens_per_second'] or 0:.1f} tokens/s")
+                        yield {"server": peer.name, "load": name, "seed": seed, "round": turn, **figures}
 
 
 def joined(found: list[Record]) -> Iterator[Record]:
-    """One row a server and size: the median of its rounds, with the least and the largest."""
-    for server, size in dict.fromkeys((one["server"], one["at_once"]) for one in found):
-        mine = [one for one in found if (one["server"], one["at_once"]) == (server, size)]
-        row: Record = {"server": server, "at_once": size, "rounds": len(mine)}
+    """One row a server and load: the median of its rounds, with the least and the largest."""
+    for server, load in dict.fromkeys((one["server"], one["load"]) for one in found):
+        mine = [one for one in found if (one["server"], one["load"]) == (server, load)]
+        row: Record = {"server": server, "load": load, "rounds": len(mine)}
         row |= {name: sum(one[name] for one in mine) for name in ("sent", "answered", "new_tokens")}
         for name, (group, part) in FIGURES.items():
             values = [value for one in mine if (value := one[group][part] if part else one[group]) is not None]
@@ -152,7 +169,7 @@ def _spread(name: str, form: str) -> Any:
 
 COLUMNS: tuple[Column, ...] = (
     ("server", lambda row: row["server"]),
-    ("at once", lambda row: str(row["at_once"])),
+    ("load", lambda row: row["load"]),
     ("answered / sent", lambda row: f"{row['answered']:,} / {row['sent']:,}"),
     ("tokens/s", _spread("new_tokens_per_second", ",.1f")),
     ("requests/s", _spread("requests_per_second", ",.2f")),
@@ -166,22 +183,18 @@ COLUMNS: tuple[Column, ...] = (
 def findings(rows: list[Record]) -> list[str]:
     """Ratios to the first server; what was not answered; where the client was the limit."""
     told = []
-    for size in dict.fromkeys(row["at_once"] for row in rows):
-        first, *others = [row for row in rows if row["at_once"] == size]
+    for load in dict.fromkeys(row["load"] for row in rows):
+        first, *others = [row for row in rows if row["load"] == load]
         base = first["new_tokens_per_second"]["median"]
         for row in others:
             mine = row["new_tokens_per_second"]["median"]
             if base and mine:
                 ratio = f"{base / mine:.2f} times the tokens/s of {row['server']}"
-                told.append(f"{size} at once: {first['server']} made {ratio}")
+                told.append(f"{load}: {first['server']} made {ratio}")
     for row in rows:
-        where, missing, late = (
-            f"{row['server']}, {row['at_once']} at once",
-            row["sent"] - row["answered"],
-            "client_limited",
-        )
+        where, missing, late = f"{row['server']}, {row['load']}", row["sent"] - row["answered"], row["client_limited"]
         told += [f"{where}: {missing} requests were not answered"] if missing else []
-        told += [f"{where}: the client was late itself in {row[late]} rounds"] if row[late] else []
+        told += [f"{where}: the client was late itself in {late} rounds"] if late else []
     return told
 
 

@@ -57,14 +57,15 @@ def test_servers_have_their_turns(peers: ModuleType, tmp_path: Path) -> None:
     start = f"{sys.executable} {tmp_path}/server.py {{port}} {tmp_path}/"
     told = peers.experiment(options(peers, tmp_path / "out", f"one={start}one", f"two@{{model}}={start}two"))
     whole = json.loads((tmp_path / "out/serve_peers.json").read_text())
-    rows = {(row["server"], row["at_once"]): row for row in whole["rows"]}
-    assert list(rows) == [("one", 1), ("one", 2), ("two", 1), ("two", 2)]
+    rows = {(row["server"], row["load"]): row for row in whole["rows"]}
+    assert list(rows) == [(name, f"{size} at once") for name in ("one", "two") for size in (1, 2)]
     assert told["rows"] == 4
-    for (_, size), row in rows.items():
+    for (_, load), row in rows.items():
+        size = int(load.split()[0])
         assert (row["sent"], row["answered"], row["new_tokens"], row["rounds"]) == (4 * size, 4 * size, 12 * size, 2)
         rate = row["new_tokens_per_second"]
         assert 0 < rate["least"] <= rate["median"] <= rate["largest"]
-    order = [(one["round"], one["server"]) for one in whole["turns"] if one["at_once"] == 1]
+    order = [(one["round"], one["server"]) for one in whole["turns"] if one["load"] == "1 at once"]
     assert order == [(0, "one"), (0, "two"), (1, "two"), (1, "one")]
     asked = {name: (tmp_path / f"{name}.asked").read_text().split("\n") for name in ("one", "two")}
     assert sorted(asked["one"]) == sorted(asked["two"])
@@ -76,6 +77,14 @@ def test_servers_have_their_turns(peers: ModuleType, tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not [process for process in processes if alive(process)]
     assert str(tmp_path) not in (tmp_path / "out/serve_peers.md").read_text()
+
+
+def test_requests_may_come_at_a_rate(peers: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(SERVER)
+    one = f"one={sys.executable} {tmp_path}/server.py {{port}} {tmp_path}/one"
+    peers.experiment(options(peers, tmp_path / "out", one, rates="40", requests=6, rounds=1))
+    (row,) = json.loads((tmp_path / "out/serve_peers.json").read_text())["rows"]
+    assert (row["load"], row["sent"], row["answered"]) == ("40 a second", 6, 6)
 
 
 BAD = {
@@ -96,7 +105,18 @@ def test_servers_that_do_not_come(message: str, peers: ModuleType, tmp_path: Pat
     assert message in str(refused.value)
 
 
-@pytest.mark.parametrize("more", [{"at_once": "0"}, {"at_once": "1,"}, {"rounds": 0}, {"extra": "3"}, {"requests": 0}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"at_once": "0"},
+        {"at_once": "1,"},
+        {"rounds": 0},
+        {"rates": "0"},
+        {"rates": "1,x"},
+        {"extra": "3"},
+        {"requests": 0},
+    ],
+)
 def test_options_that_cannot_be(more: Any, peers: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"--{next(iter(more)).replace('_', '-')}"):
         peers.experiment(options(peers, tmp_path / "out", "x=sleep {port}", **more))
