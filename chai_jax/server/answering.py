@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from chai_jax.data.tokens import require_tokenizer
 from chai_jax.server.answers import Shape
-from chai_jax.server.choices import Choice, Choices, Place
+from chai_jax.server.choices import Choices, Place
 from chai_jax.server.metrics import Metrics
 from chai_jax.server.protocol import Asked, encode, read_request, wanted
 from chai_jax.server.refusals import Refused, as_json, closing
@@ -82,7 +82,7 @@ class Answering:
                     desk.metrics.ended(choice)
 
     async def _stream(self, asked: Asked, choices: Choices, shape: Shape, scope: Scope, send: Send) -> None:
-        """Send events as they come. Nothing is sent before the first, so that what fails at once fails by its status."""
+        """Send events as they come; nothing before the first, so that what fails at once fails by its status."""
         started = False
 
         async def put(data: str) -> None:

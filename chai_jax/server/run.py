@@ -77,7 +77,7 @@ def is_private(host: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which says when it is ready, closes the engine at the end, and leaves signals where it ends by them."""
+    """uvicorn's, which says when it is ready, closes the engine at the end, and takes a signal for no failure."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, settings: ServerSettings, desk: Any):
         super().__init__(config)
