@@ -50,6 +50,8 @@ def listen(host: str, port: int) -> socket.socket:
         InputError: it cannot.
     """
     try:
+        if not 0 <= port < 1 << 16:  # larger ones would be taken modulo 2^16
+            raise OverflowError("no such port")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]

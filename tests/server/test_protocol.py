@@ -120,8 +120,10 @@ def test_messages_that_are_refused(messages: Any) -> None:
         b'{"prompt": "\xff"}',
         b'{"prompt": NaN}',
         b"[" * 10**5,
-    ]
-    + [b'{"prompt":' * 10**5, b'{"n": ' + b"9" * 5000 + b"}", b'{"prompt": "a", "temperature": Infinity}'],
+        b'{"prompt":' * 10**5,
+        b'{"n": ' + b"9" * 5000 + b"}",
+        b'{"prompt": "a", "temperature": Infinity}',
+    ],
 )
 def test_bodies_that_are_refused(body: bytes) -> None:
     for chat in (False, True):
