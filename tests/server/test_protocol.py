@@ -124,6 +124,7 @@ def test_messages_that_are_refused(messages: Any) -> None:
         b'{"n": ' + b"9" * 5000 + b"}",
         b'{"prompt": "a", "temperature": Infinity}',
     ],
+    ids=lambda body: repr(body[:20]),
 )
 def test_bodies_that_are_refused(body: bytes) -> None:
     for chat in (False, True):
