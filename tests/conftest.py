@@ -120,6 +120,22 @@ def torch() -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A Chromium, where there is one (tests/browser.py)."""
+    spec = importlib.util.spec_from_file_location("browser", ROOT / "tests" / "browser.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = [path for path in map(shutil.which, module.NAMES) if path]
+    if not found:
+        pytest.skip("no Chromium on the PATH: install chromium to open the page in a real browser")
+    opened = module.Browser(found[0], tmp_path_factory.mktemp("profile"))
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
 def kill() -> ModuleType:
     """experiments/kill.py, which compares run folders."""
     spec = importlib.util.spec_from_file_location("kill", ROOT / "experiments" / "kill.py")

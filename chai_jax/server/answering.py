@@ -82,7 +82,7 @@ class Answering:
                     desk.metrics.ended(choice)
 
     async def _stream(self, asked: Asked, choices: Choices, shape: Shape, scope: Scope, send: Send) -> None:
-        """Send events as they come. Nothing is sent before the first, so that what fails at once fails by its status."""
+        """Send events as they come; nothing before the first, so that what fails at once fails by its status."""
         started = False
 
         async def put(data: str) -> None:

@@ -51,13 +51,19 @@ class Metrics:
     def __init__(self, status: Callable[[], Status]):
         self._registry = CollectorRegistry()
         self._registry.register(_OfEngine(status))
-        named = {"registry": self._registry, "namespace": "chai_jax"}
-        self._requests = Counter("http_requests", "requests that are over", ["route", "status"], **named)
+        ours = self._registry
+        self._requests = Counter("chai_jax_http_requests", "requests that are over", ["route", "status"], registry=ours)
         self._first = Histogram(
-            "time_to_first_token_seconds", "from a request to a text's first token", buckets=FIRST, **named
+            "chai_jax_time_to_first_token_seconds",
+            "from a request to a text's first token",
+            buckets=FIRST,
+            registry=ours,
         )
         self._each = Histogram(
-            "time_per_token_seconds", "a text's mean time of a token after the first", buckets=EACH, **named
+            "chai_jax_time_per_token_seconds",
+            "a text's mean time of a token after its first",
+            buckets=EACH,
+            registry=ours,
         )
 
     def answered(self, route: str, status: int) -> None:

@@ -162,7 +162,7 @@ def _message(value: Any, where: str) -> Message:
     role, content = value.get("role"), value.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise bad("messages", f"{where}.role is {brief(role)}; expected one of {', '.join(ROLES)}")
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
+    parts: list[Any] = content if isinstance(content, list) else [{"type": "text", "text": content}]
     for part in parts:
         if not (isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text"):
             raise bad("messages", f"{where}.content has {brief(part)}; expected parts of type text, with a text")
@@ -227,7 +227,7 @@ def encode(asked: Asked, model: Any, name: str) -> list[tuple[int, ...]]:
     try:
         if asked.messages is not None:
             check_template(model.tokenizer, name, "chat, and ask for completions")
-            found = [bare_tokens(model.tokenizer, conversation(model.tokenizer, asked.messages))]
+            found: list[Sequence[int]] = [bare_tokens(model.tokenizer, conversation(model.tokenizer, asked.messages))]
         else:
             found = [_tokens(one, model.tokenizer) for one in asked.prompts]
     except InputError as error:

@@ -50,6 +50,8 @@ def listen(host: str, port: int) -> socket.socket:
         InputError: it cannot.
     """
     try:
+        if not 0 <= port < 1 << 16:  # larger ones would be taken modulo 2^16
+            raise OverflowError("no such port")
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
@@ -77,7 +79,7 @@ def is_private(host: str) -> bool:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's, which says when it is ready, closes the engine at the end, and leaves signals where it ends by them."""
+    """uvicorn's, which says when it is ready, closes the engine at the end, and takes a signal for no failure."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine, settings: ServerSettings, desk: Any):
         super().__init__(config)
