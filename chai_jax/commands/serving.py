@@ -147,6 +147,7 @@ def described(engine: Any) -> list[str]:
         dense = dense_slots(engine.model, of)
         lines.append(
             f"cache: {of.slots} requests of {of.context} tokens in {of.limit / 2**20:,.0f} MiB, stored as "
-            f"{batch.format} ({each_token(batch.model):,.0f} bytes a token); the dense model in bfloat16 would have {dense}"
+            f"{batch.format} ({each_token(batch.model):,.0f} bytes a token); the dense model in bfloat16 would have "
+            f"{dense}"
         )
     return lines

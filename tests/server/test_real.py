@@ -1,0 +1,155 @@
+"""The server before a real model: its texts are those of `generate`, under mixed load, and to the last request."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from chai_jax.compress.quantize import with_storage
+from chai_jax.files.store import load
+from chai_jax.model.execution import Execution
+from chai_jax.model.model import Model
+from chai_jax.model.sharding import one_device
+from chai_jax.serve.engine import Engine
+from chai_jax.serve.generate import generate_tokens
+
+openai = pytest.importorskip("openai")
+
+
+@pytest.fixture(scope="module")
+def model(shared: Path) -> Model:
+    """opt-mini, or what CHAI_JAX_TEST_SERVED says; its cache in few bits."""
+    folder = os.environ.get("CHAI_JAX_TEST_SERVED", shared / "models" / "opt-mini")
+    return with_storage(load(folder, execution=Execution.choose("float32", one_device())), "k4v4")
+
+
+@pytest.fixture(scope="module")
+def engine(model: Model) -> Iterator[Engine]:
+    served = Engine(model, 2 << 30, min(1100, model.config.context), most_slots=32, prefixes=2, most_queued=64)
+    served.start()
+    yield served
+    served.close()
+
+
+def prompts(model: Model, count: int, longest: int, seed: int) -> list[list[int]]:
+    """Of 1 to `longest` tokens, short ones oftener; some begin alike."""
+    draw = random.Random(seed)
+    same = [draw.randrange(4, model.config.vocab_size) for _ in range(longest)]
+    made = []
+    for number in range(count):
+        length = int(longest ** draw.random())
+        own = [draw.randrange(4, model.config.vocab_size) for _ in range(length)]
+        made.append(same[: length // 2] + own[length // 2 :] if number % 4 == 0 else own)
+    return made
+
+
+@pytest.mark.slow
+def test_a_thousand_mixed_requests(
+    engine: Engine, model: Model, start: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """32 at once; some are refused, some go away in the middle. No answer is lost or another, nothing is compiled."""
+    server = start(engine, name="opt-mini")
+    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0, timeout=600)
+    asked, draw = prompts(model, 1000, min(1000, model.config.context - 64), seed=0), random.Random(1)
+    kinds = [draw.choices(("whole", "stream", "drawn", "gone", "refused"), (55, 20, 10, 10, 5))[0] for _ in asked]
+    new = [draw.randrange(1, 65) for _ in asked]
+    for number in [number for number, kind in enumerate(kinds) if kind == "drawn"]:
+        asked[number], new[number] = (20 * asked[number])[:20], 40  # of one shape, for what they are compared with
+    found: dict[int, tuple[str, Any]] = {}
+
+    def one(number: int) -> None:
+        kind = kinds[number]
+        settings: dict[str, Any] = {"model": "opt-mini", "prompt": asked[number], "max_tokens": new[number]}
+        settings |= {"temperature": 0.9, "top_p": 0.9, "seed": number} if kind == "drawn" else {"temperature": 0}
+        if kind == "refused":
+            with pytest.raises(openai.BadRequestError, match="the context is"):
+                client.completions.create(**{**settings, "max_tokens": 2000})
+            found[number] = kind, None
+        elif kind in ("stream", "gone"):
+            pieces = []
+            with client.completions.create(**settings, stream=True) as stream:
+                for event in stream:
+                    pieces.append(event.choices[0].text if event.choices else "")
+                    if kind == "gone":
+                        break
+            found[number] = kind, "".join(pieces)
+        else:
+            found[number] = kind, client.completions.create(**settings).choices[0].text
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with jax.log_compiles(), ThreadPoolExecutor(32) as pool:
+        list(pool.map(one, range(len(asked))))
+        compiled = [record.getMessage() for record in caplog.records if "XLA compilation" in record.getMessage()]
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert compiled == []
+    assert len(found) == 1000
+    until = time.monotonic() + 30
+    while engine.status().running and time.monotonic() < until:
+        time.sleep(0.05)
+    assert engine.status().running == engine.status().queued == 0
+    status = engine.status()
+    print(Counter(kinds), f"grown by {grown / 1024:.0f} MiB;", status)
+    assert grown < 200 * 1024  # KiB: what is printed is far less
+    assert status.kv_bytes <= status.kv_limit
+
+    greedy = [number for number, (kind, _) in found.items() if kind in ("whole", "stream")]
+    made = generate_tokens(model, [asked[number] for number in greedy], 64)
+    for number, tokens in zip(greedy, made, strict=True):
+        text = model.tokenizer.decode(tokens[: new[number]], skip_special_tokens=True)
+        assert found[number][1].rstrip("\ufffd") == text.rstrip("\ufffd")
+    for number in [number for number, (kind, _) in found.items() if kind == "drawn"]:
+        tokens = generate_tokens(model, [asked[number]], new[number], 0.9, top_p=0.9, seed=number)[0]
+        assert found[number][1] == model.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_middle_loses_nothing(shared: Path) -> None:
+    """Every request that was accepted is answered in full, or told that the server ends."""
+    command = [sys.executable, "-m", "chai_jax", "serve", str(shared / "models" / "opt-mini")]
+    options = ["--port", "0", "--kv-memory", "64MiB", "--context", "512", "--slots", "4", "--grace", "1"]
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stdout is not None
+    ready = next(line for line in process.stderr if "serving opt-mini at" in line)
+    client = openai.OpenAI(base_url=ready.split()[-1], api_key="none", max_retries=0, timeout=120)
+    ends: list[str] = []
+
+    def one(number: int) -> None:
+        try:
+            answer = client.completions.create(
+                model="opt-mini", prompt=[number + 5] * 20, max_tokens=400, temperature=0, extra_body={"stop": None}
+            )
+            assert answer.choices[0].finish_reason in ("length", "stop")
+            ends.append("answered")
+        except openai.APIStatusError as error:
+            ends.append(str(error.status_code))
+        except openai.APIConnectionError:
+            ends.append("refused")  # after the socket was closed: it was never accepted
+
+    with ThreadPoolExecutor(24) as pool:
+        asked = [pool.submit(one, number) for number in range(24)]
+        time.sleep(3)
+        process.send_signal(signal.SIGTERM)
+        for each in asked:
+            each.result()
+    assert process.wait(60) == 0
+    out = process.stdout.read()
+    process.stdout.close()
+    process.stderr.close()
+    print(Counter(ends), out)
+    assert len(ends) == 24
+    assert set(ends) <= {"answered", "503", "refused"}
+    assert ends.count("503") > 0
+    assert json.loads(out.splitlines()[-1])["made"] > 0
