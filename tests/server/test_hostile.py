@@ -21,6 +21,7 @@ def server(start: Callable[..., Any]) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connection, "HEAD_SECONDS", 0.5)
+        patch.setattr(connection, "TAKE_SECONDS", 0.3)
         yield start(body_bytes=100_000, body_seconds=0.5)
 
 
@@ -161,3 +162,19 @@ def test_a_head_that_comes_byte_by_byte_is_not_waited_for(server: Any) -> None:
             time.sleep(0.05)
     line.close()
     assert time.monotonic() - began < 2
+
+
+def test_a_client_that_takes_nothing_is_gone(server: Any) -> None:
+    """Its texts are cancelled, although it keeps its connection."""
+    parameters = {"max_tokens": 2000, "n": 4, "stream": True, "logprobs": 20}
+    body = json.dumps({"prompt": "long" * 500, **parameters}).encode()
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    line = socket.socket()
+    line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    line.connect(("127.0.0.1", server.port))
+    line.sendall(head % len(body) + body)
+    end = time.monotonic() + 10
+    while not any(ticket.cancelled for ticket in server.engine.tickets):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    line.close()
