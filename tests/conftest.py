@@ -119,9 +119,9 @@ def torch() -> ModuleType:
     return module
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A Chromium, where there is one (tests/browser.py)."""
+    """A Chromium, where there is one (tests/browser.py); one for each file, since it notes what it was asked for."""
     spec = importlib.util.spec_from_file_location("browser", ROOT / "tests" / "browser.py")
     assert spec is not None
     assert spec.loader is not None

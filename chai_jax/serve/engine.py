@@ -163,7 +163,8 @@ class Engine:
     def close(self, grace: float = 0.0) -> None:
         """Take no more requests; those that are there go on for at most `grace` seconds, then they end as `cut`."""
         with self._changed:
-            self._closing = time.monotonic() + grace
+            until = time.monotonic() + grace
+            self._closing = until if self._closing is None else min(self._closing, until)
             self._changed.notify()
         if self._thread.is_alive():
             self._thread.join()

@@ -92,21 +92,17 @@ class Answering:
                 headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
             message = {"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True}
-            async with asyncio.timeout(self._desk.settings.body_seconds):  # a client that reads nothing is gone
-                await send(message)
+            await send(message)
 
         try:
-            try:
-                async for chunk in _chunks(asked, choices, shape):
-                    await put(json.dumps(chunk, allow_nan=False))
-            except Refused as refused:
-                if not started:
-                    raise
-                scope["outcome"]["status"] = refused.status
-                await put(json.dumps(refused.body))
-            await put("[DONE]")
-        except TimeoutError:
-            raise Gone from None
+            async for chunk in _chunks(asked, choices, shape):
+                await put(json.dumps(chunk, allow_nan=False))
+        except Refused as refused:
+            if not started:
+                raise
+            scope["outcome"]["status"] = refused.status
+            await put(json.dumps(refused.body))
+        await put("[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

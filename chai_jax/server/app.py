@@ -14,11 +14,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from chai_jax.server.answering import GONE, Answering, Desk
+from chai_jax.server.answering import CLOSE, GONE, Answering, Desk
 from chai_jax.server.page import page_response
 from chai_jax.server.refusals import Refused, as_json
 from chai_jax.server.settings import Engine, ServerSettings
 
+HEAD_BYTES = 32 * 1024  # of a request's path and headers, at most
 OPEN = ("/health", "/")  # that need no key: the page holds nothing but its own text
 SAFE = [(b"x-content-type-options", b"nosniff"), (b"cache-control", b"no-store"), (b"referrer-policy", b"no-referrer")]
 
@@ -116,20 +117,24 @@ class _Guard:
             await send(message)
 
         try:
-            if scope["path"] in OPEN or self._has_key(scope):
-                await self._app(scope, receive, noted)
-            else:
-                words = "the key is wrong or missing; expected the header Authorization: Bearer KEY"
-                refused = Refused(401, words, None, "invalid_api_key", {"WWW-Authenticate": "Bearer"})
-                await refused.response()(scope, receive, noted)
+            refused = self._refused(scope)
+            await (self._app if refused is None else refused.response())(scope, receive, noted)
         except Exception:
             found["status"] = 500
             raise
         finally:
             self._desk.metrics.answered(scope["path"] if scope["path"] in self._known else "other", found["status"])
 
-    def _has_key(self, scope: Scope) -> bool:
-        if self._desk.settings.api_key is None:
-            return True
+    def _refused(self, scope: Scope) -> Refused | None:
+        """Why a request goes no further, if it does not."""
+        head = len(scope["path"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+        if head > HEAD_BYTES:  # uvicorn's own limit is for heads that come in several pieces
+            return Refused(431, f"the head is larger than {HEAD_BYTES} bytes: send less", headers=CLOSE)
+        key = self._desk.settings.api_key
+        if key is None or scope["path"] in OPEN:
+            return None
         given = dict(scope["headers"]).get(b"authorization", b"")
-        return hmac.compare_digest(given, b"Bearer " + self._desk.settings.api_key.encode())
+        if hmac.compare_digest(given, b"Bearer " + key.encode()):
+            return None
+        words = "the key is wrong or missing; expected the header Authorization: Bearer KEY"
+        return Refused(401, words, None, "invalid_api_key", {"WWW-Authenticate": "Bearer", **CLOSE})

@@ -1,4 +1,4 @@
-"""Connections: uvicorn's, which are closed if a request's head does not come in time."""
+"""Connections: uvicorn's, which are closed if a request's head does not come in time, or nobody takes an answer."""
 
 import asyncio
 from typing import Any
@@ -7,12 +7,14 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_SECONDS = 10.0  # for the first line and the headers of a request
+TAKE_SECONDS = 30.0  # for a client to take some of an answer that waits for it
 
 
 class Connection(H11Protocol):
-    """uvicorn waits for ever for the rest of a request's head; this one closes instead."""
+    """uvicorn waits for ever for the rest of a head, and for a client that takes nothing; this one closes instead."""
 
     _limit: asyncio.TimerHandle | None = None
+    _stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -27,7 +29,22 @@ class Connection(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._goes_on()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        # Closing would wait for what is not taken.
+        self._stalled = self.loop.call_later(TAKE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        self._goes_on()
+        super().resume_writing()
+
+    def _goes_on(self) -> None:
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def shutdown(self) -> None:
         try:

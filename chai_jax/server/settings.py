@@ -32,8 +32,8 @@ class ServerSettings:
     api_key: what clients must send as `Authorization: Bearer KEY`; None: nothing.
     seconds: that a request may take, waiting included; None: as long as it takes.
     grace: seconds that requests may go on for once the server is told to end.
-    body_bytes: of a request's body, at most.
-    body_seconds: for its body to arrive, and for any piece of an answer to be taken.
+    body_bytes: of a request's body, at most; tokenizing a MiB takes seconds, during which other prompts wait.
+    body_seconds: for its body to arrive.
     connections: open at once, at most.
     """
 
@@ -43,6 +43,6 @@ class ServerSettings:
     api_key: str | None = field(default=None, repr=False)
     seconds: float | None = None
     grace: float = 30.0
-    body_bytes: int = 4 * MIB
+    body_bytes: int = MIB
     body_seconds: float = 30.0
     connections: int = 1000

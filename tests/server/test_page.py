@@ -34,8 +34,6 @@ def test_its_policy(server: Any) -> None:
 
 
 def test_in_a_real_browser(server: Any, browser: Any) -> None:
-    browser.requests.clear()
-    browser.complaints.clear()
     browser.open(server.address, 1200)
     until(browser, "document.getElementById('trouble').textContent.includes('key is wrong or missing')")
     assert browser.complaints  # the browser tells of each 401
