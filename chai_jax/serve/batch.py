@@ -1,7 +1,7 @@
 """The sequences that are being continued: who is in which slot, and as many slots as are needed just now.
 
 A step costs what its slots cost, whether they are in use or not. So there are few where few are asked for: their number
-is doubled and halved, and programs are compiled for each.
+goes up and down in steps of four, and programs are compiled for each.
 """
 
 import dataclasses
@@ -59,8 +59,8 @@ class Job:
 
 
 def numbers(most: int) -> list[int]:
-    """How many slots there may be: 1, 2, 4, ... and the most."""
-    return [*(1 << power for power in range((most - 1).bit_length())), most]
+    """How many slots there may be: 1, 4, 16, ... and the most."""
+    return [*(4**power for power in range(most.bit_length()) if 4**power < most), most]
 
 
 class Batch:
@@ -139,7 +139,7 @@ class Batch:
     def put(self, job: Job, one: Slots) -> None:
         """Give a sequence a slot, with more slots if all are taken."""
         if None not in self.jobs:
-            self._resize(min(2 * len(self.jobs), self.most))
+            self._resize(min(number for number in numbers(self.most) if number > len(self.jobs)))
         slot = self.jobs.index(None)
         self.slots = insert(self.slots, one, jnp.int32(slot))
         self.jobs[slot] = job
@@ -165,10 +165,15 @@ class Batch:
         self.slots = dataclasses.replace(self.slots, left=release(self.slots.left, jnp.int32(slot)))
         self.jobs[slot] = None
 
+    @property
+    def fewer(self) -> int:
+        """The next smaller number of slots; 0: there is none."""
+        return max((number for number in numbers(self.most) if number < len(self.jobs)), default=0)
+
     def shrink(self) -> None:
-        """Half as many slots, if no more than a quarter are taken."""
-        if len(self.jobs) > 1 and self.running <= len(self.jobs) // 4:
-            self._resize(max(number for number in numbers(self.most) if number < len(self.jobs)))
+        """As many slots as `fewer` says, if that is enough."""
+        if 0 < self.fewer >= self.running:
+            self._resize(self.fewer)
 
     def hand_over(self, to: "Batch") -> None:
         """Move all jobs to a batch of another format. What they have stored is on the host in between, so that the two

@@ -267,7 +267,7 @@ class Engine:
             self._turn_to(self.at + 1)
         wanted = self.batch.running + len(self._waiting) + (self._reading is not None)
         smaller = self.at > 0 and wanted <= self.rooms[self.at - 1].slots // 2
-        fewer = len(self.batch.jobs) > 1 and wanted <= len(self.batch.jobs) // 4
+        fewer = wanted <= self.batch.fewer
         self._quiet = self._quiet + 1 if smaller or fewer else 0
         if self._quiet >= QUIET or (self._quiet and not self.batch.running):  # where nothing runs nothing is moved
             self._quiet = 0

@@ -27,7 +27,7 @@ from chai_jax.serve.job import MOST_ALTERNATIVES
 from chai_jax.serve.sample import ALL, Sampling, sample_rows
 
 CHUNK = 256  # tokens of a prompt that are read at once, at most
-PIECES = (32, 64, 128, CHUNK)  # their number is rounded up to one of these
+PIECES = (64, CHUNK)  # their number is rounded up to one of these, so that few programs are compiled
 MOST_STEPS = 4  # tokens a sequence, that one call of `step` makes at most
 
 
@@ -87,8 +87,14 @@ def capacity_of(context: int) -> int:
 
 
 def pieces(start: int, stop: int) -> list[tuple[int, int]]:
-    """Where to cut the tokens `start` to `stop` of a prompt: every piece, rounded up, ends within the same CHUNK."""
-    cuts = [start, *range(start // CHUNK * CHUNK + CHUNK, stop, CHUNK), stop]
+    """Where to cut the tokens `start` (a multiple of the smallest piece) to `stop` of a prompt.
+
+    Rounded up to `PIECES`, a piece stays within a multiple of CHUNK, and so within the slot.
+    """
+    cuts = [start]
+    while cuts[-1] < stop:
+        size = PIECES[0] if cuts[-1] % CHUNK else CHUNK
+        cuts.append(min(cuts[-1] + size, stop))
     return [*pairwise(cuts)]
 
 
