@@ -24,7 +24,7 @@ PAGES = {
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SOURCES = ["chai_jax", "experiments", "tests", "docs"]
 COMMANDS = ["run", "plan", "explain", "evaluate", "generate", "bench", "verify", "export", "lm-eval", "report", "aot"]
-COMMANDS += ["env", "bench-serve"]
+COMMANDS += ["env", "serve", "bench-serve"]
 
 
 def blocks(page: str, kind: str) -> list[str]:

@@ -126,9 +126,11 @@ class ServeCommand:
     def opened(self, execution: Any) -> Any:
         """The model, its cache in the format that was asked for."""
         from chai_jax.compress.quantize import with_storage
+        from chai_jax.data.tokens import require_tokenizer
         from chai_jax.sources import open_model
 
         model = open_model(self.model, execution=execution)
+        require_tokenizer(model.tokenizer, self.model)
         if self.adaptive is not None:
             return model
         if model.plan is None and model.spec.is_dense:

@@ -12,20 +12,84 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import pytest
 
+from chai_jax.cli import main
 from chai_jax.compress.quantize import with_storage
 from chai_jax.files.store import load
+from chai_jax.machine.memory import free_bytes, parse_bytes
 from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
+from chai_jax.model.params import init
 from chai_jax.model.sharding import one_device
+from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.spec import Spec
 from chai_jax.serve.engine import Engine
 from chai_jax.serve.generate import generate_tokens
 
 openai = pytest.importorskip("openai")
+
+
+def test_texts_are_those_of_generate(fake: ModuleType, start: Callable[..., Any]) -> None:
+    """A small random model behind the address, its cache in few bits: streamed or whole, one choice or several."""
+    config = Architecture(fake.BYTES + 256, 32, 2, 4, 64, 128, 32)
+    spec = Spec.dense(2, 4, 8, "k4v4")
+    params = init(config, spec, jax.random.key(0), std=0.2)
+    execution = Execution.choose("float32", one_device())
+    small = Model(config, spec, params, fake.ByteTokenizer(), execution=execution)
+    served = Engine(small, 1 << 24, 128, most_slots=4)
+    served.start(warm=False)
+    server = start(served, name="small")
+    client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=0)
+    asked: dict[str, Any] = {"model": "small", "max_tokens": 20, "prompt": "The film was"}
+    tokens = [2, *(fake.BYTES + byte for byte in asked["prompt"].encode())]
+
+    (greedy,) = generate_tokens(small, [tokens], 20)
+    answer = client.completions.create(**asked, temperature=0)
+    assert answer.choices[0].text == small.tokenizer.decode(greedy, True)
+    assert answer.usage.completion_tokens == len(greedy)
+    with client.completions.create(**asked, temperature=0, stream=True) as stream:
+        assert "".join(event.choices[0].text for event in stream) == answer.choices[0].text
+    drawn = client.completions.create(**asked, temperature=1.1, seed=5, n=3)
+    expected = generate_tokens(small, [tokens] * 3, 20, temperature=1.1, seed=5)
+    assert [each.text for each in drawn.choices] == [small.tokenizer.decode(each, True) for each in expected]
+    with pytest.raises(openai.BadRequestError, match="the context is 128 tokens"):
+        client.completions.create(**{**asked, "max_tokens": 128})
+
+
+BAD = {
+    "--kv-memory is 'much'; expected a size": ("--kv-memory", "much"),
+    "--slots is 0; expected at least 1": ("--slots", "0"),
+    "--port is 70000": ("--port", "70000"),
+    "--grace is -1.0; expected seconds": ("--grace", "-1"),
+    "expected one: --adaptive names the formats": ("--adaptive", "int8,int4", "--storage", "int8"),
+    "--adaptive is 'int8,int9'; expected some of": ("--adaptive", "int8,int9"),
+    "No such file or directory: 'no/such/file'": ("--api-key", "@no/such/file"),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_be_served(message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "toy", *BAD[message]]) == 2
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 1, told
+    assert message in told[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("4GiB", 4 << 30), ("500MB", 5 * 10**8), ("1.5 gib", 3 << 29), ("1e9", 10**9), ("7", 7)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_bytes("--kv-memory", text) == size
+
+
+def test_memory_that_is_free() -> None:
+    free = free_bytes()
+    assert free is None or 1 << 20 < free < 1 << 45
 
 
 @pytest.fixture(scope="module")
