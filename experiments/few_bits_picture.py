@@ -13,8 +13,8 @@ from lab.options import Record
 
 RESULTS = Path(__file__).parent / "results" / "few_bits"
 CAPTION = (
-    "SmolLM2-135M, WikiText-2, windows of 512 tokens (ours {ours}, others' the first {others} of these); bars: 95 % "
-    "intervals over windows. No training."
+    "SmolLM2-135M, WikiText-2, windows of 512 tokens (planner {planned}, formats the first {ours} of these, others' the "
+    "first {others}); bars: 95 % intervals over windows. No training."
 )
 
 
@@ -28,7 +28,7 @@ def draw() -> None:
     planned = [row for row in planned if row["predicted"]]
     rivals = [row for row in rivals if row["group"] != "ours"]
     kinds = ["one format of ours"] * len(ours) + ["planner, keys in a basis"] * len(planned)
-    caption = CAPTION.format(ours=ours[0]["n"], others=rivals[0]["n"])
+    caption = CAPTION.format(planned=planned[0]["n"], ours=ours[0]["n"], others=rivals[0]["n"])
     frontier(RESULTS / "frontier", ours + planned + rivals, kinds + [row["group"] for row in rivals], caption)
 
 
