@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ from chai_jax.serve.slots import (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """A request within the engine; `latest` is the time, by the engine's clock, at which it has to be done."""
 
@@ -51,6 +52,7 @@ class Job:
     latest: float
     pieces: list[tuple[int, int]] = field(default_factory=list)  # of the prompt, still to be read
     cache: Cache | None = None  # of what was read
+    hidden: Any = None  # of the last token that was read
     reused: int = 0
 
     @property
@@ -106,11 +108,11 @@ class Batch:
         first, last = job.pieces.pop(0)
         tokens, mask = padded(list(prompt[first:last]), config.pad_token_id)
         if job.cache is None:
-            job.cache, self._hidden = read_first(
+            job.cache, job.hidden = read_first(
                 config, spec, self.params, tokens, mask, capacity=self.capacity, how=self.how
             )
         else:
-            job.cache, self._hidden = read_on(config, spec, self.params, job.cache, tokens, mask, how=self.how)
+            job.cache, job.hidden = read_on(config, spec, self.params, job.cache, tokens, mask, how=self.how)
         if not job.pieces:
             prefixes.keep(prompt, job.cache)
         return not job.pieces
@@ -119,7 +121,7 @@ class Batch:
         """A job whose prompt was read, as a sequence to be put into a slot, and its first new token."""
         wanted, cache = job.wanted, job.cache
         assert cache is not None
-        job.cache = None
+        job.cache = None  # it is the slot's from now on
         stops = (*(self.model.stop_tokens if wanted.stop else ()), *[NEVER] * self.stops)[: self.stops]
         chosen = Sampling.checked(wanted.temperature, wanted.top_k, wanted.top_p)
         settings = (0.0, ALL, 1.0) if chosen.temperature is None else (chosen.temperature, chosen.top_k, chosen.top_p)
@@ -132,7 +134,7 @@ class Batch:
             sampling=Sampling(*(jnp.asarray([x], d) for x, d in zip(settings, KINDS, strict=True))),
             tells=jnp.array([wanted.alternatives > 0]),
         )
-        one, told = begin(self.model.config, self.params, asked, self._hidden, how=self.how)
+        one, told = begin(self.model.config, self.params, asked, job.hidden, how=self.how)
         tokens = self._tokens(jax.device_get(told), 0, wanted)
         return one, tokens[0]
 

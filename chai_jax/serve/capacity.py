@@ -1,5 +1,6 @@
 """How many sequences fit the memory, by the formula that the cache's arrays keep to."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from chai_jax.errors import InputError
@@ -49,6 +50,16 @@ def room(model: Model, limit: int, context: int, prefixes: int = 0, most: int | 
             "raise --kv-memory, or lower --context or --prefixes"
         )
     return Room(context, columns, slots, prefixes, limit, most)
+
+
+def check_smaller(formats: Sequence[str], rooms: Sequence[Room]) -> None:
+    """Raise InputError unless every format holds more sequences than the one before it."""
+    for name, before, after in zip(formats[1:], rooms[:-1], rooms[1:], strict=True):
+        if after.slots <= before.slots:
+            raise InputError(
+                f"--adaptive: {name} holds {after.slots} sequences, no more than the format before it "
+                f"({before.slots}); expected each to be smaller than the one before, such as bfloat16,int8,int4"
+            )
 
 
 def dense_slots(model: Model, of: Room) -> int:

@@ -17,7 +17,7 @@ from chai_jax.errors import InputError
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model
 from chai_jax.serve.batch import Batch, Job
-from chai_jax.serve.capacity import Room, dense_slots, each_token, format_of, room
+from chai_jax.serve.capacity import check_smaller, dense_slots, each_token, format_of, room
 from chai_jax.serve.decode import serving_params
 from chai_jax.serve.job import (
     MOST_ALTERNATIVES,
@@ -293,13 +293,3 @@ class Engine:
             self.batch.reset()
         for job in lost:
             self._end(job, "failed")
-
-
-def check_smaller(formats: Sequence[str], rooms: Sequence[Room]) -> None:
-    """Raise InputError unless every format holds more sequences than the one before it."""
-    for name, before, after in zip(formats[1:], rooms[:-1], rooms[1:], strict=True):
-        if after.slots <= before.slots:
-            raise InputError(
-                f"--adaptive: {name} holds {after.slots} sequences, no more than the format before it "
-                f"({before.slots}); expected each to be smaller than the one before, such as bfloat16,int8,int4"
-            )

@@ -81,7 +81,7 @@ class Closing(Exception):
     """The engine takes no more requests."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Ticket:
     """A text that was asked for. `cancel` may be called at any time, from any thread, more than once."""
 
