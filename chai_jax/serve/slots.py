@@ -27,7 +27,7 @@ from chai_jax.serve.job import MOST_ALTERNATIVES
 from chai_jax.serve.sample import ALL, Sampling, sample_rows
 
 CHUNK = 256  # tokens of a prompt that are read at once, at most
-PIECES = (64, CHUNK)  # their number is rounded up to one of these, so that few programs are compiled
+PIECES = (64, 128, CHUNK)  # their number is rounded up to one of these, so that few programs are compiled
 MOST_STEPS = 4  # tokens a sequence, that one call of `step` makes at most
 
 

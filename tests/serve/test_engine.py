@@ -136,7 +136,7 @@ def test_pieces_of_a_prompt_fit_behind_one_another() -> None:
         for first, last in cut:
             size = next(size for size in PIECES if size >= last - first)
             assert first + size <= capacity_of(stop)
-    assert [capacity_of(context) for context in (1, 64, 65, 256, 257)] == [64, 64, 256, 256, 512]
+    assert [capacity_of(context) for context in (1, 64, 65, 256, 257)] == [64, 64, 128, 256, 512]
 
 
 def test_logprobs_are_the_models(model: Model) -> None:
