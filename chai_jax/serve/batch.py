@@ -61,8 +61,8 @@ class Job:
 
 
 def numbers(most: int) -> list[int]:
-    """How many slots there may be: 1, 4, 16, ... and the most."""
-    return [*(4**power for power in range(most.bit_length()) if 4**power < most), most]
+    """How many slots there may be: 4, 16, 64, ... and the most. A step of fewer than 4 is not faster."""
+    return [*(4**power for power in range(1, most.bit_length()) if 4**power < most), most]
 
 
 class Batch:
@@ -81,9 +81,10 @@ class Batch:
         self.jobs: list[Job | None] = []
 
     def reset(self) -> None:
-        """No jobs, and a single slot."""
-        self.slots = vacant(self.model.spec, 1, self.capacity, self.stops)
-        self.jobs = [None]
+        """No jobs, and as few slots as there may be."""
+        least = numbers(self.most)[0]
+        self.slots = vacant(self.model.spec, least, self.capacity, self.stops)
+        self.jobs = [None] * least
 
     def free(self) -> None:
         """Give the memory of the slots back; `reset` makes new ones."""
