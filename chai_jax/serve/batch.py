@@ -1,7 +1,7 @@
 """The sequences that are being continued: who is in which slot, and as many slots as are needed just now.
 
 A step costs what its slots cost, whether they are in use or not. So there are few where few are asked for: their number
-goes up and down in steps of four, and programs are compiled for each.
+is doubled and halved, and programs are compiled for each.
 """
 
 import dataclasses
@@ -61,8 +61,8 @@ class Job:
 
 
 def numbers(most: int) -> list[int]:
-    """How many slots there may be: 4, 16, 64, ... and the most. A step of fewer than 4 is not faster."""
-    return [*(4**power for power in range(1, most.bit_length()) if 4**power < most), most]
+    """How many slots there may be: 4, 8, 16, ... and the most. A step of fewer than 4 is not faster."""
+    return [*(1 << power for power in range(2, most.bit_length()) if 1 << power < most), most]
 
 
 class Batch:
