@@ -13,8 +13,8 @@ from lab.options import Record
 
 RESULTS = Path(__file__).parent / "results" / "few_bits"
 CAPTION = (
-    "SmolLM2-135M, WikiText-2, windows of 512 tokens (planner {planned}, formats the first {ours} of these, others' the "
-    "first {others}); bars: 95 % intervals over windows. No training."
+    "SmolLM2-135M, WikiText-2, windows of 512 tokens (planner {planned}, formats the first {ours} of these, others' "
+    "the first {others}); bars: 95 % intervals over windows. No training."
 )
 
 
