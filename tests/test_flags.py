@@ -36,7 +36,14 @@ def takes(hint: Any, *kinds: type) -> bool:
     return any(kind in (hint, *typing.get_args(hint)) for kind in kinds)
 
 
-MODELS = {"verify": ["x", "x"], "report": [], "bench": [], "explain": [], "env": []}
+MODELS = {
+    "bench-serve": ["x", "--model", "x"],
+    "verify": ["x", "x"],
+    "report": [],
+    "bench": [],
+    "explain": [],
+    "env": [],
+}
 POSITIONAL = {"explain": "plan", "report": "runs"}
 WITH_PATHS = [name for name, kind in COMMANDS.items() if any(takes(hint, Path) for _, hint in options(kind))]
 
