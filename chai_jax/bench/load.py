@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -29,6 +29,7 @@ WATCH = 0.05  # seconds between two looks at how late the event loop is
 BLOCK = 1024  # gaps drawn at once
 
 
+@runtime_checkable
 class Asks(Protocol):
     """What a load is sent by: a client, or what stands for one in a test."""
 

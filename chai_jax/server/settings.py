@@ -1,13 +1,14 @@
 """What a server is told once, and the engine that it stands in front of."""
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from chai_jax.serve.job import Listener, Status, Ticket, Wanted
 
 MIB = 2**20
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What the server needs of an engine (see `chai_jax.serve.job` for what goes in and out)."""
 
