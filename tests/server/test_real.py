@@ -1,4 +1,7 @@
-"""The server before a real model: its texts are those of `generate`, under mixed load, and to the last request."""
+"""The server before a real model: its texts are those of `generate`, under mixed load, and to the last request.
+
+The slow ones take minutes with CHAI_JAX_TEST_AS_USER=1, and without it much longer: XLA does not optimise then.
+"""
 
 import json
 import os
