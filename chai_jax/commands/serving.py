@@ -1,6 +1,7 @@
 """`chai-jax serve`: a model behind an address."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from chai_jax.errors import InputError
 
 SHARE = 0.8  # of the free memory that the cache takes, where nothing else is asked for: programs need some too
 USUAL_CONTEXT = 2048
+LIBRARIES = ("h11", "prometheus_client", "starlette", "uvicorn")
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,10 @@ class ServeCommand:
     """Keep compiled programs in this folder: the next start is quicker."""
 
     def run(self) -> Any:
+        self.check()
         from chai_jax.server.run import serve
         from chai_jax.server.settings import ServerSettings
 
-        self.check()
         settings = ServerSettings(
             name=self.name or Path(self.model).name,
             host=self.host,
@@ -74,7 +76,10 @@ class ServeCommand:
         return {"read": status.read, "made": status.made, "seconds": round(status.seconds, 1)}
 
     def check(self) -> None:
-        """Raise InputError for numbers out of range, before anything is loaded."""
+        """Raise InputError where a library is missing or a number is out of range, before anything is loaded."""
+        missing = [name for name in LIBRARIES if find_spec(name) is None]
+        if missing:
+            raise InputError(f"serve needs {', '.join(missing)}, not installed here; install the extra chai_jax[serve]")
         least = {"--slots": (self.slots, 1), "--prefixes": (self.prefixes, 0), "--queue": (self.queue, 1)}
         for option, (value, bound) in least.items():
             if value is not None and value < bound:

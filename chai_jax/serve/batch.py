@@ -33,8 +33,7 @@ from chai_jax.serve.slots import (
     insert,
     padded,
     pieces,
-    read_first,
-    read_on,
+    read,
     release,
     resize,
     step,
@@ -88,8 +87,8 @@ class Batch:
 
     def free(self) -> None:
         """Give the memory of the slots back; `reset` makes new ones."""
-        jax.tree.map(lambda x: x.delete(), self.slots)
         self.jobs = []
+        jax.tree.map(lambda x: x.delete(), self.slots)
 
     @property
     def running(self) -> int:
@@ -108,12 +107,9 @@ class Batch:
             job.pieces = pieces(job.reused, len(prompt))
         first, last = job.pieces.pop(0)
         tokens, mask = padded(list(prompt[first:last]), config.pad_token_id)
-        if job.cache is None:
-            job.cache, job.hidden = read_first(
-                config, spec, self.params, tokens, mask, capacity=self.capacity, how=self.how
-            )
-        else:
-            job.cache, job.hidden = read_on(config, spec, self.params, job.cache, tokens, mask, how=self.how)
+        job.cache, job.hidden = read(
+            config, spec, self.params, job.cache, tokens, mask, capacity=self.capacity, how=self.how
+        )
         if not job.pieces:
             prefixes.keep(prompt, job.cache)
         return not job.pieces
@@ -181,14 +177,14 @@ class Batch:
     def hand_over(self, to: "Batch") -> None:
         """Move all jobs to a batch of another format. What they have stored is on the host in between, so that the two
         caches are not there together."""
-        moved = []
-        for slot, job in enumerate(self.jobs):
-            if job is not None:
-                moved.append((job, jax.device_get(take(self.slots, jnp.int32(slot)))))
+        jobs = [(slot, job) for slot, job in enumerate(self.jobs) if job is not None]
+        moved = [(job, jax.device_get(take(self.slots, jnp.int32(slot)))) for slot, job in jobs]
         self.free()
+        self.jobs = [job for job, _ in moved]  # until they are elsewhere: what fails in between loses none
         to.reset()
         for job, one in moved:
             to.put(job, recoded(one, before=self.model.spec, after=to.model.spec))
+        self.jobs = []
 
     def _resize(self, count: int) -> None:
         taken = [slot for slot, job in enumerate(self.jobs) if job is not None]
@@ -216,7 +212,7 @@ class Batch:
         """
         prefixes, pad = Prefixes(0), self.model.config.pad_token_id
 
-        def read(length: int) -> Job:
+        def read_whole(length: int) -> Job:
             wanted = Wanted((pad,) * length, max_new_tokens=1 << 30, stop=False)
             job = Job(Ticket(wanted), lambda event: None, math.inf)
             while not self.read(job, prefixes):
@@ -226,10 +222,10 @@ class Batch:
         self.reset()
         sizes = [size for size in PIECES if size <= self.capacity]
         for length in (*sizes, *(CHUNK + size for size in sizes if CHUNK + size <= self.capacity)):
-            upto(read(length).cache, jnp.int32(0))
+            upto(read_whole(length).cache, jnp.int32(0))
         held, tried = [], set()
         while self.running < self.most:
-            job = read(1)
+            job = read_whole(1)
             self.put(job, self.begin(job)[0])
             held.append(job)
             if len(self.jobs) not in tried:
@@ -241,7 +237,7 @@ class Batch:
             self.shrink()
         for other in onto:
             self.reset()
-            job = read(1)
+            job = read_whole(1)
             self.put(job, self.begin(job)[0])
             self.hand_over(other)
             other.free()

@@ -94,9 +94,10 @@ class Engine:
 
     def start(self, warm: bool = True) -> None:
         """Compile all that requests may need, if wanted, and begin to answer them."""
-        for at, batch in enumerate(track(self.batches, "Compiling")) if warm else ():
-            batch.warm_up([other for to, other in enumerate(self.batches) if abs(to - at) == 1])
-            batch.free()
+        if warm:
+            for at, batch in enumerate(track(self.batches, "Compiling")):
+                batch.warm_up([other for to, other in enumerate(self.batches) if abs(to - at) == 1])
+                batch.free()
         self.batch.reset()
         self._thread.start()
 
@@ -110,7 +111,7 @@ class Engine:
             InputError: settings out of range; a prompt that with `max_new_tokens` does not fit the context.
             Full: as many wait as may. Closing: no more are taken.
         """
-        self.check(wanted)
+        self._check(wanted)
         latest = float("inf") if seconds is None else time.monotonic() + seconds
         job = Job(Ticket(wanted), listen, latest)
         with self._changed:
@@ -122,8 +123,7 @@ class Engine:
             self._changed.notify()
         return job.ticket
 
-    def check(self, wanted: Wanted) -> None:
-        """Raise InputError where `submit` would: before several texts are asked for together."""
+    def _check(self, wanted: Wanted) -> None:
         context = self.rooms[0].context
         check_numbers(wanted.max_new_tokens, wanted.seed)
         Sampling.checked(wanted.temperature, wanted.top_k, wanted.top_p)
@@ -210,12 +210,12 @@ class Engine:
             self._reused += job.reused
         if not done:
             return
-        self._reading = None
-        self._read += len(job.wanted.prompt)
         one, first = self.batch.begin(job)
         last = job.wanted.max_new_tokens == 1 or self._stops(job, first)
         if not last:
             self.batch.put(job, one)
+        self._reading = None  # not before: what fails until here is told of this job too
+        self._read += len(job.wanted.prompt)
         self._tell(job, (first,), last)
 
     def _stops(self, job: Job, token: Token) -> bool:
@@ -285,10 +285,12 @@ class Engine:
         self.at = at
 
     def _fail(self) -> None:
-        lost = [job for job in self.batch.jobs if job is not None]
-        lost += [] if self._reading is None else [self._reading]
+        held = [self._reading, *(job for batch in self.batches for job in batch.jobs)]
+        lost = dict.fromkeys(job for job in held if job is not None)  # each once, though on its way it is in two places
         self._reading = None
         self.prefixes.clear()
+        for batch in self.batches:
+            batch.free()
         with suppress(Exception):
             self.batch.reset()
         for job in lost:

@@ -1,7 +1,7 @@
 """The device's side of serving: sequences in slots, each with its own length and settings, and the programs on them.
 
-`read_first` and `read_on` read a prompt into a cache of one sequence, piece by piece; `begin` chooses its first token;
-`insert` puts it into a slot; `step` makes further tokens of all slots. What a slot holds depends on no other slot.
+`read` reads a prompt into a cache of one sequence, piece by piece; `begin` chooses its first token; `insert` puts it
+into a slot; `step` makes further tokens of all slots. What a slot holds depends on no other slot.
 """
 
 import dataclasses
@@ -106,38 +106,26 @@ def padded(tokens: list[int], pad: int) -> tuple[np.ndarray, np.ndarray]:
     return row, np.arange(size)[None] < len(tokens)
 
 
-@partial(jax.jit, static_argnames=("config", "spec", "capacity", "how"))
-def read_first(
+@partial(jax.jit, static_argnames=("config", "spec", "capacity", "how"), donate_argnames="cache")
+def read(
     config: Architecture,
     spec: Spec,
     params: Params,
+    cache: Cache | None,
     tokens: Int32[Array, "1 T"],
     mask: Bool[Array, "1 T"],
     *,
     capacity: int,
     how: Execution,
 ) -> tuple[Cache, Float[Array, "1 1 D"]]:
-    """The beginning of a prompt: a cache of one sequence with room for `capacity`, and its last hidden state."""
-    newest = mask.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
-    output = forward(config, spec, params, tokens, mask, how, wanted=newest)
-    return extend(output.cache, capacity), output.hidden
+    """A piece of a prompt: the cache of one sequence after it, and its last hidden state.
 
-
-@partial(jax.jit, static_argnames=("config", "spec", "how"), donate_argnames="cache")
-def read_on(
-    config: Architecture,
-    spec: Spec,
-    params: Params,
-    cache: Cache,
-    tokens: Int32[Array, "1 T"],
-    mask: Bool[Array, "1 T"],
-    *,
-    how: Execution,
-) -> tuple[Cache, Float[Array, "1 1 D"]]:
-    """The next piece of a prompt: the cache after it, in the place of the one given, and the last hidden state."""
+    Args:
+        cache: of the pieces before, which is used up; None before the first, whose cache gets room for `capacity`.
+    """
     newest = mask.sum(axis=1, keepdims=True, dtype=jnp.int32) - 1
     output = forward(config, spec, params, tokens, mask, how, cache=cache, wanted=newest)
-    return output.cache, output.hidden
+    return extend(output.cache, capacity) if cache is None else output.cache, output.hidden
 
 
 @partial(jax.jit, static_argnames=("config", "how"), donate_argnames="asked")
@@ -210,7 +198,6 @@ def _choose(
 @partial(jax.jit, donate_argnames="slots")
 def insert(slots: Slots, one: Slots, slot: Int32[Array, ""]) -> Slots:
     """The slots with `one` (a single sequence) in place of what the slot held."""
-
     put = partial(jax.lax.dynamic_update_slice_in_dim, axis=0)
     return jax.tree.map(lambda old, new: _in_bits(put, old, new, slot), slots, one)
 
@@ -230,7 +217,7 @@ def release(left: Int32[Array, "B"], slot: Int32[Array, ""]) -> Int32[Array, "B"
 
 @partial(jax.jit, static_argnames="count")
 def _moved(x: Array, order: Int32[Array, "N"], count: int) -> Array:
-    """x with `count` rows: the first are the rows `order`, where those are not `NEVER`; all others are zeros."""
+    """x with `count` rows: the first are the rows `order`; zeros for those that x does not have, and behind them."""
 
     def move(x: Array, order: Array) -> Array:
         read = jnp.take(x, order, axis=0, mode="fill", fill_value=0)
@@ -245,9 +232,9 @@ def resize(slots: Slots, order: list[int], count: int) -> Slots:
     `slots` are used up, array by array: beside the slots themselves one array is there twice, not all of them.
     """
     leaves, structure = jax.tree.flatten(slots)
-    rows = np.full(min(count, slots.count), -1, np.int32)  # of few lengths: programs are compiled for them
+    # Of few lengths, since programs are compiled for them; behind `order` rows that there are not.
+    rows = np.full(min(count, slots.count), slots.count, np.int32)
     rows[: len(order)] = order
-    rows[rows < 0] = slots.count  # beyond all: filled
     for at, leaf in enumerate(leaves):
         leaves[at] = _moved(leaf, rows, count)
         leaves[at].block_until_ready()

@@ -22,6 +22,7 @@ import jax
 import pytest
 
 from chai_jax.cli import main
+from chai_jax.commands import serving
 from chai_jax.compress.quantize import with_storage
 from chai_jax.files.store import load
 from chai_jax.machine.memory import free_bytes, parse_bytes
@@ -81,6 +82,15 @@ def test_what_cannot_be_served(message: str, capsys: pytest.CaptureFixture[str])
     told = capsys.readouterr().err.splitlines()
     assert len(told) == 1, told
     assert message in told[0]
+
+
+def test_without_the_libraries_the_error_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serving, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve", "toy"]) == 2
+    told = "error: serve needs uvicorn, not installed here; install the extra chai_jax[serve]\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(
