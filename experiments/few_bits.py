@@ -25,7 +25,7 @@ from chai_jax.compress.quantize import quantize, with_storage
 from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
-from chai_jax.files.store import load
+from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
 from chai_jax.plans.formats import BASIS, BLOCKS, STORAGES, UNFITTED
 from chai_jax.plans.plan import Plan
@@ -61,6 +61,8 @@ class FewBitsOptions(Common):
     """Of the planner: bytes of a token as fractions of the dense bfloat16 cache, with commas."""
     compressed: tuple[str, ...] = ()
     """Folders of models that were compressed (and trained) elsewhere, each as it was saved."""
+    save: bool = False
+    """Save each of the planner's models, compressed, as the folder OUT/NAME-PERCENT."""
     formats: str = ",".join(BASIS)
     """That the planner chooses from, with commas; above a third of the cache int8 is worth adding."""
     tokens: int = 2048
@@ -93,7 +95,11 @@ def candidates(model: Model, seen: Probe, options: FewBitsOptions) -> Iterator[t
         file = options.out / f"{Path(model.source).name}.costs.json"
         made = plan_and_measure(model, seen, wanted(options, part), seed=options.seed_numbers[0], file=file)
         write_json(options.out / f"{Path(model.source).name}.plan-{100 * part:g}.json", made.to_json())
-        yield f"planner, {100 * part:g} %", quantize(model, made, seen), made
+        changed = quantize(model, made, seen)
+        folder = options.out / f"{Path(model.source).name}-{100 * part:g}"
+        if options.save and not folder.exists():
+            save(changed, folder)
+        yield f"planner, {100 * part:g} %", changed, made
     for folder in options.compressed:
         yield Path(folder).name, load(folder), None
 

@@ -15,22 +15,20 @@ does not find it when dense says nothing. Writes passkey.json, .csv and .md.
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from chai_jax.compress.quantize import with_storage
 from chai_jax.console import console
-from chai_jax.data.tokens import bare_tokens, opening, require_tokenizer
+from chai_jax.data.tokens import bare_tokens, opening
 from chai_jax.errors import InputError
 from chai_jax.evaluation.statistics import flips, wilson
-from chai_jax.files.store import load
 from chai_jax.model.model import Model
 from chai_jax.report.tables import Column, percent
 from chai_jax.serve.generate import generate_tokens
+from lab.caches import caches
 from lab.kept import kept
 from lab.options import Common, Record, start
 from lab.publish import publish
@@ -43,7 +41,6 @@ FILLER = " The grass is green. The sky is blue. The sun is yellow. Here we go. T
 HIDDEN = " The pass key is {key}. Remember it. {key} is the pass key."
 QUESTION = " What is the pass key? The pass key is"
 DIGITS, ANSWER = 5, 8  # tokens that are decoded: a blank and a token a digit, at most, and one more
-DENSE = "bfloat16"
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
     ("cache", lambda row: row["cache"]),
@@ -121,17 +118,6 @@ def found(model: Model, trials: list[Trial], batch: int) -> list[bool]:
     return right
 
 
-def caches(source: str, options: PasskeyOptions) -> Iterator[tuple[str, Model]]:
-    """Names and models; the dense one first."""
-    dense = load(source, storage=DENSE)
-    require_tokenizer(dense.tokenizer, source)
-    yield DENSE, dense
-    for storage in filter(None, (name.strip() for name in options.storages.split(","))):
-        yield storage, with_storage(dense, storage)
-    for folder in options.compressed:
-        yield Path(folder).name, load(folder)
-
-
 def asked(name: str, model: Model, length: int, options: PasskeyOptions) -> Record:
     """What one cache finds in texts of one length: from the file of an earlier call, or asked now and kept."""
     (seed,) = options.seed_numbers[:1]
@@ -159,7 +145,7 @@ def passkey(options: PasskeyOptions) -> Record:
     for source in options.model:
         for length in options.sizes:
             first: Record = {}
-            for name, model in caches(source, options):
+            for name, model in caches(source, options.storages, options.compressed):
                 row = asked(name, model, length, options)
                 first = first or row | {"bytes": model.kv_bytes_per_token}
                 lost = flips(np.array(first["found"]), np.array(row["found"]))

@@ -67,6 +67,15 @@ class Result:
         return self.predictions == self.labels
 
     @property
+    def right_by_length(self) -> Bool[np.ndarray, " N"] | None:
+        """Which were answered rightly by log-likelihood per unit of length; None without lengths."""
+        if self.lengths is None:
+            return None
+        with np.errstate(divide="ignore"):  # an answer without length is never chosen
+            found: Bool[np.ndarray, " N"] = (self.loglikelihoods / self.lengths).argmax(axis=1) == self.labels
+        return found
+
+    @property
     def confidence(self) -> Float[np.ndarray, " N"]:
         """Probability of the chosen answer among the choices."""
         gaps = self.loglikelihoods - self.loglikelihoods.max(axis=1, keepdims=True)
@@ -97,10 +106,8 @@ class Result:
         """All figures as JSON values: fractions for accuracies, nats for losses, [low, high] for 95 % intervals."""
         losses = -self.loglikelihoods[np.arange(self.n), self.labels]
         found: Metrics = {"n": self.n, **_accuracy("acc", self.right)}
-        if self.lengths is not None:
-            with np.errstate(divide="ignore"):  # an answer without length is never chosen
-                chosen = (self.loglikelihoods / self.lengths).argmax(axis=1)
-            found |= _accuracy(BY_LENGTH[self.unit], chosen == self.labels)
+        if self.right_by_length is not None:
+            found |= _accuracy(BY_LENGTH[self.unit], self.right_by_length)
         found |= {
             "ece": calibration_error(self.confidence, self.right),
             "ece_interval": list(calibration_interval(self.confidence, self.right, self.seed)),

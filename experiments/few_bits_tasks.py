@@ -1,0 +1,115 @@
+"""What few bits in the cache cost on tasks: accuracies, question by question against the dense model.
+
+    python experiments/few_bits_tasks.py $MODEL --data-dir $DATA --tasks piqa,hellaswag:1000 \
+        --compressed fb/smollm2-20 fb/smollm2-15 --storages k4v4 --seeds 0 --out runs/few-bits-tasks
+
+The first row of a task is the dense model with a bfloat16 cache; the others are each of --storages, and each of
+--compressed as it was saved (`experiments/few_bits.py --save` saves the planner's). Scored as the
+lm-evaluation-harness does; differences are paired, with 95 % intervals over questions.
+
+A model takes minutes, so the answers of each are kept in OUT/rows and read back by the next call. Expected: what costs
+perplexity a per cent costs accuracies nothing that so many questions could show. Writes few_bits_tasks.json, .csv, .md.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from chai_jax.console import console
+from chai_jax.errors import InputError
+from chai_jax.evaluation.result import Result
+from chai_jax.evaluation.statistics import flips, paired
+from chai_jax.evaluation.tasks import evaluate
+from chai_jax.model.model import Model
+from chai_jax.report.tables import Column, percent
+from lab.caches import DENSE, caches
+from lab.kept import kept
+from lab.options import Common, Record, start
+from lab.publish import publish
+
+COLUMNS: tuple[Column, ...] = (
+    ("model", lambda row: row["model"]),
+    ("cache", lambda row: row["cache"]),
+    ("a token, % of bfloat16", lambda row: f"{100 * row['token']:.1f}"),
+    ("task", lambda row: row["task"]),
+    ("n", lambda row: f"{row['n']:,}"),
+    ("accuracy", lambda row: percent(row["plain"]["acc"])),
+    ("change, points [95 %]", lambda row: change(row, "plain")),
+    ("lost, won", lambda row: "{right_to_wrong}, {wrong_to_right}".format(**row["plain"]["flips"])),
+    ("by length", lambda row: percent(row["by_length"]["acc"]) if row["by_length"] else "-"),
+    ("change, points [95 %]", lambda row: change(row, "by_length")),
+)
+
+
+def change(row: Record, which: str) -> str:
+    """A paired difference in points, with its interval."""
+    found = row[which]
+    if found is None or row["cache"] == DENSE:
+        return "-"
+    low, high = found["difference_interval"]
+    return f"{100 * found['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class TaskOptions(Common):
+    tasks: str = "piqa,hellaswag:1000"
+    """Tasks, with commas; `NAME:N` asks the first N questions of the validation split."""
+    storages: str = ""
+    """Cache formats beside the dense one, with commas."""
+    compressed: tuple[str, ...] = ()
+    """Folders of compressed models, each asked as it was saved."""
+
+    @property
+    def limits(self) -> dict[str, int | None]:
+        """How many questions of each task; None for all."""
+        found: dict[str, int | None] = {}
+        for each in filter(None, (part.strip() for part in self.tasks.split(","))):
+            name, _, limit = each.partition(":")
+            if limit and not limit.isdecimal():
+                raise InputError(f"--tasks has {each!r}; expected NAME or NAME:N: piqa,hellaswag:1000")
+            found[name] = int(limit) if limit else None
+        return found
+
+
+def answers(name: str, model: Model, task: str, limit: int | None, options: TaskOptions) -> Result:
+    """One model's answers: from the file of an earlier call, or made now and kept."""
+
+    def ask() -> list[Record]:
+        console.print(f"{Path(model.source).name} {name}, {task}", style="bold")
+        return evaluate(model, task, data_dir=options.data_dir, limit=limit).samples()
+
+    what = {"model": model.source, "cache": name, "task": task, "limit": limit, "spec": model.spec.to_json()}
+    return Result.from_samples(kept(options.out, what, ask))
+
+
+def compared(right: np.ndarray | None, dense: np.ndarray | None) -> Record | None:
+    """An accuracy, and how it differs from the dense model's."""
+    if right is None or dense is None:
+        return None
+    difference = paired(dense.astype(float), right.astype(float)).to_json()
+    return {"acc": float(right.mean()), "flips": flips(dense, right), **difference}
+
+
+def few_bits_tasks(options: TaskOptions) -> Record:
+    """All models, one after the other; of each all caches, task by task."""
+    rows: list[Record] = []
+    for source in options.model:
+        found = {
+            (name, task): (model.kv_bytes_per_token, answers(name, model, task, limit, options))
+            for name, model in caches(source, options.storages, options.compressed)
+            for task, limit in options.limits.items()
+        }
+        for task in options.limits:
+            size, dense = found[DENSE, task]
+            for name in dict.fromkeys(name for name, _ in found):
+                nbytes, result = found[name, task]
+                about = {"model": Path(source).name, "cache": name, "token": nbytes / size, "task": task, "n": result.n}
+                plain = compared(result.right, dense.right)
+                by_length = compared(result.right_by_length, dense.right_by_length)
+                rows.append(about | {"plain": plain, "by_length": by_length})
+    return publish(options, "few_bits_tasks", "Few bits in the cache: tasks", rows, COLUMNS)
+
+
+if __name__ == "__main__":
+    start(few_bits_tasks, TaskOptions, __doc__)
