@@ -139,7 +139,7 @@ def test_outside_the_main_thread_nothing_is_heard_and_nothing_fails() -> None:
 @pytest.mark.parametrize(
     ("command", "number", "status"),
     [
-        ("run", signal.SIGTERM, 75),
+        pytest.param("run", signal.SIGTERM, 75, marks=pytest.mark.slow),
         ("generate", signal.SIGINT, 130),
         pytest.param("run", signal.SIGINT, 130, marks=pytest.mark.slow),
     ],

@@ -121,7 +121,7 @@ def test_stdout_that_is_closed(plan: Path, monkeypatch: pytest.MonkeyPatch) -> N
     sys.stdout.close()
 
 
-@pytest.mark.parametrize("columns", ["1", "4"])
+@pytest.mark.parametrize("columns", [pytest.param("1", marks=pytest.mark.slow), "4"])
 def test_help_in_a_narrow_terminal(columns: str) -> None:
     """A process of its own, since it would never return."""
     command = [sys.executable, "-m", "chai_jax.cli", "run", "--help"]

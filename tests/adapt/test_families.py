@@ -91,10 +91,8 @@ def merged(model: Model, kind: str) -> tuple[Model, Plan]:
     return made, plan
 
 
-SOME = ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind != "llama")]
-
-
-@pytest.mark.parametrize("kind", SOME)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_stage_tunes_merged_heads(tiny: Build, examples: list[Encoded], kind: str) -> None:
     """One update of each: distilled, tuned on the answers, and in its most sensitive layer alone."""
     dense = tiny(0, **KINDS[kind])

@@ -115,7 +115,7 @@ FORMS: dict[str, Callable[[Model], Model]] = {
 def test_texts_are_those_of_generate_whatever_else_is_in_the_batch(model: Model, form: str) -> None:
     """More requests than slots, so that slots are taken again and again; prompts of several pieces among them."""
     model = FORMS[form](model)
-    served, asked = engine(model, slots=3, context=600), mixed(8, 500, 30)
+    served, asked = engine(model, slots=3, context=600), mixed(6, 500, 20)
     heard = [ask(served, wanted)[1] for wanted in asked]
     run(served)
     for wanted, each in zip(asked, heard, strict=True):
