@@ -95,12 +95,14 @@ def mixed(config: Architecture, layer: LayerSpec, how: Execution, params: Params
 def halves(parts: list[Array], counts: Array) -> Moments:
     """Moments of [1, parts] over each half of the windows, in float64."""
 
-    def products(_: None, z: Array, counts: Array) -> Array:
-        z = jnp.where(counts[..., None], jnp.pad(z, ((0, 0), (0, 0), (1, 0)), constant_values=1.0), 0.0)
+    @jax.jit
+    def products(_: None, z: Array, mask: Array) -> Array:
+        z = jnp.where(mask[..., None], z, 0.0)
         return jnp.einsum("btn,btm->nm", z, z, precision="highest")
 
-    z, half = jnp.concatenate(parts, axis=-1), len(counts) // 2
-    both = [summed(jax.jit(products), None, z[some], counts[some]) for some in (slice(half), slice(half, None))]
+    z = jnp.concatenate([jnp.ones((*counts.shape, 1)), *parts], axis=-1)
+    z, half, all_ = jnp.where(counts[..., None], z, 0.0), len(counts) // 2, np.ones(counts.shape, bool)
+    both = [summed(products, None, z[some], all_[some]) for some in (slice(half), slice(half, None))]
     return both[0] / both[0][0, 0], both[1] / both[1][0, 0]
 
 
