@@ -1,6 +1,8 @@
 """What a compiled program takes, and what memory is free."""
 
+import ctypes
 import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,24 @@ def free_bytes() -> int | None:
         return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
     found = [free for free in (_available(), _allowed()) if free is not None]
     return min(found) if found else None
+
+
+def give_back_freed() -> None:
+    """Return what was freed on the host to the system, in some hundredths of a second.
+
+    glibc keeps it, for what is asked for next; arrays that grow find no place there. Other allocators are left alone.
+    """
+    trim = _trim()
+    if trim is not None:
+        trim(0)
+
+
+@cache
+def _trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # not glibc; the last of Windows
+        return None
 
 
 def _available() -> int | None:

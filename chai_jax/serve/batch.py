@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chai_jax.machine.memory import give_back_freed
 from chai_jax.model.cache import Cache
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
@@ -89,6 +90,7 @@ class Batch:
         """Give the memory of the slots back; `reset` makes new ones."""
         self.jobs = []
         jax.tree.map(lambda x: x.delete(), self.slots)
+        give_back_freed()
 
     @property
     def running(self) -> int:
@@ -190,6 +192,7 @@ class Batch:
         taken = [slot for slot, job in enumerate(self.jobs) if job is not None]
         self.slots = resize(self.slots, taken, count)
         self.jobs = [*(self.jobs[slot] for slot in taken), *[None] * (count - len(taken))]
+        give_back_freed()
 
     def _tokens(self, told: Told, slot: int, wanted: Wanted) -> tuple[Token, ...]:
         """What was told of one slot, on the host."""
