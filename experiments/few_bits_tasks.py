@@ -5,18 +5,22 @@
 
 The first row of a task is the dense model with a bfloat16 cache; the others are each of --storages, and each of
 --compressed as it was saved (`experiments/few_bits.py --save` saves the planner's). Scored as the
-lm-evaluation-harness does; differences are paired, with 95 % intervals over questions.
+lm-evaluation-harness does; differences are paired, with 95 % intervals over questions. A question shorter than a block
+in progress is read from a cache that is whole: with --shots N others stand before it, and it is read from few bits.
 
 A model takes minutes, so the answers of each are kept in OUT/rows and read back by the next call. Expected: what costs
 perplexity a per cent costs accuracies nothing that so many questions could show. Writes few_bits_tasks.json, .csv, .md.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from chai_jax.console import console
+from chai_jax.data.multiple_choice import Task
+from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.errors import InputError
 from chai_jax.evaluation.result import Result
 from chai_jax.evaluation.statistics import flips, paired
@@ -59,6 +63,17 @@ class TaskOptions(Common):
     """Cache formats beside the dense one, with commas."""
     compressed: tuple[str, ...] = ()
     """Folders of compressed models, each asked as it was saved."""
+    shots: int = 0
+    """Training questions with their answers before each question: the first ones of the split, the same for all."""
+
+    def task(self, name: str) -> Task:
+        """The task, its questions behind `shots` others."""
+        task = get_task(name)
+        if not self.shots:
+            return task
+        examples = [task.question(row).example for row in load_rows(task, "train", self.data_dir, self.shots)]
+        before = "".join(f"{one.context}{one.completion}\n\n" for one in examples)
+        return dataclasses.replace(task, context=before + task.context)
 
     @property
     def limits(self) -> dict[str, int | None]:
@@ -77,9 +92,10 @@ def answers(name: str, model: Model, task: str, limit: int | None, options: Task
 
     def ask() -> list[Record]:
         console.print(f"{Path(model.source).name} {name}, {task}", style="bold")
-        return evaluate(model, task, data_dir=options.data_dir, limit=limit).samples()
+        return evaluate(model, options.task(task), data_dir=options.data_dir, limit=limit).samples()
 
-    what = {"model": model.source, "cache": name, "task": task, "limit": limit, "spec": model.spec.to_json()}
+    about = {"model": model.source, "cache": name, "spec": model.spec.to_json()}
+    what = about | {"task": task, "limit": limit, "shots": options.shots}
     return Result.from_samples(kept(options.out, what, ask))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from chai_jax.data.multiple_choice import Task
+from chai_jax.data.tasks import get_task
 from chai_jax.errors import InputError
 from chai_jax.evaluation.result import Result
 
@@ -27,8 +29,8 @@ def test_answers_are_paired_and_kept(
     """An oracle: right of every question when dense, and not of every third with k2v2; by length it is never right."""
     asked: list[str] = []
 
-    def evaluate(model: Any, task: str, data_dir: Path | None, limit: int | None) -> Result:
-        n = limit or 9
+    def evaluate(model: Any, asked_for: Task, data_dir: Path | None, limit: int | None) -> Result:
+        n, task = limit or 9, asked_for.name
         few = any(group.storage == "k2v2" for layer in model.spec.layers for group in layer.groups)
         asked.append(task)
         right = np.array([not few or at % 3 for at in range(n)])
@@ -53,6 +55,19 @@ def test_answers_are_paired_and_kept(
     table = (tmp_path / "few_bits_tasks.md").read_text(encoding="utf-8").splitlines()
     assert "| 100.0 % | - | 0, 0 | 0.0 % | - |" in table[6 + 2]
     assert "| 66.7 % | -33.3 [-74.7, +8.0] | 2, 0 | 0.0 % |" in table[6 + 3]
+
+
+def test_shots_are_whole_questions_before_each(tasks: ModuleType, tmp_path: Path) -> None:
+    rows = [{"goal": f"to do {at}", "sol1": f"well {at}", "sol2": f"badly {at}", "label": at % 2} for at in range(3)]
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = tasks.TaskOptions(("m",), data_dir=tmp_path, shots=2).task("piqa")
+    question = task.question({"goal": "now", "sol1": "yes", "sol2": "no", "label": 0})
+    assert question.context == (
+        "Question: to do 0\nAnswer: well 0\n\nQuestion: to do 1\nAnswer: badly 1\n\nQuestion: now\nAnswer:"
+    )
+    assert question.choices == (" yes", " no")
+    assert tasks.TaskOptions(("m",)).task("piqa") == get_task("piqa")
 
 
 def test_tasks_are_checked(tasks: ModuleType) -> None:
