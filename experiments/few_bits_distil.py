@@ -17,6 +17,7 @@ and time.
 
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.report.tables import Column
+from lab.kept import kept
 from lab.options import Common, Record, start
 from lab.publish import publish
 
@@ -61,7 +63,7 @@ class DistilOptions(Common):
 
 
 def distilled(folder: str, options: DistilOptions) -> Record:
-    """Train one model and save it beside the table."""
+    """Train one model and save it beside the table; after a stop, losses and time are those of the rest."""
     (source,) = options.model
     student, teacher = load(folder), load(source, storage="bfloat16")
     assert options.calibration is not None
@@ -97,7 +99,14 @@ def few_bits_distil(options: DistilOptions) -> Record:
     """All models, one after the other."""
     if len(options.model) != 1 or not options.compressed or options.calibration is None:
         raise InputError("expected one MODEL, the teacher, --compressed FOLDER ... and --calibration FILE")
-    rows = [distilled(folder, options) for folder in options.compressed]
+    names = ("calibration", "updates", "batch", "window", "lr", "alpha", "compute", "seeds")
+    settings = {name: str(getattr(options, name)) for name in names}
+    rows = [
+        kept(
+            options.out, {"teacher": options.model, "student": folder, **settings}, partial(distilled, folder, options)
+        )
+        for folder in options.compressed
+    ]
     return publish(options, "few_bits_distil", "Few bits in the cache: distilled", rows, COLUMNS)
 
 

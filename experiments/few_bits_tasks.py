@@ -15,23 +15,28 @@ perplexity a per cent costs accuracies nothing that so many questions could show
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from chai_jax.console import console
+from chai_jax.data.batches import Example, encode_all
 from chai_jax.data.multiple_choice import Task
 from chai_jax.data.tasks import get_task, load_rows
 from chai_jax.errors import InputError
 from chai_jax.evaluation.result import Result
 from chai_jax.evaluation.statistics import flips, paired
 from chai_jax.evaluation.tasks import evaluate
+from chai_jax.files.store import load
 from chai_jax.model.model import Model
+from chai_jax.plans.formats import BLOCKS
 from chai_jax.report.tables import Column, percent
 from lab.caches import DENSE, caches
 from lab.kept import kept
 from lab.options import Common, Record, start
 from lab.publish import publish
 
+BLOCK = max(format.block for format in BLOCKS.values())  # tokens
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
     ("cache", lambda row: row["cache"]),
@@ -107,10 +112,28 @@ def compared(right: np.ndarray | None, dense: np.ndarray | None) -> Record | Non
     return {"acc": float(right.mean()), "flips": flips(dense, right), **difference}
 
 
+def long_questions(tokenizer: Any, task: Task, limit: int | None, options: TaskOptions) -> str:
+    """A sentence: how many questions are read from few bits at all."""
+    rows = load_rows(get_task(task.name), "validation", options.data_dir, limit)
+    longest = []
+    for question in map(task.question, rows):
+        examples = [Example(question.context, choice) for choice in question.choices]
+        longest.append(max(len(one.tokens) for one in encode_all(tokenizer, examples, 1 << 20)))
+    part = float(np.mean(np.array(longest) > BLOCK))
+    return (
+        f"{task.name}: a question with its longest answer has {np.median(longest):.0f} tokens in the median; "
+        f"{100 * part:.0f} % have more than {BLOCK}, a block in progress."
+    )
+
+
 def few_bits_tasks(options: TaskOptions) -> Record:
     """All models, one after the other; of each all caches, task by task."""
     rows: list[Record] = []
+    findings: list[str] = []
     for source in options.model:
+        tokenizer = load(source).tokenizer
+        for name, limit in options.limits.items():
+            findings.append(long_questions(tokenizer, options.task(name), limit, options))
         found = {
             (name, task): (model.kv_bytes_per_token, answers(name, model, task, limit, options))
             for name, model in caches(source, options.storages, options.compressed)
@@ -124,7 +147,7 @@ def few_bits_tasks(options: TaskOptions) -> Record:
                 plain = compared(result.right, dense.right)
                 by_length = compared(result.right_by_length, dense.right_by_length)
                 rows.append(about | {"plain": plain, "by_length": by_length})
-    return publish(options, "few_bits_tasks", "Few bits in the cache: tasks", rows, COLUMNS)
+    return publish(options, "few_bits_tasks", "Few bits in the cache: tasks", rows, COLUMNS, findings=findings)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ The same prompt is read in four ways that are equal but for rounding: by itself;
 padding behind it; and piece by piece, as `chai-jax serve` reads it. Of each: the KL divergence of the distribution of
 its next token from that of the prompt by itself, and from the one with a float32 cache.
 
-Expected: with a float32 cache nothing but rounding's own size; with a cache of few bits as much as the format's damage:
+Expected: with a float32 cache nothing but rounding's own size; with a cache of few bits up to the format's own damage:
 a number near the border of two levels is read back as the other one, which moves others in every layer after it. So
 texts of one model are not the same from batch to batch, and none of them is the wrong one. Writes rounding.json, .csv,
 .md.
@@ -53,6 +53,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def shown(found: Record) -> str:
+    """A mean in nats with its standard error."""
     return f"{found['mean']:.2g} ± {found['error']:.1g}"
 
 
@@ -78,10 +79,9 @@ def after(config: Architecture, spec: Spec, params: Params, tokens: Array, mask:
     return jax.nn.log_softmax(unembed(config, params, hidden[:, -1], how))[0]
 
 
-def read_in(model: Model, way: str, prompt: list[int]) -> Distribution:
-    """What follows a prompt that is read in one way."""
+def read_in(model: Model, params: Params, way: str, prompt: list[int]) -> Distribution:
+    """What follows a prompt that is read in one way; `params` are the model's `serving_params`."""
     config, how = model.config, model.how
-    params = serving_params(model, how)
     if way == "in pieces":
         cache, hidden = None, None
         for first, last in pieces(0, len(prompt)):
@@ -97,6 +97,7 @@ def read_in(model: Model, way: str, prompt: list[int]) -> Distribution:
 
 
 def mean_kl(from_: list[Distribution], to: list[Distribution]) -> Record:
+    """KL(from || to) in nats: the mean over prompts and its standard error."""
     each = np.array([np.sum(np.exp(one) * (one - other)) for one, other in zip(from_, to, strict=True)])
     return {"mean": float(each.mean()), "error": standard_error(each)}
 
@@ -110,10 +111,13 @@ def rounding(options: RoundingOptions) -> Record:
         dense = load(source, storage="float32")
         cut = windows(dense.tokenizer, read_text_file(options.text), options.length)[: options.prompts]
         prompts = [list(window.tokens) for window in cut]
-        best = [read_in(dense, "by itself", prompt) for prompt in track(prompts, "float32")]
+        if len(prompts) < 2:
+            raise InputError(f"the text makes {len(prompts)} prompts; expected two or more: give a longer --text")
+        params = serving_params(dense, dense.how)  # the same for every storage
+        best = [read_in(dense, params, "by itself", prompt) for prompt in track(prompts, "float32")]
         for storage in parse_list("--storages", options.storages, UNFITTED):
             model = with_storage(dense, storage)
-            found = {way: [read_in(model, way, p) for p in track(prompts, way)] for way in ("by itself", *WAYS)}
+            found = {way: [read_in(model, params, way, p) for p in track(prompts, way)] for way in ("by itself", *WAYS)}
             damage = {way: mean_kl(best, each) for way, each in found.items()}
             between = {way: mean_kl(found["by itself"], found[way]) for way in WAYS}
             about = {"model": Path(source).name, "cache": storage, "n": len(prompts)}

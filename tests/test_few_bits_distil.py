@@ -40,5 +40,6 @@ def test_a_student_is_trained_and_saved(small_model: Path, tmp_path: Path, monke
     (row,) = json.loads((tmp_path / "out" / "few_bits_distil.json").read_text(encoding="utf-8"))["rows"]
     assert len(row["all_kl"]) == 20
     assert row["kl"][1] < row["kl"][0]
+    script.few_bits_distil(options)  # is done, and is not done again: the folder would be taken
     with pytest.raises(InputError, match="expected one MODEL"):
         script.few_bits_distil(script.DistilOptions((str(small_model),)))

@@ -11,6 +11,7 @@ import pytest
 
 from chai_jax.data.multiple_choice import Task
 from chai_jax.data.tasks import get_task
+from chai_jax.data.toy import toy_tokenizer
 from chai_jax.errors import InputError
 from chai_jax.evaluation.result import Result
 
@@ -39,6 +40,7 @@ def test_answers_are_paired_and_kept(
         return Result(task, np.zeros(n, int), scores, np.zeros((n, 2), bool), lengths)
 
     monkeypatch.setattr(tasks, "evaluate", evaluate)
+    monkeypatch.setattr(tasks, "long_questions", lambda tokenizer, task, limit, options: f"{task.name}: {limit}")
     options = tasks.TaskOptions((str(small_model),), tasks="piqa:6,sst2", storages="k2v2", seeds="0", out=tmp_path)
     for _ in range(2):
         tasks.few_bits_tasks(options)
@@ -54,6 +56,7 @@ def test_answers_are_paired_and_kept(
     assert rows[1]["token"] < 0.3
     table = (tmp_path / "few_bits_tasks.md").read_text(encoding="utf-8").splitlines()
     assert "| 100.0 % | - | 0, 0 | 0.0 % | - |" in table[6 + 2]
+    assert table[-2:] == ["- piqa: 6", "- sst2: None"]
     assert "| 66.7 % | -33.3 [-74.7, +8.0] | 2, 0 | 0.0 % |" in table[6 + 3]
 
 
@@ -68,6 +71,16 @@ def test_shots_are_whole_questions_before_each(tasks: ModuleType, tmp_path: Path
     )
     assert question.choices == (" yes", " no")
     assert tasks.TaskOptions(("m",)).task("piqa") == get_task("piqa")
+
+
+def test_long_questions_are_counted(tasks: ModuleType, tmp_path: Path) -> None:
+    """A word is a token: of two questions one is longer than a block."""
+    rows = [{"goal": "film " * count, "sol1": "a", "sol2": "ab", "label": 0} for count in (10, 100)]
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa" / "validation.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    told = tasks.long_questions(toy_tokenizer(), get_task("piqa"), None, tasks.TaskOptions(("m",), data_dir=tmp_path))
+    assert told.startswith("piqa: a question with its longest answer has ")
+    assert told.endswith("50 % have more than 64, a block in progress.")
 
 
 def test_tasks_are_checked(tasks: ModuleType) -> None:

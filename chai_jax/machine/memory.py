@@ -46,6 +46,7 @@ def give_back_freed() -> None:
 
 @cache
 def _trim() -> Any:
+    """glibc's `malloc_trim`, or None."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # not glibc; the last of Windows

@@ -162,6 +162,37 @@ def gap(model: Model, made: list[int], told: Any) -> float | None:
     return None
 
 
+def compare(model: Model, asked: list[list[int]], new: list[int], found: dict[int, tuple[str, str, Any]]) -> None:
+    """Assert that texts are `generate`'s but for ties, and say how many part.
+
+    Args:
+        found: of each request its kind, its text, and the likeliest tokens that were told.
+    """
+
+    def of(*kinds: str) -> list[int]:
+        return [number for number, (kind, *_) in found.items() if kind in kinds]
+
+    def says(number: int, tokens: list[int]) -> bool:
+        text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+        return found[number][1].rstrip("\ufffd") == text.rstrip("\ufffd")
+
+    greedy = of("whole", "stream")
+    made = generate_tokens(model, [asked[number] for number in greedy], 64)
+    expected = {number: tokens[: new[number]] for number, tokens in zip(greedy, made, strict=True)}
+    gaps = {number: gap(model, tokens, found[number][2]) for number, tokens in expected.items()}
+    parted = {number: one for number, one in gaps.items() if one is not None}
+    assert all(says(number, expected[number]) for number in greedy if number not in parted)
+    others = [
+        number
+        for number in of("drawn")
+        if not says(number, *generate_tokens(model, [asked[number]], new[number], 0.9, top_p=0.9, seed=number))
+    ]
+    print(f"greedy: {len(greedy)}, parted by nats: {parted}; drawn: {len(of('drawn'))}, others: {others}")
+    assert max(parted.values(), default=0.0) < TIE
+    assert len(parted) <= 0.03 * len(greedy)
+    assert len(others) <= 0.03 * len(of("drawn"))
+
+
 @pytest.mark.slow
 def test_a_thousand_mixed_requests(
     engine: Engine, model: Model, start: Callable[..., Any], caplog: pytest.LogCaptureFixture
@@ -221,28 +252,7 @@ def test_a_thousand_mixed_requests(
     assert memory[2][0] - memory[1][0] < 150  # and not by something of every request
     assert status.kv_bytes <= status.kv_limit
 
-    def of(*kinds: str) -> list[int]:
-        return [number for number, (kind, *_) in found.items() if kind in kinds]
-
-    def says(number: int, tokens: list[int]) -> bool:
-        text = model.tokenizer.decode(tokens, skip_special_tokens=True)
-        return found[number][1].rstrip("\ufffd") == text.rstrip("\ufffd")
-
-    greedy = of("whole", "stream")
-    made = generate_tokens(model, [asked[number] for number in greedy], 64)
-    expected = {number: tokens[: new[number]] for number, tokens in zip(greedy, made, strict=True)}
-    gaps = {number: gap(model, tokens, found[number][2]) for number, tokens in expected.items()}
-    parted = {number: one for number, one in gaps.items() if one is not None}
-    assert all(says(number, expected[number]) for number in greedy if number not in parted)
-    others = [
-        number
-        for number in of("drawn")
-        if not says(number, *generate_tokens(model, [asked[number]], new[number], 0.9, top_p=0.9, seed=number))
-    ]
-    print(f"greedy: {len(greedy)}, parted by nats: {parted}; drawn: {len(of('drawn'))}, others: {others}")
-    assert max(parted.values(), default=0.0) < TIE
-    assert len(parted) <= 0.03 * len(greedy)
-    assert len(others) <= 0.03 * len(of("drawn"))
+    compare(model, asked, new, found)
 
 
 @pytest.mark.slow
