@@ -198,17 +198,20 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()
 
 
+def centred(probabilities: Float[Array, "B H T S"], keys: Bool[Array, "B #H T S"]) -> Float[Array, "B H T S"]:
+    """Rows of attention over these keys, each less its mean over them; zero elsewhere."""
+    counts = jnp.maximum(keys.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
+    rows = jnp.where(keys, probabilities, 0.0)
+    return jnp.where(keys, rows - rows.sum(axis=-1, keepdims=True) / counts, 0.0)
+
+
 def head_sums(seen: Seen, params: Params) -> HeadSums:
     """One layer's sums over a batch, of which padding may stand on either side."""
     # A token may read itself unless it is padding, so the diagonal is the mask.
     real = jnp.diagonal(seen.allowed, axis1=1, axis2=2)
     first = real & (jnp.cumsum(real, axis=1, dtype=jnp.int32) == 1)
     pairs = seen.allowed & real[:, :, None]
-    keys = (pairs & ~first[:, None, :])[:, None]
-    counts = jnp.maximum(keys.sum(axis=-1, keepdims=True, dtype=jnp.float32), 1.0)
-    rows = jnp.where(keys, seen.probabilities, 0.0)
-    rows = jnp.where(keys, rows - rows.sum(axis=-1, keepdims=True) / counts, 0.0)
-
+    rows = centred(seen.probabilities, (pairs & ~first[:, None, :])[:, None])
     heads = jnp.where(real[:, None, :, None], seen.heads, 0.0).astype(jnp.float32)
     kernel = dequantize(params["output"]["kernel"])
     # sum_t <o_h W_h, o_g W_g> from second moments: head outputs in the width, [B, H, T, D], need never exist.

@@ -16,10 +16,12 @@ from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
 from chai_jax.report.figures import (
     Measure,
+    by_layer,
     cost_against,
     head_maps,
     heatmap,
     losses,
+    pair_maps,
     pareto,
     pipeline_diagram,
     radar,
@@ -312,3 +314,27 @@ def test_a_spectrum_has_a_panel_for_keys_and_one_for_values(tmp_path: Path, figu
         lines = {f"layer {layer}": [[rank, base ** (rank + layer)] for rank in range(1, 5)] for layer in range(2)}
         assert points(axes) == lines
         assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+
+
+def test_what_changes_by_layer_has_a_panel_each_and_a_line_each(tmp_path: Path, figures: list[Figure]) -> None:
+    rows = [
+        {"what": what, "series": series, "layer": layer, "value": layer * slope}
+        for what, slope in (("sinks", 0.25), ("dimensions", -8.0))
+        for series in ("keys", "values")
+        for layer in range(3)
+    ]
+    assert len(drawn(by_layer(tmp_path / "layers", rows, "a caption"))) == 12
+    assert [axes.get_title() for axes in figures[0].axes] == ["sinks", "dimensions"]
+    for axes, slope in zip(figures[0].axes, (0.25, -8.0), strict=True):
+        line = [[layer, layer * slope] for layer in range(3)]
+        assert points(axes) == {"keys": line, "values": line}
+        assert axes.get_ylim()[0] == min(0.0, 2 * slope)
+
+
+def test_pair_maps_have_boxes_around_heads_of_one_key(tmp_path: Path, figures: list[Figure]) -> None:
+    correlation = np.random.default_rng(0).random((2, 4, 4))
+    assert len(drawn(pair_maps(tmp_path / "pairs", correlation, 2, "n = 7"))) == 32
+    *maps, _ = figures[0].axes
+    for layer, axes in enumerate(maps):
+        np.testing.assert_array_equal(axes.images[0].get_array(), correlation[layer])
+        assert [(box.get_x(), box.get_width()) for box in axes.patches] == [(-0.5, 2), (1.5, 2)]

@@ -12,7 +12,15 @@ from matplotlib.patches import Rectangle
 from chai_jax.analyse.explain import explain
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import Plan
-from chai_jax.report.figures.draw import COLOURS, PictureRow, plain, series_of, write_caption, write_picture
+from chai_jax.report.figures.draw import (
+    COLOURS,
+    PictureRow,
+    errorbars,
+    plain,
+    series_of,
+    write_caption,
+    write_picture,
+)
 
 # Colour and hatch of each tier: told apart in print without colours too.
 TIER_LOOKS = {"high": (COLOURS[1], "//"), "medium": (COLOURS[4], ".."), "low": (COLOURS[0], "")}
@@ -27,36 +35,63 @@ def head_maps(
         path: of the files, without suffix.
         correlation: see `chai_jax.analyse.probe.Probe.correlation`.
     """
-    layers, columns = len(plan.layers), min(6, len(plan.layers))
+    clusters, titles = [], []
+    for index, (layer, about) in enumerate(zip(plan.layers, explain(plan, config), strict=False)):
+        clusters.append([one.heads for one in layer.clusters])
+        queries = f", {about['queries']['kept']}/{about['queries']['of']} queries" if "queries" in about else ""
+        titles.append(
+            f"layer {index}: {about['clusters']} of {about['heads']}, {about['share']}{queries}\n"
+            f"{about['tier']}, {about['kv_bytes_per_token']:,} B/token"
+        )
+    caption = f"Key/value heads, ordered by cluster (boxes). {caption}"
+    return _maps(path, correlation, clusters, titles, caption)
+
+
+def pair_maps(path: Path, correlation: Float[np.ndarray, "L Q Q"], queries: int, caption: str) -> list[Path]:
+    """How alike each layer's query heads attend; boxes are around those that read one key head.
+
+    Args:
+        path: of the files, without suffix.
+        queries: heads that read one key head.
+    """
+    heads = range(correlation.shape[1])
+    groups = [tuple(heads[at : at + queries]) for at in heads[::queries]]
+    titles = [f"layer {index}" for index in range(len(correlation))]
+    return _maps(path, correlation, [groups] * len(correlation), titles, caption)
+
+
+def _maps(
+    path: Path,
+    correlation: Float[np.ndarray, "L H H"],
+    groups: Sequence[Sequence[Sequence[int]]],
+    titles: Sequence[str],
+    caption: str,
+) -> list[Path]:
+    """A panel a layer, its heads in the order of their groups, which have boxes."""
+    layers, columns = len(groups), min(6, len(groups))
     lines = -(-layers // columns)
     figure = Figure(figsize=(2.3 * columns + 1, 2.6 * lines + 0.3), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
+    every = np.atleast_1d(figure.subplots(lines, columns, squeeze=False)).ravel()
     rows: list[PictureRow] = []
-    for index, (layer, about) in enumerate(zip(plan.layers, explain(plan, config), strict=False)):
-        order = [head for one in layer.clusters for head in one.heads]
-        axes[index].imshow(correlation[index][np.ix_(order, order)], cmap="cividis", vmin=0, vmax=1)
+    for index, (axes, members, title) in enumerate(zip(every, groups, titles, strict=False)):
+        order = [head for group in members for head in group]
+        axes.imshow(correlation[index][np.ix_(order, order)], cmap="cividis", vmin=0, vmax=1)
         edge = -0.5
-        for one in layer.clusters:
-            size = len(one.heads)
-            axes[index].add_patch(_square(edge, size))
-            edge += size
-        axes[index].set_xticks(range(len(order)), [str(head) for head in order], fontsize=6)
-        axes[index].set_yticks(range(len(order)), [str(head) for head in order], fontsize=6)
-        queries = f", {about['queries']['kept']}/{about['queries']['of']} queries" if "queries" in about else ""
-        axes[index].set_title(
-            f"layer {index}: {about['clusters']} of {about['heads']}, {about['share']}{queries}\n"
-            f"{about['tier']}, {about['kv_bytes_per_token']:,} B/token",
-            fontsize=7,
-        )
+        for group in members:
+            axes.add_patch(_square(edge, len(group)))
+            edge += len(group)
+        axes.set_xticks(range(len(order)), [str(head) for head in order], fontsize=6)
+        axes.set_yticks(range(len(order)), [str(head) for head in order], fontsize=6)
+        axes.set_title(title, fontsize=7)
         rows += [
             {"layer": index, "head": a, "other": b, "correlation": round(float(correlation[index][a, b]), 6)}
             for a in order
             for b in order
         ]
-    for empty in axes[layers:]:
+    for empty in every[layers:]:
         empty.set_axis_off()
-    figure.colorbar(axes[0].images[0], ax=axes.tolist(), label="correlation of attention", shrink=0.8)
-    write_caption(figure, f"Key/value heads, ordered by cluster (boxes). {caption}")
+    figure.colorbar(every[0].images[0], ax=every.tolist(), label="correlation of attention", shrink=0.8)
+    write_caption(figure, caption)
     return write_picture(figure, path, rows)
 
 
@@ -101,6 +136,29 @@ def sensitivity(path: Path, rows: Sequence[PictureRow], caption: str, label: str
     return write_picture(figure, path, rows)
 
 
+def by_layer(path: Path, rows: Sequence[PictureRow], caption: str) -> list[Path]:
+    """What changes from layer to layer: a panel each, lines of several series.
+
+    Args:
+        path: of the files, without suffix.
+        rows: each with `what` (the panel, which names its unit), `series`, `layer` and `value`.
+        caption: what stands under the picture: calibration tokens, device.
+    """
+    panels = series_of(rows, "what")
+    figure = Figure(figsize=(7.5, 2.9 * len(panels) + 0.3), layout="constrained")
+    for axes, (what, members) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
+        for number, (name, line) in enumerate(series_of(members, "series").items()):
+            errorbars(axes, line, "layer", "value", name, number)
+        axes.set_title(plain(what), fontsize=10)
+        axes.set_xlim(left=-0.5)
+        axes.set_ylim(bottom=min(0.0, *(row["value"] for row in members)))
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.axes[-1].set_xlabel("layer")
+    write_caption(figure, caption)
+    return write_picture(figure, path, rows)
+
+
 def spectrum(path: Path, rows: Sequence[PictureRow], caption: str) -> list[Path]:
     """How much of a layer's keys or values each rank holds: a panel each, a line a layer, dark for early layers.
 
@@ -122,7 +180,7 @@ def spectrum(path: Path, rows: Sequence[PictureRow], caption: str) -> list[Path]
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_ylim(bottom=1e-5)
-        axes.set_xlabel("rank of the latent")
+        axes.set_xlabel("dimensions")
         axes.set_ylabel("energy not held (dotted: 1 %)")
         axes.set_title(plain(what), fontsize=10)
         axes.grid(alpha=0.3)
