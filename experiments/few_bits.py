@@ -18,11 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from chai_jax.analyse.budget import Budget, parts
-from chai_jax.analyse.probe import Probe, probe
+from chai_jax.analyse.probe import Probe
 from chai_jax.analyse.whole_plan import plan_and_measure
 from chai_jax.compress.basis_stream import basis_plan
 from chai_jax.compress.quantize import quantize, with_storage
-from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.atomic import write_json
 from chai_jax.files.store import load, save
@@ -35,8 +34,8 @@ from lab.bound import least, spectra
 from lab.damage import COLUMNS, ROWS, damage, figures, frontier, layer_by_layer, sizes, whole_windows
 from lab.options import Common, Record, start
 from lab.publish import publish
+from lab.texts import PROBED, calibrated
 
-CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
 ALONE = ("int8", *(name for name in BLOCKS if name in UNFITTED))
 IN_BASIS = ("basis4:4", "basis4:2.4", "basis3:2.4", "basis3:1.7", "basis2:2.4", "basis2:1.7")
 PLANNED: tuple[Column, ...] = (
@@ -75,13 +74,6 @@ def wanted(options: FewBitsOptions, part: float) -> Budget:
     return Budget(part, shares=(), storages=formats, ranks=False, tokens=options.tokens)
 
 
-def calibrated(model: Model, options: FewBitsOptions) -> Probe:
-    """The calibration text, as plans want it."""
-    assert options.calibration is not None
-    cut = windows(model.tokenizer, read_text_file(options.calibration), PROBED)[:CALIBRATION]
-    return probe(model, [window.tokens for window in cut], window=PROBED)
-
-
 def candidates(model: Model, seen: Probe, options: FewBitsOptions) -> Iterator[tuple[str, Model, Plan | None]]:
     """Caches by name, and the planner's plans, which hold what it expects."""
     alone = [each for each in options.alone.split(",") if each]
@@ -112,7 +104,7 @@ def few_bits(options: FewBitsOptions) -> Record:
     for source in options.model:
         model = load(source, storage="bfloat16")
         tokens = whole_windows(model.tokenizer, options.text, options.window, options.windows)
-        seen = calibrated(model, options)
+        seen = calibrated(model, options.calibration)
         caches, rows_at_once = list(candidates(model, seen, options)), max(1, ROWS * PROBED // options.window)
         run = [layer_by_layer(each) for each in (model, *(changed for _, changed, _ in caches))]
         measured = damage(run[0], run[1:], tokens, rows_at_once)

@@ -20,11 +20,10 @@ from scipy.stats import spearmanr
 from chai_jax.analyse.budget import Budget, plan_within
 from chai_jax.analyse.damage import Damage
 from chai_jax.analyse.explain import cache_fraction
-from chai_jax.analyse.probe import Probe, probe
+from chai_jax.analyse.probe import Probe
 from chai_jax.compress.basis_stream import BasisStream
 from chai_jax.compress.key_basis import in_one_program
 from chai_jax.console import track
-from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.layerwise import through_layer
@@ -37,8 +36,8 @@ from chai_jax.run.options import parse_list
 from lab.damage import whole_windows
 from lab.options import Common, Record, start
 from lab.publish import publish
+from lab.texts import calibrated
 
-CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
 COLUMNS: tuple[Column, ...] = (
     ("plans", lambda row: row["plans"]),
     ("n", lambda row: str(row["n"])),
@@ -107,8 +106,7 @@ def predictions(options: PredictionOptions) -> Record:
     if options.text is None or options.calibration is None or options.windows < 1 or len(options.model) != 1:
         raise InputError("expected one model, --text FILE, --calibration FILE and at least one of --windows")
     model = load(options.model[0], storage="bfloat16")
-    cut = windows(model.tokenizer, read_text_file(options.calibration), PROBED)[:CALIBRATION]
-    seen = probe(model, [window.tokens for window in cut], window=PROBED)
+    seen = calibrated(model, options.calibration)
     plans = plans_of(model, seen, options)
     found = np.asarray(measured(model, seen, plans, whole_windows(model.tokenizer, options.text, 512, options.windows)))
     expected = np.asarray([plan.predicted for plan in plans])

@@ -18,6 +18,7 @@ of a well-trained model: heads look alike because they rest on the same sinks, a
 Writes redundancy.json, .csv and .md, and for each model the pictures NAME-heads, NAME-layers and NAME-spectra.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from chai_jax.analyse.probe import centred, correlation_of
 from chai_jax.compress.basis_stream import TOKENS, BasisStream
@@ -38,7 +39,7 @@ from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.execution import Execution
-from chai_jax.model.layerwise import anonymous, how_in_float32
+from chai_jax.model.layerwise import anonymous, how_in_float32, seen_through
 from chai_jax.model.model import Model
 from chai_jax.model.params import Params
 from chai_jax.model.self_attention import positioned
@@ -80,6 +81,21 @@ class RedundancyOptions(Common):
     """A text file, plain or .gz."""
 
 
+def other_sinks(attention: Float[Array, "B H T T"]) -> Bool[Array, "B T"]:
+    """Which tokens but the first are sinks."""
+    readers = jnp.arange(attention.shape[-1], 0, -1, dtype=jnp.float32)
+    sinks = (attention.mean(axis=1).sum(axis=1) >= SINK * readers) & (readers >= READERS)
+    return sinks.at[:, 0].set(False)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def where_sinks(
+    config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array
+) -> Bool[Array, "B T"]:
+    """The layer's `other_sinks`."""
+    return other_sinks(seen_through(config, layer, how, params, x, mask)[1].probabilities)
+
+
 @partial(jax.jit, static_argnums=(0, 1, 2))
 def layer_sums(
     config: Architecture, layer: LayerSpec, how: Execution, params: Params, x: Array, mask: Array
@@ -88,9 +104,7 @@ def layer_sums(
     seen, key, value, _ = observed(config, layer, how, params, x, mask)
     whole = mask[:, None, :, None]  # rows of windows that only fill up a batch count for nothing
     attention = jnp.where(whole, seen.probabilities, 0.0)
-    readers = jnp.arange(x.shape[1], 0, -1, dtype=jnp.float32)
-    sinks = (attention.mean(axis=1).sum(axis=1) >= SINK * readers) & (readers >= READERS)
-    sinks = sinks.at[:, 0].set(False)
+    sinks = other_sinks(attention)
     without_first = seen.allowed.at[:, :, 0].set(False)
     kept = {"all": seen.allowed, "first": without_first, "rest": without_first & ~sinks[:, None]}
     rows = {name: jnp.where(whole, centred(attention, keys[:, None]), 0.0) for name, keys in kept.items()}
@@ -161,6 +175,9 @@ def layers(model: Model, text: Windows) -> Iterator[tuple[Record, dict[str, Floa
         energies = {name: held(variances(total, name)) for name in KEYS if name in total}
         energies[KEYS[2]] = held(stream.basis.error[0][None])  # what goes if a coordinate goes
         found = alike(total, config.queries) | {name: float(total[name] / total["read"]) for name in ("sink", "sinks")}
+        at = np.asarray(where_sinks(*about, params, stream.x, stream.mask))
+        tokens = (model.tokenizer.decode([int(token)]) for token in text.tokens.ravel()[: at.size][at.ravel()])
+        found["tokens"] = dict(Counter(tokens).most_common())
         found["dimensions"] = {name: dimensions(energies[name]) for name in KEYS}
         yield found, energies
         stream.advance()
@@ -202,8 +219,11 @@ def said(rows: list[Record]) -> str:
         f"{ALIKE} or more)"
         for name in ("all", "first", "rest")
     ]
+    tokens: Counter[str] = sum((Counter(row["tokens"]) for row in rows), Counter())
+    sinks = ", ".join(f"{token!r} {count}" for token, count in tokens.most_common(4))
     return (
-        f"{rows[0]['model']}: correlation of {pairs} pairs of heads, median over layers of medians: {', '.join(each)}"
+        f"{rows[0]['model']}: correlation of {pairs} pairs of heads, median over layers of medians: {', '.join(each)}; "
+        f"tokens that were other sinks, over all layers: {sinks or 'none'}"
     )
 
 

@@ -106,7 +106,7 @@ def test_the_folders_page_names_every_script() -> None:
     assert len(page.splitlines()) <= 40
     scripts = {path.name for pattern in ("*.py", "*.sh", "*.ipynb") for path in EXPERIMENTS.glob(pattern)}
     assert set(re.findall(r"`(\w+\.(?:py|sh|ipynb))`", page)) == scripts
-    results = re.findall(r"\]\(\.\./docs/(\w+\.md)", page)
+    results = re.findall(r"\]\(\.\./docs/([\w/]+\.md)", page)
     assert len(results) == 5
     assert all((ROOT / "docs" / name).is_file() for name in results)
 

@@ -19,7 +19,7 @@ from chai_jax.data.toy import toy_rows
 ROOT = Path(__file__).parents[1]
 PAGES = {
     path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md")))
 }
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SOURCES = ["chai_jax", "experiments", "tests", "docs"]
@@ -173,7 +173,19 @@ def test_its_links_lead_somewhere(page: str) -> None:
 
 def test_every_page_is_reached_from_the_readme() -> None:
     linked = {f"docs/{name}" for name in re.findall(r"\]\(docs/([\w.]+)", PAGES["README.md"])}
+    linked |= {f"docs/{name}" for name in re.findall(r"\]\((results/[\w.-]+)", PAGES["docs/results.md"])}
     assert linked | {"README.md", "CONTRIBUTING.md", "docs/README.md"} == PAGES.keys()
+
+
+def test_tables_are_as_the_results_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `experiments/draw_tables.py` would draw, and nothing else, stands between its comments."""
+    monkeypatch.syspath_prepend(str(ROOT / "experiments"))
+    drawn = runpy.run_path(str(ROOT / "experiments" / "draw_tables.py"))["drawn"]
+    stale = [page for page, text in PAGES.items() if drawn(text) != text]
+    assert not stale
+    changed = drawn("<!-- drawn: redundancy -->\nold\n<!-- end -->\n")
+    assert "old" not in changed
+    assert "| 0 to 4 |" in changed
 
 
 def test_the_readme_is_short() -> None:

@@ -1,10 +1,21 @@
-"""Texts on disk as documents."""
+"""Texts on disk: as documents, and as what plans are made on."""
 
 import json
 from pathlib import Path
 
-from chai_jax.data.text import read_text_file
+from chai_jax.analyse.probe import Probe, probe
+from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
+from chai_jax.model.model import Model
+
+CALIBRATION, PROBED = 16, 512  # windows, and tokens of each
+
+
+def calibrated(model: Model, text: Path) -> Probe:
+    """The beginning of a calibration text, as plans want it."""
+    length = min(PROBED, model.config.max_positions)
+    cut = windows(model.tokenizer, read_text_file(text), length)[:CALIBRATION]
+    return probe(model, [window.tokens for window in cut], window=length)
 
 
 def documents(path: Path) -> list[str]:

@@ -50,7 +50,7 @@ def variants(model: Model, probe: Callable[[], Probe], within: Callable[..., Pla
     heads, layers = config.num_heads, config.num_layers
 
     def of(each: Sequence[LayerPlan], storage: str = "bfloat16", share: str = "qkv", **fields: str) -> Plan:
-        return Plan(tuple(_stored(one, storage) for one in each), share, **fields)  # type: ignore[arg-type]
+        return Plan(tuple(stored_as(one, storage) for one in each), share, **fields)  # type: ignore[arg-type]
 
     def unclustered(storage: str) -> Plan:
         return of([LayerPlan(singletons(heads))] * layers, storage)
@@ -96,6 +96,7 @@ def at_random(heads: int, count: int, random: np.random.Generator) -> tuple[Clus
     return tuple(ClusterPlan(tuple(sorted(part)), part[0]) for part in parts)
 
 
-def _stored(layer: LayerPlan, storage: str) -> LayerPlan:
+def stored_as(layer: LayerPlan, storage: str) -> LayerPlan:
+    """The layer with all its clusters in one format."""
     clusters = tuple(dataclasses.replace(one, storage=storage) for one in layer.clusters)
     return dataclasses.replace(layer, clusters=clusters)
