@@ -5,9 +5,10 @@
 The model continues the first --prompt tokens of --prompts windows spread over the text by --new-tokens, greedily, one
 prompt at a time: alone, and with each draft proposing each of --counts tokens a round. Drafts are the model itself
 (which shows what verification alone brings: every proposal is kept), the model with every layer clustered to each of
---clusters of its heads (qkv, values fitted on windows of the text that are not asked about, no training), and any
-smaller --drafts. All are timed in turn prompt by prompt; a ratio above 1 is a speed-up. The text must be the model
-alone's, token for token; prompts where rounding decides otherwise are counted.
+--clusters of its heads (qkv, without training; values fitted on windows of the text that are not asked about, or of low
+rank where several queries read a key), the model with its cache stored in each of --storages, and any smaller --drafts.
+All are timed in turn prompt by prompt; a ratio above 1 is a speed-up. The text must be the model alone's, token for
+token; prompts where rounding decides otherwise are counted.
 
 Writes speculation.json, .csv and .md.
 """
@@ -22,6 +23,7 @@ import numpy as np
 from chai_jax.analyse.planner import plan
 from chai_jax.analyse.probe import probe
 from chai_jax.compress.cluster import cluster
+from chai_jax.compress.quantize import with_storage
 from chai_jax.console import track
 from chai_jax.data.batches import Encoded
 from chai_jax.data.text import read_text_file, windows
@@ -57,6 +59,8 @@ class SpeculationOptions(Common):
     """Smaller models with MODEL's tokens: hub ids or folders."""
     clusters: str = "0.75,0.5"
     """Fractions of MODEL's heads that its clustered drafts keep, with commas."""
+    storages: str = ""
+    """Formats of the cache of MODEL as its own draft, with commas: weights are shared."""
     counts: str = "2,4,8"
     """Tokens proposed a round, with commas."""
     prompts: int = 24
@@ -68,12 +72,14 @@ class SpeculationOptions(Common):
 def drafts_of(model: Model, text: Sequence[Encoded], options: SpeculationOptions) -> dict[str, Model]:
     """By name."""
     found = {"itself": model} | {Path(source).name: load(source) for source in options.drafts}
+    found |= {storage: with_storage(model, storage) for storage in filter(None, options.storages.split(","))}
     parts = [float(part) for part in options.clusters.split(",") if part]
     if not parts:
         return found
     looked = probe(model, [window.tokens for window in text])
     for part in parts:
-        merges = {"score_merge": "low_rank", "value_merge": "fit", "sensitivity": "attention"}
+        values = "fit" if model.config.queries == 1 else "low_rank"  # a fit is defined for one query a key
+        merges = {"score_merge": "low_rank", "value_merge": values, "sensitivity": "attention"}
         wanted = plan(model, looked, layers=1.0, clusters=part, seed=options.seed_numbers[0], **merges)
         found[f"clusters {part:g}"] = cluster(model, wanted, looked)
     return found

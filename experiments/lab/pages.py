@@ -19,11 +19,11 @@ def read(file: str) -> Record:
 
 
 def under(about: Record, text: str = "") -> str:
-    """What stands under a table: its command, machine and date."""
+    """What stands under a table: its command, machine and date, and some more."""
     seeds = ", ".join(map(str, about["seeds"]))
     software = f"jax {about['versions']['jax']}"
-    said = f"{about['device']}, {about['compute_dtype']}, seed {seeds}, {about['date']}, {software}. {text}".strip()
-    return f"`{about['command']}`\n\n({said})"
+    said = [text, about["device"], about["compute_dtype"], f"seed {seeds}", about["date"], software]
+    return f"`{about['command']}`\n\n({', '.join(filter(None, said))})"
 
 
 def whole(file: str, columns: Sequence[Column], text: str = "", keep: Callable[[Record], bool] = bool) -> str:
@@ -69,4 +69,59 @@ def _shown(value: Callable[[Any], float], form: str, group: Any) -> str:
     return form.format(value(group))
 
 
-TABLES: dict[str, Callable[[], str]] = {"redundancy": redundancy}
+# Of the home page: how it is called there, the options of `chai-jax run`, the file, and the row's cache.
+FEW_BITS, SHARING = "few_bits/few_bits.json", "smollm2/sharing/sharing.json"
+HOME = (
+    ("int8", "`--kv-budget 1 --share none --storages int8`", FEW_BITS, "int8"),
+    ("four bits", "`--kv-budget 1 --share none --storages k4v4`", FEW_BITS, "k4v4"),
+    ("planner", "`--kv-budget 0.27 --share none --storages int8,basis4,basis3,basis2`", FEW_BITS, "planner, 27 %"),
+    ("planner", "`--kv-budget 0.2`, the same formats", FEW_BITS, "planner, 20 %"),
+    ("planner", "`--kv-budget 0.15`, the same formats", FEW_BITS, "planner, 15 %"),
+    ("CHAI: 2 of 3 keys", "`--share qk --layers 1 --clusters 2`", SHARING, "qk-2"),
+    ("2 of 3 keys and values", "`--share qkv --layers 1 --clusters 2`", SHARING, "qkv-2"),
+)
+
+
+def times(row: Record) -> str:
+    """Multiply-adds of attention, of the dense model's."""
+    return f"{row['macs']:.1f} x" if row["macs"] < 10 else f"{row['macs']:.0f} x"
+
+
+def signed(figures: Sequence[float]) -> str:
+    """A mean with its interval; of large ones no decimals."""
+    digits = 2 if abs(figures[0]) < 10 else 0
+    return "{:+,.{d}f} [{:+,.{d}f}, {:+,.{d}f}]".format(*figures, d=digits)
+
+
+DAMAGE: tuple[Column, ...] = (
+    ("a token, % of bfloat16", lambda row: f"{100 * row['token']:.1f}"),
+    ("a window, %", lambda row: f"{100 * row['sequence']:.1f}"),
+    ("multiply-adds", times),
+    ("KL, nats [95 %]", lambda row: "{:.4f} [{:.4f}, {:.4f}]".format(*row["kl"])),
+    ("perplexity, change % [95 %]", lambda row: signed(row["perplexity_change"])),
+)
+
+
+def home() -> str:
+    """What the best methods and CHAI cost, from two experiments."""
+    rows = [
+        {"how": how, "options": options} | next(row for row in read(file)["rows"] if row["cache"] == cache)
+        for how, options, file, cache in HOME
+    ]
+    columns: list[Column] = [("how", lambda row: row["how"]), ("options", lambda row: row["options"])]
+    return markdown(rows, [*columns, DAMAGE[0], DAMAGE[2], DAMAGE[4]])
+
+
+def damage(file: str) -> str:
+    """All rows of one measurement of damage."""
+    cache: Column = ("cache", lambda row: row["cache"])
+    return whole(file, (cache, *DAMAGE), f"{read(file)['rows'][0]['n']} windows")
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "home": home,
+    "cache": partial(damage, FEW_BITS),
+    "long": partial(damage, "few_bits/long/few_bits.json"),
+    "sharing": partial(damage, SHARING),
+    "redundancy": redundancy,
+}
