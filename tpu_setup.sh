@@ -4,6 +4,7 @@
 #
 #   bash tpu_setup.sh            make or update .venv, print the devices
 #   bash tpu_setup.sh --smoke    then run the main job on the built-in toy with few examples
+#   bash tpu_setup.sh --small    rehearse all that on a CPU, without libtpu and with two updates a stage
 #
 # It may be run again: what is in order is kept. On a pod, run it on all hosts at once. Environment variables:
 #   PYTHON       the interpreter, 3.11 or newer; otherwise the first one found, else one that uv fetches
@@ -46,15 +47,19 @@ remove_stale_libtpu() {
 
 # From v5e on, the TPU runtime wants transparent hugepages: without them transfers are slow, and JAX warns at each start.
 enable_hugepages() {
-    case "$1" in *"TPU v2"* | *"TPU v3"* | *"TPU v4"*) return ;; esac
+    case "$1" in *"TPU v2"* | *"TPU v3"* | *"TPU v4"* | *"(cpu)") return ;; esac
     if [ ! -e "$hugepages" ] || grep -qs '\[always\]' "$hugepages"; then return; fi
     { echo always >"$hugepages"; } 2>/dev/null || echo always | sudo -n tee "$hugepages" >/dev/null 2>&1 ||
         echo "could not switch on transparent hugepages; as root: echo always > $hugepages"
 }
 
+# Where JAX may choose, it falls back to the CPU; where the TPU is named, it says why it cannot have it.
+backend=tpu platforms=tpu,cpu package=".[tpu]" job=()
 case "${1:-}" in
-    "" | --smoke) ;;
-    *) fail "unknown argument $1; expected nothing or --smoke" ;;
+    "") ;;
+    --smoke) job=(--limit 32) ;;
+    --small) backend=cpu platforms=cpu package=. job=(--limit 32 --max-steps 2 --max-train-examples 256) ;;
+    *) fail "unknown argument $1; expected nothing, --smoke or --small" ;;
 esac
 
 for name in TPU_LIBRARY_PATH JAX_PLATFORMS; do
@@ -63,22 +68,21 @@ for name in TPU_LIBRARY_PATH JAX_PLATFORMS; do
         unset "$name"
     fi
 done
-# Where JAX may choose, it falls back to the CPU; where the TPU is named, it says why it cannot have it.
-export JAX_PLATFORMS=tpu,cpu
+export JAX_PLATFORMS=$platforms
 
 if ! { [ -x "$venv/bin/python" ] && new_enough "$venv/bin/python"; }; then make_venv; fi
 remove_stale_libtpu
-"$venv/bin/python" -m pip install --quiet -e ".[tpu]"
+"$venv/bin/python" -m pip install --quiet -e "$package"
 
-found=$("$venv/bin/chai-jax" env --require-backend tpu) ||
+found=$("$venv/bin/chai-jax" env --require-backend "$backend") ||
     fail "no TPU to run on; is this a TPU machine, and is the TPU free? (sudo lsof -w /dev/accel* /dev/vfio/*)"
 devices=$(sed -n 's/.*"device": "\([^"]*\)".*/\1/p' <<<"$found")
 echo "${devices:-the first host of this pod prints the devices}"
 enable_hugepages "$devices"
 
-if [ "${1:-}" = --smoke ]; then
+if [ "${#job[@]}" -gt 0 ]; then
     out=$(mktemp -d)
     trap 'rm -rf "$out"' EXIT
-    "$venv/bin/chai-jax" run --require-backend tpu --limit 32 --out "$out/run"
+    "$venv/bin/chai-jax" run --require-backend "$backend" "${job[@]}" --out "$out/run"
 fi
-echo "ready: $venv/bin/chai-jax run --require-backend tpu"
+echo "ready: $venv/bin/chai-jax run --require-backend $backend"

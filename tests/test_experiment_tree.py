@@ -369,7 +369,8 @@ def test_training_a_test_model(data: Path, tmp_path: Path) -> None:
         module.train(module.Training((text,), tmp_path / "third", heads=3))
 
 
-def test_the_driver_asks_for_options_that_exist(data: Path) -> None:
+@pytest.mark.parametrize("small", [False, True])
+def test_the_driver_asks_for_options_that_exist(small: bool, data: Path, tmp_path: Path) -> None:
     """Every command of all.sh is understood by its script, and every script of a table of the paper is there."""
     import shlex
 
@@ -380,20 +381,24 @@ def test_the_driver_asks_for_options_that_exist(data: Path) -> None:
         "bigger_teacher": "bigger_teacher.TeacherOptions",
         "train_test_model": "train_test_model.Training",
     }
+    given = {} if small else {"MODEL": "m", "DATA": str(data), "TEXT": "a b"}
     done = subprocess.run(
-        ["bash", EXPERIMENTS / "all.sh"],
-        env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "MODEL": "m", "DATA": str(data), "TEXT": "a b"},
+        ["bash", EXPERIMENTS / "all.sh", *["--small"] * small],
+        env={"PATH": "/usr/bin:/bin", "DRY_RUN": "1", "OUT": str(tmp_path), **given},
         capture_output=True,
         text=True,
         check=True,
     )
     seen = []
-    for line in done.stdout.splitlines():
+    lines = done.stdout.splitlines()
+    if small:
+        assert lines.pop(0).startswith("chai-jax export toy")
+    for line in lines:
         program, path, *argv = shlex.split(line)
         name = Path(path).stem
         module, kind = kinds.get(name, "lab.options.Options").rsplit(".", 1)
         parsed = read(getattr(script(module), kind), argv)
-        assert (program, parsed.data_dir) == ("python", data)
+        assert (program, parsed.data_dir) == ("python", None if small else data)
         seen.append(name)
     beyond_the_paper = {"study", "bench_gpu", "decode_formats", "few_bits", "method_cost", "passkey", "rivals"}
     beyond_the_paper |= {"few_bits_picture", "few_bits_tasks", "merge_moments", "predictions", "serve_peers"}

@@ -1,6 +1,5 @@
 """The scripts and the notebook of experiments/ ask for things that exist, at the paper's settings."""
 
-import ast
 import importlib
 import importlib.util
 import json
@@ -75,6 +74,9 @@ def test_the_script_takes_variables_and_options() -> None:
     assert (config.task, config.seed, config.operation.max_minutes) == ("rte", 3, 9)
     assert (config.out, config.data_dir) == (Path("/out/opt-125m-rte"), Path("/my data"))
     assert config.devices.require_backend == "gpu"
+    (config,) = dry_run("--small", "--seed", "3")
+    assert (config.model, config.task, config.devices.require_backend, config.seed) == ("toy", "toy", "cpu", 3)
+    assert (config.train.lr, config.train.accumulation, config.train.max_steps) == (2e-5, 8, 2)
     (config,) = dry_run("facebook/opt-1.3b", "--mesh", "2x4", "--fsdp", TASKS="rte")
     assert (config.devices.mesh, config.devices.fsdp) == ("2x4", True)
 
@@ -109,41 +111,6 @@ def test_the_folders_page_names_every_script() -> None:
     results = re.findall(r"\]\(\.\./docs/([\w/]+\.md)", page)
     assert len(results) == 5
     assert all((ROOT / "docs" / name).is_file() for name in results)
-
-
-def cells(kind: str) -> list[str]:
-    notebook = json.loads((EXPERIMENTS / "kaggle_tpu.ipynb").read_text(encoding="utf-8"))
-    assert (notebook["nbformat"], notebook["metadata"]["kernelspec"]["language"]) == (4, "python")
-    assert len({cell["id"] for cell in notebook["cells"]}) == len(notebook["cells"])
-    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
-
-
-def test_the_notebook_has_small_cells_without_outputs() -> None:
-    notebook = json.loads((EXPERIMENTS / "kaggle_tpu.ipynb").read_text(encoding="utf-8"))
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
-    assert max(len(cell["source"]) for cell in code) <= 6
-    assert any("Restart the session" in text for text in cells("markdown"))
-
-
-def test_the_notebooks_code_compiles() -> None:
-    for cell in cells("code"):
-        if cell.startswith("%%bash"):
-            checked = subprocess.run(["bash", "-n"], input=cell.split("\n", 1)[1], text=True, capture_output=True)
-            assert checked.stderr == ""
-        else:
-            lines = ["pass" if line[:1] in ("!", "%") else line for line in cell.splitlines()]
-            assert ast.parse("\n".join(lines)).body
-
-
-def test_the_notebooks_commands_are_the_programs() -> None:
-    commands = [line[1:] for cell in cells("code") for line in cell.splitlines() if line.startswith("!chai-jax")]
-    values = {"{MODEL}": "facebook/opt-125m", "{TASK}": "sst2", "{MINUTES}": "480", "{OUT}": "/kaggle/working/runs/a"}
-    configs = [parsed(re.sub(r"\{\w+\}", lambda found: values[found[0]], command)) for command in commands]
-    assert len(configs) == 4
-    assert {config.devices.require_backend for config in configs} == {"tpu"}
-    (job,) = [config for config in configs if isinstance(config, RunConfig) and config.model != "toy"]
-    assert (job.train.lr, job.train.accumulation, job.train.batch, job.operation.max_minutes) == (2e-5, 8, None, 480)
 
 
 @pytest.fixture

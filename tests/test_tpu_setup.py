@@ -25,7 +25,7 @@ case "$name $*" in
     "uv venv "*) [ ! -e "$STUBS/no-network" ] && make_venv "${@: -1}" ;;
     *"pip show --quiet libtpu-nightly") [ -e "$STUBS/nightly" ] ;;
     *"pip uninstall"*) rm "$STUBS/nightly" ;;
-    "chai-jax env --require-backend tpu") echo "platforms $JAX_PLATFORMS" >>"$STUBS/calls"
+    "chai-jax env --require-backend "*) echo "platforms $JAX_PLATFORMS" >>"$STUBS/calls"
         echo "a table"; cat "$STUBS/devices" ;;
     "sudo "*) cat >/dev/null; exit 1 ;;
 esac
@@ -53,9 +53,10 @@ class Machine:
         path.write_text(STUB)
         path.chmod(0o755)
 
-    def have(self, kind: str, count: int = 8) -> None:
+    def have(self, kind: str, count: int = 8, backend: str = "tpu") -> None:
         """What `chai-jax env` will print."""
-        (self.stubs / "devices").write_text(json.dumps({"device": f"{count} x {kind} (tpu)", "processes": 1}) + "\n")
+        found = {"device": f"{count} x {kind} ({backend})", "processes": 1}
+        (self.stubs / "devices").write_text(json.dumps(found) + "\n")
 
     def set_up(self, *argv: str, **variables: str) -> tuple[int, str, list[str]]:
         """Exit status, output, and the calls that the script made."""
@@ -111,6 +112,24 @@ def test_the_smoke_run_requires_the_tpu(machine: Machine) -> None:
     assert status == 0, output
     (smoke,) = [call for call in calls if call.startswith("chai-jax run")]
     assert "--require-backend tpu --limit 32" in smoke
+
+
+def test_a_rehearsal_needs_no_tpu(machine: Machine) -> None:
+    """The same steps, but for the device, its library and its kernel's switch."""
+    switch = machine.stubs / "hugepages"
+    switch.write_text("always [madvise] never\n")
+    machine.have("cpu", 1, "cpu")
+    status, output, calls = machine.set_up("--small")
+    assert status == 0, output
+    assert output.splitlines()[-1] == "ready: .venv/bin/chai-jax run --require-backend cpu"
+    assert "python -m pip install --quiet -e ." in calls
+    assert "platforms cpu" in calls
+    (job,) = [call for call in calls if call.startswith("chai-jax run")]
+    assert "--require-backend cpu --limit 32 --max-steps 2" in job
+    assert switch.read_text() == "always [madvise] never\n"
+    machine.have("TPU v5 lite")
+    shutil.rmtree(machine.root / ".venv")
+    assert [call.split()[0] for call in machine.set_up("--smoke")[2]] == [call.split()[0] for call in calls]
 
 
 def test_libtpu_nightly_goes_once(machine: Machine) -> None:
