@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from chai_jax.report.tables import Column, markdown
+from chai_jax.report.tables import Column, markdown, percent
 from lab.options import Record
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -26,10 +26,10 @@ def under(about: Record, text: str = "") -> str:
     return f"`{about['command']}`\n\n({', '.join(filter(None, said))})"
 
 
-def whole(file: str, columns: Sequence[Column], text: str = "", keep: Callable[[Record], bool] = bool) -> str:
-    """Some rows of one experiment, and what stands under them."""
+def whole(file: str, columns: Sequence[Column], text: str = "") -> str:
+    """The rows of one experiment, and what stands under them."""
     found = read(file)
-    return f"{markdown([row for row in found['rows'] if keep(row)], columns)}\n{under(found, text)}"
+    return f"{markdown(found['rows'], columns)}\n{under(found, text)}"
 
 
 def redundancy() -> str:
@@ -77,8 +77,8 @@ HOME = (
     ("planner", "`--kv-budget 0.27 --share none --storages int8,basis4,basis3,basis2`", FEW_BITS, "planner, 27 %"),
     ("planner", "`--kv-budget 0.2`, the same formats", FEW_BITS, "planner, 20 %"),
     ("planner", "`--kv-budget 0.15`, the same formats", FEW_BITS, "planner, 15 %"),
-    ("CHAI: 2 of 3 keys", "`--share qk --layers 1 --clusters 2`", SHARING, "qk-2"),
-    ("2 of 3 keys and values", "`--share qkv --layers 1 --clusters 2`", SHARING, "qkv-2"),
+    ("CHAI: 2 of 3 keys", "[sharing.py](experiments/sharing.py)", SHARING, "qk-2"),
+    ("2 of 3 keys and values", "[sharing.py](experiments/sharing.py)", SHARING, "qkv-2"),
 )
 
 
@@ -118,10 +118,51 @@ def damage(file: str) -> str:
     return whole(file, (cache, *DAMAGE), f"{read(file)['rows'][0]['n']} windows")
 
 
+def tasks() -> str:
+    """Answers with eight examples before each question."""
+    caches = {"smollm2-20": "planner, 20 %", "smollm2-15": "planner, 15 %"}
+    columns: list[Column] = [
+        ("cache", lambda row: caches.get(row["cache"], row["cache"])),
+        ("task", lambda row: TASKS[row["task"]]),
+        ("n", lambda row: f"{row['n']:,}"),
+        ("accuracy", lambda row: percent(row["plain"]["acc"])),
+        ("change, points [95 %]", lambda row: points(row, "plain")),
+        ("lost, won", lambda row: "{right_to_wrong}, {wrong_to_right}".format(**row["plain"]["flips"])),
+        ("by length", lambda row: percent(row["by_length"]["acc"])),
+        ("change, points [95 %]", lambda row: points(row, "by_length")),
+    ]
+    return whole("few_bits/tasks-8-shots/few_bits_tasks.json", columns)
+
+
+def points(row: Record, which: str) -> str:
+    """A paired change of accuracy with its interval."""
+    if row["cache"] == "bfloat16":
+        return "-"
+    figures = [100 * row[which]["difference"], *(100 * end for end in row[which]["difference_interval"])]
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*figures)
+
+
+def passkey() -> str:
+    """Hidden numbers that were found."""
+    columns: list[Column] = [
+        ("cache", lambda row: row["cache"]),
+        ("a token, % of bfloat16", lambda row: f"{100 * row['token']:.1f}"),
+        ("tokens of the text", lambda row: f"{row['length']:,}"),
+        ("found", lambda row: f"{row['right']} of {row['n']}"),
+        (
+            "%, [95 %]",
+            lambda row: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row["rate"], *row["interval"]))),
+        ),
+    ]
+    return whole("few_bits/passkey.json", columns)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "home": home,
     "cache": partial(damage, FEW_BITS),
     "long": partial(damage, "few_bits/long/few_bits.json"),
+    "tasks": tasks,
+    "passkey": passkey,
     "sharing": partial(damage, SHARING),
     "redundancy": redundancy,
 }

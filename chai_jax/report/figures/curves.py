@@ -80,7 +80,8 @@ def cost_against(
     """
     panels = series_of(rows, panel)
     colours = {name: number for number, name in enumerate(series_of(rows, series))}
-    figure = Figure(figsize=(max(5.0, 4.0 * len(panels)), 4.0), layout="constrained")
+    outside = len(colours) > 5  # names of so many would hide lines
+    figure = Figure(figsize=(max(5.0, 4.0 * len(panels)) + 2.5 * outside, 4.0), layout="constrained")
     every = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for axes, (value, members) in zip(every, panels.items(), strict=True):
         for name, line in series_of(members, series).items():
@@ -92,6 +93,9 @@ def cost_against(
         axes.set_xlabel(plain(x_label))
         axes.grid(alpha=0.3, which="both")
     every[0].set_ylabel(plain(y_label))
-    every[0].legend(fontsize=8)
+    if outside:
+        every[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        every[0].legend(fontsize=8)
     write_caption(figure, caption)
     return write_picture(figure, path, rows)
