@@ -172,7 +172,7 @@ def test_its_links_lead_somewhere(page: str) -> None:
 
 
 def test_every_page_is_reached_from_the_readme() -> None:
-    linked = {f"docs/{name}" for name in re.findall(r"\]\(docs/([\w.]+)", PAGES["README.md"])}
+    linked = {f"docs/{name}" for name in re.findall(r"\]\(docs/([\w/-]+\.md)", PAGES["README.md"])}
     linked |= {f"docs/{name}" for name in re.findall(r"\]\((results/[\w.-]+)", PAGES["docs/results.md"])}
     assert linked | {"README.md", "CONTRIBUTING.md", "docs/README.md"} == PAGES.keys()
 
