@@ -118,6 +118,18 @@ def damage(file: str) -> str:
     return whole(file, (cache, *DAMAGE), f"{read(file)['rows'][0]['n']} windows")
 
 
+def distilled() -> str:
+    """The planner's model of 15 % as it was, and trained."""
+    found = read("few_bits/distilled/few_bits.json")
+    trained = read("few_bits/distilled/few_bits_distil.json")
+    (how,) = trained["rows"]
+    names = "planner, 15 %", f"the same after {how['updates']} updates of {how['tokens']:,} tokens"
+    rows = [row | {"cache": name} for row, name in zip(found["rows"], names, strict=True)]
+    cache: Column = ("cache", lambda row: row["cache"])
+    said = f"{rows[0]['n']} windows", f"{how['seconds']:.0f} s an update beside other jobs"
+    return f"{markdown(rows, [cache, *DAMAGE])}\n`{trained['command']}`\n\n{under(found, ', '.join(said))}"
+
+
 def tasks() -> str:
     """Answers with eight examples before each question."""
     caches = {"smollm2-20": "planner, 20 %", "smollm2-15": "planner, 15 %"}
@@ -160,7 +172,7 @@ def passkey() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "home": home,
     "cache": partial(damage, FEW_BITS),
-    "long": partial(damage, "few_bits/long/few_bits.json"),
+    "distilled": distilled,
     "tasks": tasks,
     "passkey": passkey,
     "sharing": partial(damage, SHARING),
