@@ -36,11 +36,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; status 1 if a page would change")
     check = parser.parse_args().check
-    changed = [(page, text) for page in pages() if (text := drawn(page.read_text("utf-8"))) != page.read_text("utf-8")]
-    for page, text in changed:
+    before = {page: page.read_text(encoding="utf-8") for page in pages()}
+    after = {page: drawn(text) for page, text in before.items()}
+    changed = [page for page in before if after[page] != before[page]]
+    for page in changed:
         print(page.relative_to(ROOT), "differs from the results" if check else "is drawn anew")
         if not check:
-            write_text(page, text)
+            write_text(page, after[page])
     return int(check and bool(changed))
 
 

@@ -97,6 +97,8 @@ def sharing(options: SharingOptions) -> Record:
         for row, how in plans(dense.config, dense, seen, options.seed_numbers[0]):
             if not wanted or row.startswith(wanted):
                 made[row] = cluster(dense, how, seen)
+        if not made:
+            raise InputError(f"{name} has no rows {options.rows!r}; expected beginnings of qk-2, kv-0.5, ... of --help")
         for row, model in track(list(made.items()), "Saving"):
             if not (options.out / f"{name}-{row}").exists():
                 save(model, options.out / f"{name}-{row}")

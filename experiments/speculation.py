@@ -30,13 +30,16 @@ from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.files.store import load
 from chai_jax.model.model import Model
+from chai_jax.plans.formats import BLOCKS, UNFITTED
 from chai_jax.report.tables import Column, percent
+from chai_jax.run.options import parse_list
 from chai_jax.serve.generate import generate_tokens
 from chai_jax.serve.speculate import Speculated, speculate
 from lab.options import Common, Record, start
 from lab.publish import publish
 
 CALIBRATION = 64  # windows
+STORED = tuple(name for name in UNFITTED if name not in BLOCKS)  # a draft's cache gives columns up
 Timing = tuple[float, Speculated]  # milliseconds of a completion, and it
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
@@ -72,7 +75,9 @@ class SpeculationOptions(Common):
 def drafts_of(model: Model, text: Sequence[Encoded], options: SpeculationOptions) -> dict[str, Model]:
     """By name."""
     found = {"itself": model} | {Path(source).name: load(source) for source in options.drafts}
-    found |= {storage: with_storage(model, storage) for storage in filter(None, options.storages.split(","))}
+    if options.storages:
+        storages = parse_list("--storages", options.storages, STORED)
+        found |= {storage: with_storage(model, storage) for storage in storages}
     parts = [float(part) for part in options.clusters.split(",") if part]
     if not parts:
         return found

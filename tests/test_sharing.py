@@ -65,6 +65,8 @@ def test_equal_heads_share_for_nothing(sharing: ModuleType, tmp_path: Path) -> N
     assert (
         load(tmp_path / "out" / "model-qkv-1").kv_bytes_per_token == 0.5 * load(tmp_path / "model").kv_bytes_per_token
     )
+    with pytest.raises(InputError, match="no rows 'nonsense'"):
+        sharing.sharing(dataclasses.replace(options, rows="nonsense"))
     with pytest.raises(InputError, match="expected --text FILE"):
         sharing.sharing(dataclasses.replace(options, text=None))
 

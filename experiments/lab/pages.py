@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from chai_jax.report.tables import Column, markdown, percent
+from lab.damage import COLUMNS
 from lab.options import Record
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -94,10 +95,9 @@ def signed(figures: Sequence[float]) -> str:
 
 
 DAMAGE: tuple[Column, ...] = (
-    ("a token, % of bfloat16", lambda row: f"{100 * row['token']:.1f}"),
-    ("a window, %", lambda row: f"{100 * row['sequence']:.1f}"),
+    *((name, cell) for name, cell in COLUMNS if name in ("a token, % of bfloat16", "a window, %")),
     ("multiply-adds", times),
-    ("KL, nats [95 %]", lambda row: "{:.4f} [{:.4f}, {:.4f}]".format(*row["kl"])),
+    *((name, cell) for name, cell in COLUMNS if name == "KL, nats [95 %]"),
     ("perplexity, change % [95 %]", lambda row: signed(row["perplexity_change"])),
 )
 
