@@ -19,20 +19,17 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
 
 from chai_jax.adapt.distil import distil
-from chai_jax.config import Checkpoints, DistilConfig, TrainConfig
-from chai_jax.console import console
-from chai_jax.data.text import read_text_file, windows
+from chai_jax.config import Checkpoints, DistilConfig
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.report.tables import Column
 from lab.kept import kept
-from lab.options import Common, Record, start
+from lab.options import Record, start
 from lab.publish import publish
+from lab.teaching import Teaching, told
 
-SKIPPED = 32  # windows of 512 tokens at the text's beginning, of which plans were made
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
     ("updates", lambda row: str(row["updates"])),
@@ -44,47 +41,20 @@ COLUMNS: tuple[Column, ...] = (
 
 
 @dataclass(frozen=True)
-class DistilOptions(Common):
+class DistilOptions(Teaching):
     compressed: tuple[str, ...] = ()
     """Folders of compressed models."""
-    calibration: Path | None = None
-    """The text to learn from: a file, plain or .gz."""
-    updates: int = 100
-    batch: int = 4
-    """Windows of an update."""
-    window: int = 512
-    """Tokens of a window."""
-    lr: float = 2e-5
-    """Peak (first) learning rate."""
-    alpha: float = 1.0
-    """Part of the teacher in the loss; the rest is cross-entropy with the text."""
-    compute: Literal["float32", "bfloat16"] | None = None
-    """Dtype of activations (default: the device's fast one)."""
 
 
 def distilled(folder: str, options: DistilOptions) -> Record:
     """Train one model and save it beside the table; after a stop, losses and time are those of the rest."""
     (source,) = options.model
     student, teacher = load(folder), load(source, storage="bfloat16")
-    assert options.calibration is not None
-    text = read_text_file(options.calibration)
-    cut = windows(student.tokenizer, text, options.window)[SKIPPED * 512 // options.window : -1]
-    if len(cut) < options.batch:
-        raise InputError(f"the text has {len(cut)} windows left; expected at least --batch {options.batch}: give more")
-    train = TrainConfig(
-        options.lr, options.batch, accumulation=1, epochs=10_000, max_steps=options.updates,
-        max_examples=min(len(cut), options.updates * options.batch), weight_decay=0.0, seed=options.seed_numbers[0],
-        compute=options.compute, remat=True,
-    )  # fmt: skip
-    losses: list[float] = []
-
-    def log(entry: dict[str, Any]) -> None:
-        losses.append(float(entry["kl"]))
-        if len(losses) % 5 == 0:
-            console.print(f"{name}: update {len(losses)}, KL {sum(losses[-5:]) / 5:.4f}")
-
+    cut = options.examples(student)
     name, began = Path(folder).name, time.perf_counter()
+    losses, log = told(name, "kl")
     kept = Checkpoints(options.out / f"{name}.state", minutes=5.0, keep=1)
+    train = options.train_config(len(cut), options.seed_numbers[0])
     config = DistilConfig(train, temperature=1.0, alpha=options.alpha)
     model = distil(student, teacher, cut, config, log, checkpoints=kept)
     seconds = (time.perf_counter() - began) / max(1, len(losses))

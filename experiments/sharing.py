@@ -34,14 +34,11 @@ from chai_jax.files.store import load, save
 from chai_jax.model.model import Model
 from chai_jax.plans.architecture import Architecture
 from chai_jax.plans.plan import ClusterPlan, LayerPlan, Plan
-from chai_jax.report.tables import Column
-from lab.damage import COLUMNS, ROWS, damage, figures, layer_by_layer, sizes, whole_windows
+from lab.damage import COLUMNS, ROWS, WEIGHTS, damage, figures, layer_by_layer, sizes, whole_windows
 from lab.options import Common, Record, start
 from lab.publish import publish
 from lab.texts import calibrated
 from lab.variants import LOW_RANK, RATIOS, at_random, stored_as
-
-WEIGHTS: Column = ("weights, % of dense", lambda row: f"{100 * row['weights']:.1f}")
 
 
 @dataclass(frozen=True)

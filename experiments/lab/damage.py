@@ -37,6 +37,7 @@ COLUMNS: tuple[Column, ...] = (
     ("KL, nats [95 %]", lambda row: "{:.4f} [{:.4f}, {:.4f}]".format(*row["kl"])),
     ("perplexity, change % [95 %]", lambda row: "{:+.2f} [{:+.2f}, {:+.2f}]".format(*row["perplexity_change"])),
 )
+WEIGHTS: Column = ("weights, % of dense", lambda row: f"{100 * row['weights']:.1f}")
 
 
 def whole_windows(tokenizer: Any, text: Path, length: int, count: int) -> np.ndarray:
