@@ -29,7 +29,7 @@ from chai_jax.model.execution import Execution
 from chai_jax.model.model import Model
 from chai_jax.model.params import init
 from chai_jax.model.sharding import one_device
-from chai_jax.plans.architecture import Architecture
+from chai_jax.plans.architecture import Architecture, Rotary
 from chai_jax.plans.spec import Spec
 
 ROOT = Path(__file__).parents[1]
@@ -240,18 +240,27 @@ class Laps:
         return [self.milliseconds]
 
 
+OPT = Architecture(64, 32, 2, 4, 64, 48, embed_dim=32)
+LLAMA = Architecture(
+    64, 32, 2, 4, 64, 48, embed_dim=32, bias=False, activation="silu", num_kv_heads=2, norm="rms", gated=True,
+    rotary=Rotary(), position_offset=0, family="llama",
+)  # fmt: skip
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize(("config", "backend"), [(OPT, "eager"), (LLAMA, None)], ids=("opt compiled", "llama"))
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the libraries' own making
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0")
-def test_transformers_decodes_what_we_decode(bench_gpu: Any, torch: ModuleType) -> None:
+def test_transformers_decodes_what_we_decode(
+    bench_gpu: Any, torch: ModuleType, config: Architecture, backend: str | None
+) -> None:
     """From the same cache, lap after lap; compiled as far as tracing goes, which is where models break."""
     from lab.decoding import Ours, Transformers
 
-    config = Architecture(64, 32, 2, 4, 64, 48, embed_dim=32)
-    spec = Spec.dense(2, 4, 8)
+    spec = Spec.of(config)
     model = Model(config, spec, init(config, spec, jax.random.key(1), 0.3))
     shape = bench_gpu.Shape(3, 20, 6)
-    ours, theirs = Ours(model, shape, 0), Transformers(model, shape, "cpu", "float32", "eager")
+    ours, theirs = Ours(model, shape, 0), Transformers(model, shape, "cpu", "float32", backend)
     for (mine,), layer in zip(ours.held.layers, theirs.cache.layers, strict=True):
         layer.keys.copy_(torch.from_numpy(np.array(mine.keys)))
         layer.values.copy_(torch.from_numpy(np.array(mine.values)))

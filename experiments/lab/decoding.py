@@ -17,7 +17,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 
-from chai_jax.bench.peers import torch_model
+from chai_jax.bench.peers import stay_awake, torch_model
 from chai_jax.bench.race import Shape, clock
 from chai_jax.machine.memory import program_bytes
 from chai_jax.model.cache import Cache, cache_bytes, empty
@@ -124,19 +124,25 @@ def torch_version() -> str:
 
 
 class Transformers:
-    """The dense model as transformers' OPT in torch, with the same attributes: one compiled program a step.
+    """The dense model as transformers' class of its family in torch, with the same attributes.
 
-    It is given what favours it: CUDA graphs, no prompt, no padding, a mask made ahead, the head at one position.
+    It is given what favours it: CUDA graphs, no prompt, no padding, a mask made ahead, the head at one position, and on
+    CPUs threads that stay awake.
 
     Args:
-        device, dtype, backend: torch's names; other than the defaults for tests.
+        device, dtype: torch's names.
+        backend: of torch.compile, which makes one program of a step; None: eager.
     """
 
-    framework = "transformers, static cache, torch.compile"
-
     def __init__(
-        self, model: Model, shape: Shape, device: str = "cuda", dtype: str = "bfloat16", backend: str = "inductor"
+        self,
+        model: Model,
+        shape: Shape,
+        device: str = "cuda",
+        dtype: str = "bfloat16",
+        backend: str | None = "inductor",
     ) -> None:
+        stay_awake()
         import torch
         from transformers import StaticCache
 
@@ -144,15 +150,17 @@ class Transformers:
         config, kind = model.config, getattr(torch, dtype)
         self.model = torch_model(model).to(device, kind)
         self.cache = StaticCache(config=self.model.config, max_cache_len=self.until)
-        self.cache.early_initialization(shape.batch, config.num_heads, config.head_dim, kind, torch.device(device))
+        self.cache.early_initialization(shape.batch, config.kv_heads, config.head_dim, kind, torch.device(device))
         for layer in self.cache.layers:
             layer.keys.normal_()
             layer.values.normal_()
         # The argument's name changed within transformers 5.
-        known = inspect.signature(self.model.model.decoder.forward).parameters
+        known = inspect.signature(self.model.get_decoder().forward).parameters
         self.named = {"cache" if "cache" in known else "past_key_values": self.cache}
         graphs = {"mode": "reduce-overhead"} if device == "cuda" and backend == "inductor" else {}
-        self.step = torch.compile(self._step, backend=backend, fullgraph=True, **graphs)
+        eager = backend is None
+        self.framework = f"transformers, static cache, {'eager' if eager else 'torch.compile'}"
+        self.step = self._step if eager else torch.compile(self._step, backend=backend, fullgraph=True, **graphs)
         began = time.perf_counter()
         self.lap()
         self.compile_seconds = time.perf_counter() - began  # with one lap

@@ -51,7 +51,9 @@ class Read:
 
 
 class TransformersReads:
-    """The dense model as transformers' OPT in torch, with the same attributes: one call, the head at one position.
+    """The dense model as transformers' class of its family in torch, with the same attributes.
+
+    One call, the head at one position.
 
     Args:
         device, dtype: torch's names; other than the defaults for tests.
