@@ -12,6 +12,7 @@ from lab.options import Record
 
 RESULTS = Path(__file__).parents[1] / "results"
 TASKS = {"piqa": "PIQA", "hellaswag": "HellaSwag", "sst2": "SST-2"}
+PLANS = {f"smollm2-{percent}": f"planner, {percent} %" for percent in (25, 20, 17, 15)}  # by their folders
 
 
 def read(file: str) -> Record:
@@ -119,22 +120,46 @@ def damage(file: str) -> str:
 
 
 def distilled() -> str:
-    """The planner's model of 15 % as it was, and trained."""
-    found = read("few_bits/distilled/few_bits.json")
-    trained = read("few_bits/distilled/few_bits_distil.json")
-    (how,) = trained["rows"]
-    names = "planner, 15 %", f"the same after {how['updates']} updates of {how['tokens']:,} tokens"
-    rows = [row | {"cache": name} for row, name in zip(found["rows"], names, strict=True)]
+    """The planner's models as they were, each followed by itself after training."""
+    rows, notes = [], []
+    for folder in ("few_bits/distilled-20-17", "few_bits/distilled"):
+        found, trained = read(f"{folder}/few_bits.json"), read(f"{folder}/few_bits_distil.json")
+        before, after = found["rows"][: len(found["rows"]) // 2], found["rows"][len(found["rows"]) // 2 :]
+        hows = {row["model"]: row for row in trained["rows"]}
+        for old, new in zip(before, after, strict=True):
+            assert old["cache"] == new["cache"]  # of one name, in one order
+            how = hows[new["cache"]]
+            rows.append(old | {"cache": f"planner, {new['cache'].rpartition('-')[2]} %"})
+            rows.append(new | {"cache": f"after {how['updates']} updates of {how['tokens']:,} tokens"})
+        notes.append(f"`{trained['command']}`\n\n{under(found, str(rows[0]['n']) + ' windows')}")
     cache: Column = ("cache", lambda row: row["cache"])
-    said = f"{rows[0]['n']} windows", f"{how['seconds']:.0f} s an update beside other jobs"
-    return f"{markdown(rows, [cache, *DAMAGE])}\n`{trained['command']}`\n\n{under(found, ', '.join(said))}"
+    return "\n\n".join([markdown(rows, [cache, *DAMAGE]).rstrip(), *notes])
 
 
-def tasks() -> str:
-    """Answers with eight examples before each question."""
-    caches = {"smollm2-20": "planner, 20 %", "smollm2-15": "planner, 15 %"}
+def best() -> str:
+    """The planner at a quarter and a fifth of the cache: perplexity and answers together."""
+    sources = {"25": "few_bits/planner-25/few_bits.json", "20": FEW_BITS}
+    asked = read("few_bits/tasks/few_bits_tasks.json")
+    rows = []
+    for percent_, file in sources.items():
+        row = next(row for row in read(file)["rows"] if row["cache"] == f"planner, {percent_} %")
+        answers = {each["task"]: each for each in asked["rows"] if each["cache"] == f"smollm2-{percent_}"}
+        rows.append(row | {task: points(each, "plain") for task, each in answers.items()})
     columns: list[Column] = [
-        ("cache", lambda row: caches.get(row["cache"], row["cache"])),
+        ("cache", lambda row: row["cache"]),
+        *(DAMAGE[at] for at in (0, 3, 4)),
+        ("PIQA, points [95 %]", lambda row: row["piqa"]),
+        ("HellaSwag, points [95 %]", lambda row: row["hellaswag"]),
+    ]
+    counts = {TASKS[row["task"]]: row["n"] for row in asked["rows"]}
+    said = ", ".join(f"{n:,} questions of {task}" for task, n in counts.items())
+    return f"{markdown(rows, columns)}\n{under(asked, said)}"
+
+
+def tasks(file: str) -> str:
+    """Answers to questions."""
+    columns: list[Column] = [
+        ("cache", lambda row: PLANS.get(row["cache"], row["cache"])),
         ("task", lambda row: TASKS[row["task"]]),
         ("n", lambda row: f"{row['n']:,}"),
         ("accuracy", lambda row: percent(row["plain"]["acc"])),
@@ -143,7 +168,7 @@ def tasks() -> str:
         ("by length", lambda row: percent(row["by_length"]["acc"])),
         ("change, points [95 %]", lambda row: points(row, "by_length")),
     ]
-    return whole("few_bits/tasks-8-shots/few_bits_tasks.json", columns)
+    return whole(file, columns)
 
 
 def points(row: Record, which: str) -> str:
@@ -169,12 +194,68 @@ def passkey() -> str:
     return whole("few_bits/passkey.json", columns)
 
 
+def students() -> str:
+    """A student of half the layers, with a teacher and without."""
+    columns: list[Column] = [
+        ("student", lambda row: row["cache"]),
+        ("weights, % of the teacher's", lambda row: f"{100 * row['weights']:.0f}"),
+        ("cache, %", lambda row: f"{100 * row['token']:.0f}"),
+        ("updates", lambda row: str(row["updates"])),
+        ("seconds an update", lambda row: f"{row['seconds']:.1f}" if row["updates"] else "-"),
+        *DAMAGE[3:],
+    ]
+    return whole("smollm2/students/lighter_student.json", columns)
+
+
+def speculation() -> str:
+    """Drafts made of the model itself."""
+    columns: list[Column] = [
+        ("draft", lambda row: row["draft"]),
+        ("proposed", lambda row: str(row["count"])),
+        ("kept, %", lambda row: f"{100 * row['acceptance']:.1f} ± {100 * row['acceptance_stderr']:.1f}"),
+        ("tokens a round", lambda row: f"{row['tokens_per_round']:.2f}"),
+        ("speed-up, median [p10, p90]", lambda row: "{:.2f} [{:.2f}, {:.2f}]".format(*row["speed_up"])),
+        ("same text", lambda row: f"{row['same']} of {row['n']}"),
+    ]
+    return whole("smollm2/speculation/speculation.json", columns)
+
+
+def speed(part: str) -> str:
+    """A line for every batch and context, a column for every cache: tokens a second, or seconds to the first token."""
+    found = read("smollm2/speed/speed.json")
+    rows = [row for row in found["rows"] if row["part"] == part]
+    caches = list(dict.fromkeys(row["cache"] for row in rows))
+    shapes = list(dict.fromkeys((row["context"], row["batch"]) for row in rows))
+    by = {(row["context"], row["batch"], row["cache"]): row for row in rows}
+
+    def cell(cache: str, shape: tuple[int, int]) -> str:
+        row = by[(*shape, cache)]
+        if "ms" not in row:
+            return row["absent"]
+        value = f"{row['ms']['median'] / 1e3:.2f}" if part == "first" else f"{row['rate']['median']:,.1f}"
+        return value if cache == "bfloat16" else value + " ({median:.2f} [{p10:.2f}, {p90:.2f}])".format(**row["ratio"])
+
+    columns: list[Any] = [
+        ("context", lambda shape: f"{shape[0]:,}"),
+        ("batch", lambda shape: str(shape[1])),
+        *((PLANS.get(cache, cache), partial(cell, cache)) for cache in caches),
+    ]
+    rounds = next(row["n"] for row in rows if "n" in row)
+    return f"{markdown(shapes, columns)}\n{under(found, f'n = {rounds} rounds')}"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "home": home,
+    "best": best,
     "cache": partial(damage, FEW_BITS),
     "distilled": distilled,
-    "tasks": tasks,
+    "tasks": partial(tasks, "few_bits/tasks-8-shots/few_bits_tasks.json"),
     "passkey": passkey,
+    "long": partial(damage, "few_bits/long/few_bits.json"),
     "sharing": partial(damage, SHARING),
+    "students": students,
+    "speculation": speculation,
+    "speed": partial(speed, "decode"),
+    "first-token": partial(speed, "first"),
     "redundancy": redundancy,
 }
