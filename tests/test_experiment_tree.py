@@ -403,7 +403,7 @@ def test_the_driver_asks_for_options_that_exist(small: bool, data: Path, tmp_pat
     beyond_the_paper = {"study", "bench_gpu", "decode_formats", "few_bits", "method_cost", "passkey", "rivals"}
     beyond_the_paper |= {"few_bits_picture", "few_bits_tasks", "merge_moments", "predictions", "serve_peers"}
     beyond_the_paper |= {"beyond_bits", "few_bits_distil", "redundancy", "rounding", "sharing", "speculation"}
-    beyond_the_paper |= {"steady"}
+    beyond_the_paper |= {"lighter_student", "speed", "steady"}
     scripts = {path.stem for path in EXPERIMENTS.glob("*.py") if "lab.options" in path.read_text()} - beyond_the_paper
     assert set(seen) == scripts
     assert len(seen) == len(scripts) == 10
