@@ -21,7 +21,7 @@ Writes speed.json, .csv and .md.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -139,9 +139,9 @@ def timed(
     return rows + absent
 
 
-def raced(part: str, models: dict[str, Model], options: SpeedOptions) -> list[Record]:
+def raced(part: str, models: dict[str, Model], options: SpeedOptions) -> Iterator[list[Record]]:
     """A row for all that fit, batch by batch and context by context."""
-    dense, seed, rows = models[DENSE], options.seed_numbers[0], []
+    dense, seed = models[DENSE], options.seed_numbers[0]
     gpu = jax.default_backend() == "gpu"
     torch = ("cuda", "bfloat16", "inductor") if gpu else ("cpu", dense.how.dtype.name, None)
     params = {name: serving_params(model, model.how) for name, model in models.items()} if part == "first" else {}
@@ -157,22 +157,20 @@ def raced(part: str, models: dict[str, Model], options: SpeedOptions) -> list[Re
                 shape = Shape(1, context - 1)
                 build = {name: partial(Read, model, params[name], shape, seed) for name, model in models.items()}
                 build[PEER] = partial(TransformersReads, dense, shape, seed, *torch[:2])
-            rows += timed(part, batch, context, build, models, rates, options)
+            yield timed(part, batch, context, build, models, rates, options)
             release()
-    return rows
 
 
-def largest(models: dict[str, Model], options: SpeedOptions) -> list[Record]:
+def largest(models: dict[str, Model], options: SpeedOptions) -> Iterator[list[Record]]:
     """Of each model the largest batch of the longest context that decoded two steps."""
-    context, limit, rows = max(numbers("contexts", options.contexts, int)), options.limit, []
+    context, limit = max(numbers("contexts", options.contexts, int)), options.limit
     if limit is None:
         raise InputError("nobody says how much memory this device has; expected --memory GIB")
     for name, model in models.items():
         fits = max(0, limit - model.nbytes) // cache_bytes(model.spec, 1, context)
         batch = ran(model, fits, context, options.seed_numbers[0])
         kv = {"kv": cache_bytes(model.spec, batch, context)}
-        rows.append({"part": "largest", "cache": name, "batch": batch, "context": context, "fits": fits, "bytes": kv})
-    return rows
+        yield [{"part": "largest", "cache": name, "batch": batch, "context": context, "fits": fits, "bytes": kv}]
 
 
 def speed(options: SpeedOptions) -> Record:
@@ -188,9 +186,9 @@ def speed(options: SpeedOptions) -> Record:
             raise InputError(f"--steps {options.steps} are not fewer than the tokens of each of --contexts")
         models[DENSE].check_length(longest)
         for part in parse_list("--parts", options.parts, PARTS):
-            found = largest(models, options) if part == "largest" else raced(part, models, options)
-            rows += [{"model": Path(source).name, **row} for row in found]
-            record = publish(options, "speed", "Speed that a user sees", rows, COLUMNS)
+            for found in largest(models, options) if part == "largest" else raced(part, models, options):
+                rows += [{"model": Path(source).name, **row} for row in found]
+                record = publish(options, "speed", "Speed that a user sees", rows, COLUMNS)
     return record
 
 
