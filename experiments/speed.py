@@ -17,7 +17,7 @@ by round, below 1 where faster. What does not fit --memory beside the others is 
 same commands run with the device's kernels, and transformers with torch.compile. Expected on a CPU: nothing gained at
 512 tokens and batch 1, where weights are what is read; more, the longer the context and the larger the batch.
 
-Writes speed.json, .csv and .md.
+Writes speed.json, .csv, .md, and a picture of the last model's tokens a second.
 """
 
 import os
@@ -39,6 +39,7 @@ from chai_jax.errors import InputError
 from chai_jax.machine.memory import free_bytes
 from chai_jax.model.cache import cache_bytes
 from chai_jax.model.model import Model
+from chai_jax.report.figures.curves import cost_against
 from chai_jax.report.tables import Column, with_percentiles
 from chai_jax.run.options import parse_list
 from chai_jax.serve.decode import serving_params
@@ -49,6 +50,7 @@ from lab.options import Common, Record, start
 from lab.publish import publish
 from lab.race import in_turn, row_of
 from lab.reading import Read, TransformersReads
+from lab.rows import where
 
 PARTS = ("decode", "first", "largest")
 PEER = "transformers"
@@ -173,6 +175,20 @@ def largest(models: dict[str, Model], options: SpeedOptions) -> Iterator[list[Re
         yield [{"part": "largest", "cache": name, "batch": batch, "context": context, "fits": fits, "bytes": kv}]
 
 
+def picture(rows: list[Record], options: SpeedOptions) -> None:
+    """Tokens a second against the context, a line a cache, a panel a batch."""
+    drawn = [
+        {"cache": row["cache"], "batch": row["batch"], "context": row["context"], "rate": row["rate"]["median"]}
+        | {"rate_low": row["rate"]["p10"], "rate_high": row["rate"]["p90"]}
+        for row in rows
+        if "rate" in row
+    ]
+    if drawn:
+        caption = f"Median and 10th to 90th percentile of {options.rounds} rounds in turn; {where()}."
+        axes = {"x": "context", "x_label": "tokens of the context", "y": "rate", "y_label": "tokens a second"}
+        cost_against(options.out / "tokens-a-second", drawn, caption, **axes, series="cache")
+
+
 def speed(options: SpeedOptions) -> Record:
     """All models and parts, written as they come."""
     rows: list[Record] = []
@@ -189,6 +205,7 @@ def speed(options: SpeedOptions) -> Record:
             for found in largest(models, options) if part == "largest" else raced(part, models, options):
                 rows += [{"model": Path(source).name, **row} for row in found]
                 record = publish(options, "speed", "Speed that a user sees", rows, COLUMNS)
+        picture([row for row in rows if row["model"] == Path(source).name], options)
     return record
 
 
