@@ -179,10 +179,10 @@ def points(row: Record, which: str) -> str:
     return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*figures)
 
 
-def passkey() -> str:
+def passkey(file: str) -> str:
     """Hidden numbers that were found."""
     columns: list[Column] = [
-        ("cache", lambda row: row["cache"]),
+        ("cache", lambda row: PLANS.get(row["cache"], row["cache"])),
         ("a token, % of bfloat16", lambda row: f"{100 * row['token']:.1f}"),
         ("tokens of the text", lambda row: f"{row['length']:,}"),
         ("found", lambda row: f"{row['right']} of {row['n']}"),
@@ -191,7 +191,7 @@ def passkey() -> str:
             lambda row: "{:.0f} [{:.0f}, {:.0f}]".format(*(100 * x for x in (row["rate"], *row["interval"]))),
         ),
     ]
-    return whole("few_bits/passkey.json", columns)
+    return whole(file, columns)
 
 
 def students() -> str:
@@ -250,7 +250,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache": partial(damage, FEW_BITS),
     "distilled": distilled,
     "tasks": partial(tasks, "few_bits/tasks-8-shots/few_bits_tasks.json"),
-    "passkey": passkey,
+    "passkey": partial(passkey, "few_bits/passkey.json"),
+    "passkey-planner": partial(passkey, "few_bits/passkey-planner/passkey.json"),
     "long": partial(damage, "few_bits/long/few_bits.json"),
     "sharing": partial(damage, SHARING),
     "students": students,
