@@ -251,6 +251,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "distilled": distilled,
     "tasks": partial(tasks, "few_bits/tasks-8-shots/few_bits_tasks.json"),
     "passkey": partial(passkey, "few_bits/passkey.json"),
+    "passkey-8000": partial(passkey, "few_bits/passkey-8000/passkey.json"),
     "passkey-planner": partial(passkey, "few_bits/passkey-planner/passkey.json"),
     "long": partial(damage, "few_bits/long/few_bits.json"),
     "sharing": partial(damage, SHARING),
