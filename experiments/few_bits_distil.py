@@ -21,14 +21,14 @@ from functools import partial
 from pathlib import Path
 
 from chai_jax.adapt.distil import distil
-from chai_jax.config import Checkpoints, DistilConfig
+from chai_jax.config import DistilConfig
 from chai_jax.errors import InputError
 from chai_jax.files.store import load, save
 from chai_jax.report.tables import Column
 from lab.kept import kept
 from lab.options import Record, start
 from lab.publish import publish
-from lab.teaching import Teaching, told
+from lab.teaching import Teaching, state_of, told
 
 COLUMNS: tuple[Column, ...] = (
     ("model", lambda row: row["model"]),
@@ -53,12 +53,12 @@ def distilled(folder: str, options: DistilOptions) -> Record:
     cut = options.examples(student)
     name, began = Path(folder).name, time.perf_counter()
     losses, log = told(name, "kl")
-    kept = Checkpoints(options.out / f"{name}.state", minutes=5.0, keep=1)
     train = options.train_config(len(cut), options.seed_numbers[0])
     config = DistilConfig(train, temperature=1.0, alpha=options.alpha)
-    model = distil(student, teacher, cut, config, log, checkpoints=kept)
-    seconds = (time.perf_counter() - began) / max(1, len(losses))
-    save(model, options.out / name)
+    with state_of(options.out / name) as state:
+        model = distil(student, teacher, cut, config, log, checkpoints=state)
+        seconds = (time.perf_counter() - began) / max(1, len(losses))
+        save(model, options.out / name)
     part = max(1, len(losses) // 10)
     kl = [sum(some) / part for some in (losses[:part], losses[-part:])]
     tokens = options.batch * options.window
@@ -69,8 +69,7 @@ def few_bits_distil(options: DistilOptions) -> Record:
     """All models, one after the other."""
     if len(options.model) != 1 or not options.compressed or options.calibration is None:
         raise InputError("expected one MODEL, the teacher, --compressed FOLDER ... and --calibration FILE")
-    names = ("calibration", "updates", "batch", "window", "lr", "alpha", "compute", "seeds")
-    settings = {name: str(getattr(options, name)) for name in names}
+    settings = options.settings | {"seed": options.seed_numbers[0]}
     rows = [
         kept(
             options.out, {"teacher": options.model, "student": folder, **settings}, partial(distilled, folder, options)

@@ -24,7 +24,7 @@ import numpy as np
 
 from chai_jax.adapt.distil import distil
 from chai_jax.adapt.finetune import finetune
-from chai_jax.config import Checkpoints, DistilConfig, FinetuneConfig
+from chai_jax.config import DistilConfig, FinetuneConfig
 from chai_jax.errors import InputError
 from chai_jax.evaluation.statistics import paired
 from chai_jax.files.store import load, save
@@ -34,7 +34,7 @@ from lab.damage import COLUMNS, ROWS, WEIGHTS, damage, figures, layer_by_layer, 
 from lab.kept import kept
 from lab.options import Record, start
 from lab.publish import publish
-from lab.teaching import Teaching, told
+from lab.teaching import Teaching, state_of, told
 
 TRAINED: tuple[Column, ...] = (
     ("updates", lambda row: str(row["updates"])),
@@ -75,15 +75,15 @@ def trained(name: str, how: str, seed: int, begun: Model, teacher: Model, option
     cut = options.examples(begun)
     folder, began = f"{name}-{how}-{seed}", time.perf_counter()
     losses, log = told(folder, "loss")
-    state = Checkpoints(options.out / f"{folder}.state", minutes=5.0, keep=1)
     train = options.train_config(len(cut), seed)
-    if how == "taught":
-        config = DistilConfig(train, temperature=options.temperature, alpha=options.alpha)
-        student = distil(begun, teacher, cut, config, log, checkpoints=state)
-    else:
-        student = finetune(begun, cut, FinetuneConfig(train), log, checkpoints=state)
-    seconds = (time.perf_counter() - began) / max(1, len(losses))
-    save(student, options.out / folder)
+    with state_of(options.out / folder) as state:
+        if how == "taught":
+            config = DistilConfig(train, temperature=options.temperature, alpha=options.alpha)
+            student = distil(begun, teacher, cut, config, log, checkpoints=state)
+        else:
+            student = finetune(begun, cut, FinetuneConfig(train), log, checkpoints=state)
+        seconds = (time.perf_counter() - began) / max(1, len(losses))
+        save(student, options.out / folder)
     return {"updates": options.updates, "tokens": options.batch * options.window, "seconds": seconds, "losses": losses}
 
 
@@ -96,12 +96,11 @@ def students(source: str, options: StudentOptions) -> tuple[list[Record], list[s
             f"--layers {options.layers} keeps {count} of {teacher.config.num_layers}; expected some, and not all"
         )
     begun = keep_layers(teacher, np.linspace(0, teacher.config.num_layers - 1, count).round().astype(int).tolist())
-    settings = {each.name: str(getattr(options, each.name)) for each in dataclasses.fields(Teaching)}
-    settings |= {"layers": str(options.layers), "temperature": str(options.temperature)}
+    settings = options.settings | {"layers": str(options.layers), "temperature": str(options.temperature)}
     made: dict[str, tuple[Model, Record]] = {f"{count} layers, not trained": (begun, {"updates": 0})}
     for seed in options.seed_numbers:
         for how in ("alone", "taught"):
-            about = settings | {"student": f"{name}-{how}-{seed}"}
+            about = settings | {"teacher": source, "student": f"{name}-{how}-{seed}"}
             done = kept(options.out, about, partial(trained, name, how, seed, begun, teacher, options))
             made[f"{count} layers, {how}, seed {seed}"] = (load(str(options.out / about["student"])), done)
     assert options.text is not None

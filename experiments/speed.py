@@ -1,6 +1,6 @@
 """How fast is it for whoever waits? Tokens a second and time to the first token, dense and compressed, beside torch.
 
-    JAX_NUM_CPU_DEVICES=1 python experiments/speed.py $MODEL --compressed fb/smollm2-20 --storages k4v4 --seeds 0 \
+    python experiments/speed.py $MODEL --compressed fb/smollm2-20 --storages k4v4 --seeds 0 \
         --out runs/speed
     python experiments/speed.py $MODEL --compressed fb/smollm2-20 --no-peer --parts largest --seeds 0 --out runs/largest
 
@@ -17,7 +17,7 @@ by round, below 1 where faster. What does not fit --memory beside the others is 
 same commands run with the device's kernels, and transformers with torch.compile. Expected on a CPU: nothing gained at
 512 tokens and batch 1, where weights are what is read; more, the longer the context and the larger the batch.
 
-Writes speed.json, .csv, .md, and a picture of the last model's tokens a second.
+Writes speed.json, .csv, .md, and NAME-tokens-a-second, a picture of each model.
 """
 
 import os
@@ -87,6 +87,15 @@ class SpeedOptions(Common):
     """Time transformers beside ours."""
     memory: float | None = None
     """GiB that all that take turns may hold (default: 0.8 of what is free, or what JAX may take of a GPU)."""
+
+    def check(self) -> None:
+        """Raise InputError unless this can be measured."""
+        if self.steps < 1 or self.rounds < 1:
+            raise InputError("expected at least one of --steps and of --rounds")
+        if not self.steps < min(numbers("contexts", self.contexts, int)):
+            raise InputError(f"--steps {self.steps} are not fewer than the tokens of each of --contexts")
+        numbers("batches", self.batches, int)
+        parse_list("--parts", self.parts, PARTS)
 
     @property
     def limit(self) -> int | None:
@@ -175,37 +184,33 @@ def largest(models: dict[str, Model], options: SpeedOptions) -> Iterator[list[Re
         yield [{"part": "largest", "cache": name, "batch": batch, "context": context, "fits": fits, "bytes": kv}]
 
 
-def picture(rows: list[Record], options: SpeedOptions) -> None:
-    """Tokens a second against the context, a line a cache, a panel a batch."""
+def picture(name: str, rows: list[Record], options: SpeedOptions) -> None:
+    """One model's tokens a second against the context, a line a cache, a panel a batch."""
     drawn = [
         {"cache": row["cache"], "batch": row["batch"], "context": row["context"], "rate": row["rate"]["median"]}
         | {"rate_low": row["rate"]["p10"], "rate_high": row["rate"]["p90"]}
         for row in rows
-        if "rate" in row
+        if row["model"] == name and "rate" in row
     ]
     if drawn:
         caption = f"Median and 10th to 90th percentile of {options.rounds} rounds in turn; {where()}."
         axes = {"x": "context", "x_label": "tokens of the context", "y": "rate", "y_label": "tokens a second"}
-        cost_against(options.out / "tokens-a-second", drawn, caption, **axes, series="cache")
+        cost_against(options.out / f"{name}-tokens-a-second", drawn, caption, **axes, series="cache")
 
 
 def speed(options: SpeedOptions) -> Record:
     """All models and parts, written as they come."""
+    options.check()
     rows: list[Record] = []
-    if options.steps < 1 or options.rounds < 1:
-        raise InputError("expected at least one of --steps and of --rounds")
     record: Record = {}
     for source in options.model:
-        models = dict(caches(source, options.storages, options.compressed))
-        longest = max(numbers("contexts", options.contexts, int))
-        if not options.steps < min(numbers("contexts", options.contexts, int)):
-            raise InputError(f"--steps {options.steps} are not fewer than the tokens of each of --contexts")
-        models[DENSE].check_length(longest)
+        name, models = Path(source).name, dict(caches(source, options.storages, options.compressed))
+        models[DENSE].check_length(max(numbers("contexts", options.contexts, int)))
         for part in parse_list("--parts", options.parts, PARTS):
             for found in largest(models, options) if part == "largest" else raced(part, models, options):
-                rows += [{"model": Path(source).name, **row} for row in found]
+                rows += [{"model": name, **row} for row in found]
                 record = publish(options, "speed", "Speed that a user sees", rows, COLUMNS)
-        picture([row for row in rows if row["model"] == Path(source).name], options)
+        picture(name, rows, options)
     return record
 
 

@@ -1,5 +1,6 @@
 """A student of fewer layers, trained with a teacher and without, as the script does it."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -42,6 +43,14 @@ def test_a_student_is_trained_with_and_without_a_teacher(
         assert row["perplexity_change"][0] < begun["perplexity_change"][0]  # both learn a text that repeats itself
     assert taught["kl"][0] < alone["kl"][0]  # one of them stays nearer to the teacher, which knows nothing of it
     assert len(record["findings"]) == 1
+    assert not list((tmp_path / "out").glob("*.state"))
+
+    script.lighter_student(dataclasses.replace(options, seeds="0,1"))  # the first seed is not trained again
+    record = json.loads((tmp_path / "out" / "lighter_student.json").read_text(encoding="utf-8"))
+    assert [row["losses"] for row in record["rows"][1:3]] == [alone["losses"], taught["losses"]]
+    assert len(record["rows"]) == 5
+    with pytest.raises(InputError, match="trained in another way"):
+        script.lighter_student(dataclasses.replace(options, lr=1e-3))
     with pytest.raises(InputError, match="expected some, and not all"):
         script.lighter_student(script.StudentOptions((str(small_model),), text=text, calibration=text, layers=1.0))
     with pytest.raises(InputError, match="expected --text"):

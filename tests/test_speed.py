@@ -38,7 +38,7 @@ def test_all_that_fit_take_turns(speed: Any, small_model: Path, tmp_path: Path, 
     decoded = [row for row in found if row["part"] == "decode"]
     assert [(row["batch"], row["cache"]) for row in decoded] == [(batch, name) for batch in (1, 2) for name in names]
     assert [row["cache"] for row in found if row["part"] == "first"] == names
-    assert (tmp_path / "tokens-a-second.png").stat().st_size > 0
+    assert (tmp_path / f"{small_model.name}-tokens-a-second.png").stat().st_size > 0
     models = dict(speed.caches(str(small_model), "int8", ()))
     for row in decoded:
         assert row["n"] == 2

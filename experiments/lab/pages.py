@@ -153,7 +153,8 @@ def best() -> str:
     ]
     counts = {TASKS[row["task"]]: row["n"] for row in asked["rows"]}
     said = ", ".join(f"{n:,} questions of {task}" for task, n in counts.items())
-    return f"{markdown(rows, columns)}\n{under(asked, said)}"
+    measured = "\n\n".join(f"`{read(file)['command']}`" for file in sources.values())
+    return f"{markdown(rows, columns)}\n{measured}\n\n{under(asked, said)}"
 
 
 def tasks(file: str) -> str:

@@ -1,17 +1,19 @@
 """Training on windows of a text, as experiments do it: options, settings, and what is said while it runs."""
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from chai_jax.config import TrainConfig
+from chai_jax.config import Checkpoints, TrainConfig
 from chai_jax.console import console
 from chai_jax.data.batches import Encoded
 from chai_jax.data.text import read_text_file, windows
 from chai_jax.errors import InputError
 from chai_jax.model.model import Model
-from lab.options import Common
+from lab.options import Common, Record
 
 SKIPPED = 32  # windows of 512 tokens at the text's beginning, of which plans were made
 
@@ -34,6 +36,12 @@ class Teaching(Common):
     compute: Literal["float32", "bfloat16"] | None = None
     """Dtype of activations (default: the device's fast one)."""
 
+    @property
+    def settings(self) -> Record:
+        """What a trained model depends on, but for models and seed, as text."""
+        names = ("calibration", "updates", "batch", "window", "lr", "alpha", "compute")
+        return {name: str(getattr(self, name)) for name in names}
+
     def train_config(self, examples: int, seed: int) -> TrainConfig:
         """One pass over as many windows as the updates take, or several where there are not so many."""
         return TrainConfig(
@@ -54,6 +62,20 @@ class Teaching(Common):
         if len(cut) < self.batch:
             raise InputError(f"the text has {len(cut)} windows left; expected at least --batch {self.batch}: give more")
         return list(cut)
+
+
+@contextmanager
+def state_of(folder: Path) -> Iterator[Checkpoints]:
+    """Where the training of the model that `folder` will hold keeps its state, which goes when that is saved.
+
+    Raises:
+        InputError: there is such a folder, of another training.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} is there, trained in another way: choose another --out, or delete it")
+    state = folder.with_name(f"{folder.name}.state")
+    yield Checkpoints(state, minutes=5.0, keep=1)
+    shutil.rmtree(state, ignore_errors=True)
 
 
 def told(name: str, what: str) -> tuple[list[float], Callable[[dict[str, Any]], None]]:
